@@ -1,0 +1,41 @@
+"""hf_llmopt: one keyword makes transformers generate like a serving engine, with the same tokens.
+
+```python
+import hf_llmopt
+model = AutoModelForCausalLM.from_pretrained(name, llmopt=True)
+model.generate(**inputs)
+```
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+import os
+
+from . import errors
+from .batching import Engine, RequestHandle
+from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig
+from .generation import ModelHandle
+from .hooks import install, optimize, uninstall
+from .kv_cache import PagedCache
+from .stats import Stats
+
+__all__ = [
+    "AttentionConfig",
+    "BatchingConfig",
+    "Engine",
+    "KVCacheConfig",
+    "LLMOptConfig",
+    "ModelHandle",
+    "PagedCache",
+    "RequestHandle",
+    "Stats",
+    "errors",
+    "install",
+    "optimize",
+    "uninstall",
+]
+
+if os.environ.get("HF_LLMOPT_INSTALL", "1") != "0":
+    install()

@@ -1,0 +1,128 @@
+"""Backends: how the spans of a pass read their pages with torch alone.
+
+Decodes are one batched call over strided views of their runs of pages (a gather only where rows are no runs); longer
+spans go request by request: causal attention on their own keys if nothing is cached, else tile by tile of queries, so
+that no mask is larger than `TILE` rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..kernels import reference
+from .inputs import Attend, Span, StepInputs
+
+TILE = 256  # queries that share one mask
+
+
+def reference_paged(
+    step: StepInputs,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The plain-torch definition, span by span."""
+    step.note("reference")
+    store, group = step.store, step.group(layer)
+    slots = [store.slots(span.tables[store.group_of[layer]], 0, span.context) for span in step.spans]
+    # A masked last token sees `context` tokens and is none of them: as a query it stands at context - 1.
+    spans = [(span.offset, span.length, span.context) for span in step.spans]
+    tokens = query[0].transpose(0, 1)
+    keys, values = store.keys[layer], store.values[layer]
+    return reference.paged_attention(
+        tokens, keys, values, slots, spans, group.kind, group.window, scaling, softcap, sinks
+    )[None]
+
+
+def sdpa(
+    step: StepInputs,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """torch's scaled dot product attention, or plain products where a softcap or sinks forbid it."""
+    parts = []
+    if step.decodes:
+        parts.append(_decode(step, layer, query[:, :, : step.decodes], scaling, softcap, sinks))
+    for span in step.spans[step.decodes :]:
+        own = slice(span.offset, span.offset + span.length)
+        tensors = query[:, :, own], key[:, :, own], value[:, :, own]
+        parts.append(_extend(step, layer, span, *tensors, scaling, softcap, sinks))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _decode(
+    step: StepInputs, layer: int, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    rows = step.dense_rows(layer)
+    keys, values = rows.read(step.store.keys[layer]), rows.read(step.store.values[layer])
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    # [1, heads, rows, width] to [rows, kv_heads, heads per key head, width]: those heads become a key head's queries.
+    query = query[0].transpose(0, 1).reshape(rows.rows, kv_heads, heads // kv_heads, -1)
+    mask = rows.mask(query)
+    how = "view" if rows.stride is not None else "gather"
+    if softcap or sinks is not None:
+        step.note(f"decode-matmul-{how}")
+        query = query.reshape(rows.rows, heads, 1, -1)
+        seen = None if mask is None else mask == 0
+        output = reference.attention(query, keys, values, seen, scaling, softcap, sinks)
+    else:
+        step.note(f"decode-sdpa-{how}")
+        output = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    return output.reshape(1, rows.rows, heads, -1)
+
+
+def _extend(
+    step: StepInputs,
+    layer: int,
+    span: Span,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    group = step.group(layer)
+    start = span.context - span.length
+    plain = softcap is None and sinks is None
+    first = group.first_visible(start)
+    if start == 0 and plain and group.first_visible(span.context - 1) == 0:
+        step.note("prefill-sdpa")
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2)
+    step.note("extend-sdpa" if plain else "extend-matmul")
+    if start > 0:
+        slots = step.store.slots(span.tables[step.store.group_of[layer]], first, span.context).to(key.device)
+        key = step.store.keys[layer][slots][None].transpose(1, 2)
+        value = step.store.values[layer][slots][None].transpose(1, 2)
+    parts = []
+    for tile in range(start, span.context, TILE):
+        stop = min(tile + TILE, span.context)
+        low = group.first_visible(tile)
+        queries = torch.arange(tile, stop, device=query.device)
+        keys = torch.arange(low, stop, device=query.device)
+        mask = reference.visible(queries, keys, group.kind, group.window)
+        part, seen = query[:, :, tile - start : stop - start], slice(low - first, stop - first)
+        if plain:
+            groups = query.shape[1] // key.shape[1]
+            k, v = (t[:, :, seen].repeat_interleave(groups, dim=1) for t in (key, value))
+            parts.append(scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=scaling))
+        else:
+            parts.append(
+                reference.attention(part, key[:, :, seen], value[:, :, seen], mask, scaling, softcap, sinks)
+            )
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+BACKENDS: dict[str, Attend] = {"auto": sdpa, "sdpa": sdpa, "reference": reference_paged}

@@ -1,0 +1,5 @@
+"""Part 6's room: requests that come and go."""
+
+from .engine import Engine, RequestHandle
+
+__all__ = ["Engine", "RequestHandle"]

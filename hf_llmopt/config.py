@@ -1,0 +1,211 @@
+"""What the user may ask for: `LLMOptConfig` and one frozen dataclass per part.
+
+`parse` turns every form of the keyword (`True`, a name, several names, a dict, a config) into an `LLMOptConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from .errors import InvalidOption, unknown
+
+S = TypeVar("S", bound="Section")
+
+
+def _option(default: Any, *, kind: type = str, low: float = 0, high: float = float("inf"), choices: Any = ()) -> Any:
+    """A dataclass field that carries the rule its value is checked against."""
+    return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the parts' sections: validates every field when the object is made."""
+
+    main: ClassVar[str | None] = None  # the field that a bare string sets
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            self._check(option.name, getattr(self, option.name), option.default, option.metadata)
+
+    def _check(self, name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
+        where = f"{type(self).__name__}({name}=...)"
+        if value is None and default is None:
+            return
+        if rule["choices"]:
+            if value not in rule["choices"]:
+                raise unknown(f"{where}: value", value, rule["choices"])
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
+            raise InvalidOption(f"{where} takes a {rule['kind'].__name__}, got {value!r} ({type(value).__name__}).")
+        elif not rule["low"] <= value <= rule["high"]:
+            raise InvalidOption(f"{where} must lie in [{rule['low']}, {rule['high']}], got {value!r}.")
+
+    @classmethod
+    def parse(cls: type[S], value: Any) -> S:
+        """Accept `True`, a string (the main field), a dict or an object of this class."""
+        if isinstance(value, cls):
+            return value
+        if value is True:
+            return cls()
+        if isinstance(value, str) and cls.main is not None:
+            value = {cls.main: value}
+        if not isinstance(value, Mapping):
+            forms = "True, a dict" + (f", a string ({cls.main})" if cls.main else "")
+            raise InvalidOption(f"{cls.__name__} is made from {forms} or a {cls.__name__}, got {value!r}.")
+        names = [option.name for option in fields(cls)]
+        for name in value:
+            if name not in names:
+                raise unknown(f"{cls.__name__}: option", name, names)
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class KVCacheConfig(Section):
+    """Part 1, the paged KV cache. Exact.
+
+    Args:
+        page_size: Tokens per page.
+        max_tokens: Most tokens the pages of one model may hold, `None` for as many as the memory allows.
+        memory_fraction: Share of the memory that is free when pages are made which they may fill, in (0, 1].
+
+    Example:
+        >>> from hf_llmopt import KVCacheConfig
+        >>> KVCacheConfig(page_size=32).page_size
+        32
+    """
+
+    page_size: int = _option(16, kind=int, low=1, high=4096)
+    max_tokens: int | None = _option(None, kind=int, low=1)
+    memory_fraction: float = _option(0.9, kind=float, low=0.01, high=1.0)
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Section):
+    """How a span reads its pages. Exact.
+
+    Args:
+        backend: `"auto"` and `"sdpa"` read pages through torch's scaled dot product attention; `"reference"` is
+            the plain-torch definition of what correct means, and slow.
+
+    Example:
+        >>> from hf_llmopt import AttentionConfig
+        >>> AttentionConfig("reference").backend
+        'reference'
+    """
+
+    main: ClassVar[str | None] = "backend"
+    backend: str = _option("auto", choices=("auto", "sdpa", "reference"))
+
+
+@dataclass(frozen=True)
+class BatchingConfig(Section):
+    """How the spans of a step are chosen. Exact.
+
+    Args:
+        max_batch_tokens: Most tokens one forward pass computes; longer prompts are prefilled in several steps.
+        max_requests: Most requests that hold pages at one time; others wait their turn.
+
+    Example:
+        >>> from hf_llmopt import BatchingConfig
+        >>> BatchingConfig(max_batch_tokens=512).max_batch_tokens
+        512
+    """
+
+    max_batch_tokens: int = _option(2048, kind=int, low=1)
+    max_requests: int = _option(256, kind=int, low=1)
+
+
+# The names that `llmopt=` accepts, and the section that each switches on.
+PARTS = {"kv_cache": "kv_cache"}
+SECTIONS: dict[str, type[Section]] = {
+    "kv_cache": KVCacheConfig,
+    "attention": AttentionConfig,
+    "batching": BatchingConfig,
+}
+
+
+@dataclass(frozen=True)
+class LLMOptConfig:
+    """Everything that `llmopt=` can ask for.
+
+    Args:
+        kv_cache: The paged KV cache, see `KVCacheConfig`.
+        attention: How pages are read, see `AttentionConfig`.
+        batching: How steps are filled, see `BatchingConfig`.
+        strict: Raise `NotServed` where a call would otherwise run on transformers with a warning.
+
+    Each section also takes `True`, a dict, or a string where it has a main field.
+
+    Raises:
+        InvalidOption: An option or value does not exist; the message lists what does.
+
+    Example:
+        >>> from hf_llmopt import LLMOptConfig
+        >>> LLMOptConfig(kv_cache={"page_size": 32}, attention="sdpa")
+        LLMOptConfig(kv_cache=KVCacheConfig(page_size=32), attention=AttentionConfig(backend='sdpa'))
+    """
+
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    attention: AttentionConfig = AttentionConfig()
+    batching: BatchingConfig = BatchingConfig()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():
+            object.__setattr__(self, name, section.parse(getattr(self, name)))
+        if not isinstance(self.strict, bool):
+            raise InvalidOption(f"strict is True or False, got {self.strict!r}.")
+
+    @classmethod
+    def parse(cls, value: Any) -> LLMOptConfig | None:
+        """Turn any form of the keyword into a config; `False` and `None` mean no config.
+
+        Args:
+            value: `True`, `False`, `None`, a part's name, names joined by commas, a list of names, a dict or a config.
+
+        Raises:
+            InvalidOption: The value has another type, or names something that does not exist.
+        """
+        if value is None or value is False:
+            return None
+        if isinstance(value, cls):
+            return value
+        if value is True:
+            return cls()
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",")]
+        if isinstance(value, Mapping):
+            return cls._from_dict(value)
+        if isinstance(value, Iterable):
+            return cls._from_names(list(value))
+        raise InvalidOption(
+            f"llmopt= takes True, False, a name, a list of names, a dict or an LLMOptConfig, got {value!r}."
+        )
+
+    @classmethod
+    def _from_names(cls, names: list[Any]) -> LLMOptConfig:
+        if not names:
+            raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, PARTS))}, True or False.")
+        for name in names:
+            if name not in PARTS:
+                raise unknown("llmopt= option", name, PARTS)
+        return cls(**{PARTS[name]: True for name in names})
+
+    @classmethod
+    def _from_dict(cls, sections: Mapping[str, Any]) -> LLMOptConfig:
+        allowed = [option.name for option in fields(cls)]
+        for name in sections:
+            if name not in allowed:
+                raise unknown("llmopt= section", name, allowed)
+        return cls(**sections)
+
+
+def _short_repr(self: Any) -> str:
+    """Show what differs from the default: the shortest call that rebuilds the object."""
+    changed = [(o.name, getattr(self, o.name)) for o in fields(self) if getattr(self, o.name) != o.default]
+    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed)})"
+
+
+for _class in (*SECTIONS.values(), LLMOptConfig):
+    _class.__repr__ = _short_repr  # type: ignore[method-assign,assignment]

@@ -1,0 +1,7 @@
+"""The engine: spans over pages, one loop for everything."""
+
+from .engine import EngineLoop
+from .probe import unsupported
+from .request import Request
+
+__all__ = ["EngineLoop", "Request", "unsupported"]

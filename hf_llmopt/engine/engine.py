@@ -1,0 +1,211 @@
+"""The loop: plan a step, run it, hand out the logits. The page to read first.
+
+```
+schedule: spans and pages ─▶ run: one forward pass ─▶ settle: logits to requests, passed pages back
+```
+
+Who decides what follows a request's logits is its group's business (`generation/group.py`, the rows of one call): the
+engine only computes tokens that requests have and whose keys are missing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import LLMOptConfig
+from ..errors import LLMOptError, OutOfPages, RequestFailed
+from ..kv_cache import PagedStore
+from .probe import probe
+from .request import Request
+from .runner import Runner
+from .scheduler import Scheduler
+
+
+class Rows(Protocol):
+    """What the engine needs of a group: its requests, and a place for figures."""
+
+    requests: list[Request]
+
+    def account(self, seconds: float, paths: set[str]) -> None:
+        """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""
+        ...
+
+
+class EngineLoop:
+    """Steps the requests of all callers of one model and config.
+
+    Every method that touches requests or pages is called with `lock` held. Threads take turns: whoever needs logits
+    steps the engine for all.
+
+    Args:
+        model: A causal language model; held weakly.
+        config: What the caller asked for.
+        lock: Shared by all engines of the model, since they share its attention implementation.
+
+    Raises:
+        UnsupportedModel: The model cannot be served.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: LLMOptConfig, lock: threading.Condition) -> None:
+        self.config = config
+        self.lock = lock
+        layout = probe(model)
+        self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
+        self.runner = Runner(model, self.store, config.attention)
+        self.scheduler = Scheduler(
+            [group.pool for group in self.store.groups],
+            self.store.page_size,
+            config.batching.max_batch_tokens,
+            config.batching.max_requests,
+        )
+        self.groups: list[Rows] = []
+        self.steps = 0
+
+    def rooms(self, num_tokens: int) -> list[int]:
+        """Most pages a request of `num_tokens` tokens holds at one time, per cache group."""
+        span = min(num_tokens, self.config.batching.max_batch_tokens)
+        return [group.pages_for(num_tokens, self.store.page_size, span) for group in self.store.groups]
+
+    def add(self, group: Rows) -> bool:
+        """Admit a group.
+
+        Returns:
+            `False` if it must wait until others have given pages back.
+
+        Raises:
+            OutOfPages: It can never fit; the message says what does.
+        """
+        self.check_fits(group)
+        wanted, members = self._outstanding(group.requests), group.requests
+        protected = any(request.protected for request in members)
+        running = self.scheduler.requests
+        others = self._outstanding([request for request in running if request.protected or not protected])
+        self.store.provide([a + b for a, b in zip(wanted, others, strict=True)])
+        if protected and not self._fits(wanted, others):
+            if not running:  # what is held is held by the caller's own caches
+                raise self._does_not_fit(members)
+            return False
+        for request in members:
+            if not request.tables:
+                request.tables = self.store.tables(request.rooms)
+            self.scheduler.add(request)
+        self.groups.append(group)
+        return True
+
+    def check_fits(self, group: Rows) -> None:
+        """Refuse a group that the budget can never hold.
+
+        Requests that may be preempted need not fit beside one another: each must fit alone.
+
+        Raises:
+            OutOfPages: It can never fit; the message says what does.
+        """
+        members = group.requests
+        for together in [members] if any(r.protected for r in members) else [[request] for request in members]:
+            limits = zip(self._outstanding(together), self.store.limits(), self.scheduler.pools, strict=True)
+            if any(wanted > max(limit, pool.num_pages) for wanted, limit, pool in limits):
+                raise self._does_not_fit(together)
+
+    def _outstanding(self, requests: Sequence[Request]) -> list[int]:
+        """Pages the requests may still take, per cache group."""
+        totals = [0] * len(self.store.groups)
+        for request in requests:
+            for index, room in enumerate(request.rooms):
+                totals[index] += max(0, room - (request.tables[index].held if request.tables else 0))
+        return totals
+
+    def _fits(self, wanted: Sequence[int], others: Sequence[int]) -> bool:
+        """Whether the pages are free, or can be taken from unprotected requests."""
+        for index, pool in enumerate(self.scheduler.pools):
+            yielding = sum(
+                request.tables[index].held for request in self.scheduler.requests if not request.protected
+            )
+            if wanted[index] + others[index] > pool.free + yielding:
+                return False
+        return True
+
+    def _does_not_fit(self, requests: Sequence[Request]) -> OutOfPages:
+        size, rows = self.store.page_size, len(requests)
+        wanted, limits = self._outstanding(requests), self.store.limits()
+        worst = max(range(len(wanted)), key=lambda index: wanted[index] / max(1, limits[index]))
+        limit, longest = limits[worst], max(request.rooms[worst] for request in requests)
+        free = max(0, limit - self.scheduler.pools[worst].used)
+        budget = self.config.kv_cache
+        allowed = (
+            f"max_tokens={budget.max_tokens}" if budget.max_tokens else f"memory_fraction={budget.memory_fraction}"
+        )
+        return OutOfPages(
+            f"{rows} row(s) need {wanted[worst]} pages of {size} tokens, the KV cache's budget ({allowed}) has "
+            f"{free} left. What fits: {free // longest} row(s) of this length, or {rows} row(s) of "
+            f"{free // rows * size} tokens, prompt and new tokens together. Lower max_new_tokens or the number of "
+            "rows, or raise KVCacheConfig(max_tokens=..., memory_fraction=...)."
+        )
+
+    def remove(self, group: Rows) -> None:
+        """Take a group out, finished or not, and give all of its pages back."""
+        for request in group.requests:
+            self.scheduler.remove(request)
+        if group in self.groups:
+            self.groups.remove(group)
+        self.lock.notify_all()
+
+    def finish(self, request: Request) -> None:
+        """A request needs no further token: its pages go back."""
+        self.scheduler.remove(request)
+        self.lock.notify_all()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Compute one step for whoever has missing tokens; `False` if nobody can be served now."""
+        self.store.reclaim()
+        plan = self.scheduler.schedule()
+        if not plan.spans:
+            return False
+        for index, copies in enumerate(plan.copies):
+            if copies:
+                self.store.copy_pages(index, copies)
+        paths: set[str] = set()
+        try:
+            results, seconds = self.runner.run(plan.spans, paths.add)
+        except Exception as error:
+            self._fail([request for request, _ in plan.spans], error)
+            return True
+        self._settle(plan.spans)
+        for request, logits in results:
+            request.logits = logits
+        members = {request for request, _ in plan.spans}
+        for group in self.groups:
+            if not members.isdisjoint(group.requests):
+                group.account(seconds, paths)
+        self.steps += 1
+        self.lock.notify_all()
+        return True
+
+    def _settle(self, spans: Sequence[tuple[Request, int]]) -> None:
+        """Count what was computed, drop masked tails, and give back pages that windows have passed."""
+        for request, length in spans:
+            request.computed += length
+            if request.masked_tail and not request.remaining:
+                request.tokens.pop()
+                request.positions.pop()
+                request.computed -= 1
+                request.masked_tail = False
+                if request.embeds is not None:
+                    request.embeds = request.embeds[: request.computed]
+            for group, table in zip(self.store.groups, request.tables, strict=True):
+                if group.kind != "full":
+                    # One token more than the next query needs, so that the last one can be computed again.
+                    table.trim(group.first_visible(max(0, request.computed - 1)))
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """The forward pass raised: its requests fail, and the engine serves the next."""
+        for request in requests:
+            request.error = error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
+            self.store.wipe(request.tables)
+            self.scheduler.remove(request)
+        self.lock.notify_all()

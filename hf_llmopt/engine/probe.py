@@ -1,0 +1,149 @@
+"""What a model stores per token, found by running it once.
+
+One token goes through the model with a cache and an attention function that write down what they are given. That is
+how key and value widths, devices and dtypes are known for every architecture, and how a model that does not route its
+attention through transformers' interface, or keeps another kind of state, is noticed before any work is lost.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..attention import configs_of, serving
+from ..errors import UnsupportedModel
+from ..kernels import reference
+from ..kv_cache import LayerSpec, SpanCache
+
+# Keywords of the attention call that change its result and that our attention knows.
+KNOWN = {"softcap", "s_aux", "sliding_window"}
+# Keywords that carry no meaning for the result: bookkeeping, or inputs the pages replace.
+IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model keeps, as `PagedStore` takes it.
+
+    Attributes:
+        layers: What each layer stores for a token.
+        dense: Attention reads the very tensors that the model handed to its cache.
+        reads_columns: The model asks its cache for the padded column of a token.
+    """
+
+    layers: list[LayerSpec]
+    dense: bool
+    reads_columns: bool
+
+
+class _Recorder(SpanCache):
+    """A cache and an attention that write down what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.stored: dict[int, Tensor] = {}
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.options: set[str] = set()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.stored[layer_idx] = key_states
+        return key_states, value_states
+
+    def read(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
+    ) -> Tensor:
+        self.seen[int(module.layer_idx)] = key, value  # type: ignore[arg-type]
+        self.options |= {name for name, option in options.items() if option is not None and option is not False}
+        softcap, sinks = options.get("softcap"), options.get("s_aux")
+        return reference.attention(query, key, value, None, scaling, softcap, sinks).transpose(1, 2)
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why the model cannot be served, as far as its class and config tell; `None` if nothing speaks against it."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return "encoder-decoder models have a second, non-causal attention"
+    if getattr(model, "_is_stateful", False):
+        return "the model keeps recurrent state besides keys and values"
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' attention interface"
+    parameters = inspect.signature(model.forward).parameters
+    for name in ("position_ids", "past_key_values"):
+        if name not in parameters:
+            return f"its forward takes no {name}"
+    try:
+        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        return f"its cache layers are unknown here ({error!r})"
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return f"its cache holds a {type(layer).__name__}"
+    return None
+
+
+def probe(model: PreTrainedModel) -> Layout:
+    """Run one token through the model and return what it keeps.
+
+    Raises:
+        UnsupportedModel: The model cannot be served; the message says why.
+    """
+    recorder = _Recorder()
+    reason = unsupported(model)
+    if reason is None:
+        weight = model.get_input_embeddings().weight
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device if weight.is_meta else weight.device)
+        try:
+            with torch.no_grad(), serving(configs_of(model), recorder):
+                model(input_ids=token, position_ids=torch.zeros_like(token), past_key_values=recorder, use_cache=True)
+        except Exception as error:  # whatever the model's own code raises means the same: it cannot be probed
+            reason = f"one token could not be run through it ({type(error).__name__}: {error})"
+        else:
+            reason = _incomplete(model, recorder)
+    if reason is not None:
+        raise UnsupportedModel(f"{type(model).__name__} cannot be optimized: {reason}")
+    return Layout(
+        [
+            LayerSpec(*lifetime, key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+            for lifetime, (_, (key, value)) in zip(
+                _lifetimes(model, len(recorder.seen)), sorted(recorder.seen.items()), strict=True
+            )
+        ],
+        dense=all(recorder.stored[layer] is key for layer, (key, _) in recorder.seen.items()),
+        reads_columns=recorder.reads_columns,
+    )
+
+
+def _incomplete(model: PreTrainedModel, recorder: _Recorder) -> str | None:
+    layers = list(range(len(recorder.stored)))
+    if not layers or sorted(recorder.stored) != layers or sorted(recorder.seen) != layers:
+        return "not every layer stores its keys and attends through transformers' attention interface"
+    if unknown := recorder.options - KNOWN - IGNORED:
+        return f"its attention needs {', '.join(sorted(unknown))}"
+    former = model.config.get_text_config(decoder=True)._attn_implementation
+    if former == "sdpa" and recorder.options & {"softcap", "s_aux"}:
+        return "it needs a softcap or sinks, which its sdpa attention ignores; load it with attn_implementation='eager'"
+    return None
+
+
+def _lifetimes(model: PreTrainedModel, count: int) -> list[tuple[str, int]]:
+    """Kind and window of each layer, from the layers that transformers itself would make."""
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or [""] * count
+    chunk = getattr(config, "attention_chunk_size", None)
+    lifetimes = []
+    for layer, layer_type in zip(DynamicCache(config=config).layers, types, strict=True):
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            lifetimes.append(("full", 0))
+        elif layer_type == "chunked_attention" or (not layer_type and layer.sliding_window == chunk):
+            lifetimes.append(("chunked", layer.sliding_window))
+        else:
+            lifetimes.append(("sliding", layer.sliding_window))
+    return lifetimes

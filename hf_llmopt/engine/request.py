@@ -1,0 +1,91 @@
+"""`Request`: one sequence and everything that changes while it is generated (no torch here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from ..kv_cache.pool import BlockTable
+
+_arrivals = count()
+
+
+@dataclass(eq=False)
+class Request:
+    """One row: a prompt, and the tokens sampled so far.
+
+    The engine computes `tokens[computed:]` in spans; once `computed == len(tokens)`, `logits` predict the next token and
+    the request waits until its group appends one.
+
+    Attributes:
+        tokens: Ids whose keys are, or will be, in pages; padding is left out.
+        positions: Position id of each token.
+        next_position: Position id of the next appended token.
+        left_padding: Padded columns before the first token.
+        rooms: Most pages the request may hold at one time, per cache group.
+        masked_tail: The last prompt token is masked padding: it is a query, but nobody sees its key.
+        embeds: Input embeddings `[tokens, hidden]` that stand in for the first `len(embeds)` ids, or `None`.
+        chunk: Most tokens a prefill span may have, or `None`.
+        parent: A request with the same prompt whose pages can be shared, or `None`.
+        protected: Its pages cannot be taken away (they hold imported keys, or belong to a `generate` call).
+        computed: Tokens whose keys are in pages.
+        tables: Block tables, one per cache group.
+        logits: Row `[vocabulary]` once all tokens are computed, else `None`.
+        error: Why the request failed, or `None`.
+        finished: No further token will be computed.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    next_position: int
+    rooms: list[int]
+    left_padding: int = 0
+    masked_tail: bool = False
+    embeds: Any = None
+    chunk: int | None = None
+    parent: Request | None = None
+    protected: bool = False
+    computed: int = 0
+    tables: list[BlockTable] = field(default_factory=list)
+    logits: Any = None
+    error: BaseException | None = None
+    finished: bool = False
+    cached_tokens: int = 0
+    preemptions: int = 0
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def pages_held(self) -> int:
+        """Pages of all groups."""
+        return sum(table.held for table in self.tables)
+
+    def append(self, token: int) -> None:
+        """Add a sampled token; its key will be computed in the next step."""
+        self.tokens.append(token)
+        self.positions.append(self.next_position)
+        self.next_position += 1
+        self.logits = None
+
+    def next_span(self, budget: int) -> int:
+        """How many tokens the next span may have within `budget`."""
+        length = min(self.remaining, budget)
+        if self.chunk is not None:
+            length = min(length, self.chunk)
+        if self.embeds is not None and self.computed < len(self.embeds):
+            length = min(length, len(self.embeds) - self.computed)
+        if self.masked_tail and length == self.remaining > 1:
+            length -= 1  # the masked token is a span of its own: it sees one token less than it would
+        return length
+
+    def release(self) -> None:
+        """Give every page back and forget what was computed."""
+        for table in self.tables:
+            table.clear()
+        self.computed = 0
+        self.logits = None

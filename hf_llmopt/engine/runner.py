@@ -1,0 +1,130 @@
+"""Spans to tensors to logits: one forward pass of the unchanged model."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..attention import BACKENDS, Span, StepInputs, configs_of, serving
+from ..config import AttentionConfig
+from ..kv_cache import PagedStore, SpanCache
+from .request import Request
+
+
+class Runner:
+    """Runs the model over spans.
+
+    Args:
+        model: Kept weakly: an engine must not keep a model alive.
+        store: The pages.
+        attention: Which backend reads them.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: PagedStore, attention: AttentionConfig) -> None:
+        self._model = weakref.ref(model)
+        self._configs = configs_of(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.store = store
+        self.cache = SpanCache(len(store.layers))
+        self.attend = BACKENDS[attention.backend]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; it lives as long as somebody outside holds it."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("The model of this engine was deleted; keep a reference to it while you generate.")
+        return model
+
+    def run(
+        self, spans: Sequence[tuple[Request, int]], note: Callable[[str], None]
+    ) -> tuple[list[tuple[Request, Tensor]], float]:
+        """Compute every span.
+
+        Args:
+            spans: Pairs (request, tokens to compute), single tokens first.
+            note: Called with the names of the attention paths that ran.
+
+        Returns:
+            The last logits `[vocabulary]` of each request that has caught up, and the seconds the model took.
+        """
+        model = self.model
+        # Embeddings cannot share an input tensor with ids: spans of a prompt given as embeddings run in their own pass.
+        by_ids = [span for span in spans if span[0].embeds is None or span[0].computed >= len(span[0].embeds)]
+        by_embeds = [span for span in spans if span not in by_ids]
+        results: list[tuple[Request, Tensor]] = []
+        seconds = 0.0
+        for part in (by_ids, by_embeds):
+            if part:
+                logits, needed, took = self._forward(model, part, note, part is by_embeds)
+                results += [(request, logits[row]) for row, request in enumerate(needed)]
+                seconds += took
+        return results, seconds
+
+    def _forward(
+        self,
+        model: PreTrainedModel,
+        spans: Sequence[tuple[Request, int]],
+        note: Callable[[str], None],
+        embeds: bool,
+    ) -> tuple[Tensor, list[Request], float]:
+        device = model.get_input_embeddings().weight.device
+        device = model.device if device.type == "meta" else device
+        positions: list[int] = []
+        ends: list[int] = []  # place of each span's last token
+        placed: list[Span] = []
+        for request, length in spans:
+            start, stop = request.computed, request.computed + length
+            context = stop - (request.masked_tail and stop == len(request.tokens))
+            placed.append(Span(request.tables, len(positions), length, context))
+            positions += request.positions[start:stop]
+            ends.append(len(positions) - 1)
+        needed = [
+            (request, end) for (request, length), end in zip(spans, ends, strict=True) if length == request.remaining
+        ]
+        self.cache.columns = self._columns(spans).to(device) if self.store.reads_columns else 0
+        inputs: dict[str, Any] = {"position_ids": torch.tensor([positions], device=device)}
+        if embeds:
+            rows = [request.embeds[request.computed : request.computed + length] for request, length in spans]
+            inputs["inputs_embeds"] = torch.cat(rows)[None].to(device)
+        else:
+            ids = [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
+            inputs["input_ids"] = torch.tensor([ids], device=device)
+        last = [end for _, end in needed]
+        keep = None if len(last) == len(positions) else torch.tensor(last, dtype=torch.long, device=device)
+        if keep is not None and self._keeps_logits:
+            inputs["logits_to_keep"] = keep if last else keep.new_zeros(1)
+        slots = [slots.to(device) for slots in self._slots(spans)]
+        step = StepInputs(self.store, placed, slots, self.attend, note)
+        with serving(self._configs, step):
+            began = perf_counter()
+            output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+            seconds = perf_counter() - began
+        logits: Tensor = output.logits[0]
+        if keep is not None and not self._keeps_logits:
+            logits = logits[keep.to(logits.device)]
+        return logits, [request for request, _ in needed], seconds
+
+    def _slots(self, spans: Sequence[tuple[Request, int]]) -> list[Tensor]:
+        """Per cache group, where each token of the pass is written, `[tokens]`."""
+        size = self.store.page_size
+        per_group = []
+        for group in range(len(self.store.groups)):
+            slots: list[int] = []
+            for request, length in spans:
+                pages, start = request.tables[group].pages, request.computed
+                slots += [pages[i // size] * size + i % size for i in range(start, start + length)]
+            per_group.append(torch.tensor(slots))
+        return per_group
+
+    def _columns(self, spans: Sequence[tuple[Request, int]]) -> Tensor:
+        """Padded column of each token, minus its place in the pass, `[tokens]`."""
+        columns = [r.left_padding + i for r, length in spans for i in range(r.computed, r.computed + length)]
+        return torch.tensor(columns) - torch.arange(len(columns))

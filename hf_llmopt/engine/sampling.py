@@ -1,0 +1,62 @@
+"""From scores to tokens, with stock's own noise.
+
+`torch.multinomial(p, 1)` draws `q ~ Exp(1)` of p's shape and returns `argmax(p / q)` (the exponential race: the minimum of
+independent exponentials with rates p falls on index i with probability p_i). Drawing the noise ourselves gives the same
+tokens and leaves the generator in the same state, and later lets a row use its noise before its neighbours do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidLogits
+
+
+def greedy(scores: Tensor) -> Tensor:
+    """The best token of each row of `[rows, vocabulary]`.
+
+    Raises:
+        InvalidLogits: A row contains NaN.
+
+    Example:
+        >>> import torch
+        >>> greedy(torch.tensor([[0.0, 2.0, 1.0]])).tolist()
+        [1]
+    """
+    return _checked_argmax(scores)
+
+
+def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The noise of one step, `Exp(1)` in the shape of `like`, as `torch.multinomial` draws it."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format).exponential_(1, generator=generator)
+
+
+def sample(scores: Tensor, noise: Tensor) -> Tensor:
+    """One token per row of `[rows, vocabulary]`, distributed as `softmax(scores)`.
+
+    Raises:
+        InvalidLogits: A row contains NaN, or only minus infinity.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.randn(2, 5)
+        >>> _ = torch.manual_seed(0)
+        >>> ours = sample(scores, draw(scores))
+        >>> _ = torch.manual_seed(0)
+        >>> ours.tolist() == torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
+        True
+    """
+    return _checked_argmax(torch.softmax(scores, dim=-1).div_(noise))
+
+
+def _checked_argmax(scores: Tensor) -> Tensor:
+    tokens = scores.argmax(dim=-1)
+    bad = scores.gather(-1, tokens[:, None]).isnan()[:, 0]  # argmax takes NaN for the largest number
+    if bad.any():
+        rows = bad.nonzero()[:, 0].tolist()
+        raise InvalidLogits(
+            f"The scores of row(s) {rows} contain NaN. The model's weights or inputs are broken, or its number format "
+            "overflows (try bfloat16 or float32), or a logits processor divided by zero."
+        )
+    return tokens

@@ -1,0 +1,137 @@
+"""Which spans the next step computes (no torch here).
+
+One rule: every request's computed tokens catch up with its tokens. A prompt, a chunk of a prompt and a decode differ only
+in how many tokens are missing, and share one token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..kv_cache.pool import PagePool
+from .request import Request
+
+
+@dataclass
+class Plan:
+    """What one step does.
+
+    Attributes:
+        spans: Pairs (request, length), single tokens first.
+        copies: Per cache group, pages (from, to) to copy before anything is written.
+    """
+
+    spans: list[tuple[Request, int]] = field(default_factory=list)
+    copies: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Picks spans, and takes pages for them.
+
+    Args:
+        pools: The page pool of each cache group.
+        page_size: Tokens per page.
+        max_batch_tokens: Most tokens in a step.
+        max_requests: Most unprotected requests that hold pages at one time.
+    """
+
+    def __init__(self, pools: Sequence[PagePool], page_size: int, max_batch_tokens: int, max_requests: int) -> None:
+        self.pools = pools
+        self.page_size = page_size
+        self.max_batch_tokens = max_batch_tokens
+        self.max_requests = max_requests
+        self.requests: list[Request] = []  # in order of arrival
+
+    def add(self, request: Request) -> None:
+        """Let a request take part in the steps that follow."""
+        self.requests.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out and give its pages back; harmless if it is not in."""
+        if request in self.requests:
+            self.requests.remove(request)
+        request.finished = True
+        request.release()
+
+    def schedule(self) -> Plan:
+        """Choose the next step's spans and reserve their pages."""
+        plan = Plan(copies=[[] for _ in self.pools])
+        budget = self.max_batch_tokens
+        ready = [request for request in self.requests if request.remaining and not request.finished]
+        # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
+        ready.sort(key=lambda request: (request.remaining > 1, not request.protected))
+        preempted: set[Request] = set()
+        for request in ready:
+            if budget <= 0:
+                break
+            if request in preempted or not self._may_start(request) or self._awaits_parent(request):
+                continue
+            length = request.next_span(budget)
+            preempted |= self._make_space(request, length, plan)
+            if any(count > 0 for count in self._lacking(request, length)):
+                continue
+            for copies, table in zip(plan.copies, request.tables, strict=True):
+                copies += table.reserve(request.computed, request.computed + length)
+            plan.spans.append((request, length))
+            budget -= length
+        plan.spans.sort(key=lambda span: span[1] > 1)
+        return plan
+
+    def _may_start(self, request: Request) -> bool:
+        if request.protected or request.pages_held:
+            return True
+        holders = sum(1 for other in self.requests if other.pages_held and not other.protected)
+        return holders < self.max_requests
+
+    def _awaits_parent(self, request: Request) -> bool:
+        """Share the parent's pages once it has computed all but the last prompt token; `True` while it has not.
+
+        The last token is computed by each request itself: it needs its own logits.
+        """
+        parent = request.parent
+        if parent is None or request.computed:
+            return False
+        wanted = len(request.tokens) - 1
+        if parent.finished or wanted <= 0:
+            request.parent = None
+            return False
+        if parent.computed < wanted:
+            return True
+        request.parent = None
+        request.tables = [table.fork() for table in parent.tables]
+        for table in request.tables:
+            table.crop(wanted)
+        request.computed = request.cached_tokens = wanted
+        return False
+
+    def _lacking(self, request: Request, length: int) -> list[int]:
+        """Pages that the span needs beyond the free ones, per group."""
+        start = request.computed
+        return [
+            table.missing(start, start + length) - pool.free
+            for table, pool in zip(request.tables, self.pools, strict=True)
+        ]
+
+    def _make_space(self, request: Request, length: int, plan: Plan) -> set[Request]:
+        """Preempt newer, unprotected requests until the span's pages are free or nobody is left to preempt."""
+        scheduled = {other for other, _ in plan.spans}
+        victims: set[Request] = set()
+        while any(count > 0 for count in self._lacking(request, length)):
+            victim = next(
+                (
+                    other
+                    for other in reversed(self.requests)
+                    if other.pages_held
+                    and not other.protected
+                    and other not in scheduled
+                    and (request.protected or other.arrival > request.arrival)
+                ),
+                None,
+            )
+            if victim is None:
+                break
+            victim.release()
+            victim.preemptions += 1
+            victims.add(victim)
+        return victims

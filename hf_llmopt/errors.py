@@ -1,0 +1,100 @@
+"""The exception tree: one class for each thing a user can fix.
+
+```
+LLMOptError
+├── InvalidOption        llmopt= names an option or value that does not exist            (ValueError)
+├── UnsupportedModel     this model cannot be optimized at all                          (TypeError)
+├── NotServed            strict=True, and this call would have run on transformers      (ValueError)
+├── InvalidRequest       the inputs of one request cannot be generated from             (ValueError)
+│   ├── EmptyPrompt      a row without a single unmasked token
+│   ├── PromptTooLong    more tokens than the model has positions for
+│   └── TokenOutOfRange  an id outside the vocabulary
+├── OutOfPages           the KV cache's budget cannot hold the request                  (MemoryError)
+├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
+├── RequestFailed        the model's forward pass raised                                (RuntimeError)
+├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
+├── RequestCancelled     the request was cancelled before it finished                   (RuntimeError)
+├── EngineClosed         the engine was closed before the request finished              (RuntimeError)
+└── InstallConflict      another library changed transformers after hf_llmopt did       (RuntimeError)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LLMOptError(Exception):
+    """Base class of every error hf_llmopt raises on purpose."""
+
+
+class InvalidOption(LLMOptError, ValueError):
+    """`llmopt=` was given an option or a value that does not exist."""
+
+
+class UnsupportedModel(LLMOptError, TypeError):
+    """The model cannot be optimized at all; the message names the reason."""
+
+
+class NotServed(LLMOptError, ValueError):
+    """`strict=True` was set and the call needs something only transformers' own loop does."""
+
+
+class InvalidRequest(LLMOptError, ValueError):
+    """The inputs of one request cannot be generated from."""
+
+
+class EmptyPrompt(InvalidRequest):
+    """A row of the prompt has no unmasked token."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The request needs more positions than the model has."""
+
+
+class TokenOutOfRange(InvalidRequest):
+    """A token id lies outside the model's vocabulary."""
+
+
+class OutOfPages(LLMOptError, MemoryError):
+    """The KV cache's budget cannot hold the request; the message says what fits."""
+
+
+class InvalidLogits(LLMOptError, ArithmeticError):
+    """The model's logits contain NaN."""
+
+
+class RequestFailed(LLMOptError, RuntimeError):
+    """The model's forward pass raised while it computed the request; see `__cause__`."""
+
+    @classmethod
+    def from_forward(cls, error: BaseException) -> RequestFailed:
+        """Wrap what the forward pass raised."""
+        failed = cls(f"The model's forward pass raised {type(error).__name__}: {error}")
+        failed.__cause__ = error
+        return failed
+
+
+class CallbackFailed(LLMOptError, RuntimeError):
+    """A logits processor, stopping criterion or streamer of the user raised; see `__cause__`."""
+
+
+class RequestCancelled(LLMOptError, RuntimeError):
+    """The request was cancelled before it finished."""
+
+
+class EngineClosed(LLMOptError, RuntimeError):
+    """The engine was closed before the request finished."""
+
+
+class InstallConflict(LLMOptError, RuntimeError):
+    """Another library changed a transformers attribute after hf_llmopt did."""
+
+
+def unknown(what: str, given: object, allowed: Iterable[str]) -> InvalidOption:
+    """Build the error for an unknown name: what was given, the nearest match, what is allowed."""
+    names = sorted(allowed)
+    close = get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return InvalidOption(f"{what} {given!r} does not exist.{hint} Allowed: {', '.join(map(repr, names))}.")

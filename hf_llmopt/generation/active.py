@@ -1,0 +1,116 @@
+"""Who asked for llmopt: the running call, and the handle every optimized model carries as `model.llmopt`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..config import LLMOptConfig
+from ..engine import EngineLoop
+from ..errors import LLMOptError
+from ..stats import Stats
+
+
+@dataclass
+class Active:
+    """A `generate` call that runs under `llmopt=`.
+
+    Attributes:
+        model: The model it was called on; nested calls on other models stay stock.
+        config: What it asked for.
+        submit: Keyword arguments of `Group` if the prepared call is to be handed to the engine instead of run.
+        settled: The call was served, or its fall-through was reported.
+    """
+
+    model: PreTrainedModel
+    config: LLMOptConfig
+    submit: dict[str, Any] | None = None
+    settled: bool = False
+
+
+ACTIVE: ContextVar[Active | None] = ContextVar("hf_llmopt_active", default=None)
+
+
+class ModelHandle:
+    """`model.llmopt`: the default config of later `generate` calls, the engine, and the last call's figures.
+
+    Copies and pickles of a model carry the config only. The engine refers to the model weakly.
+
+    Attributes:
+        config: What `generate` without `llmopt=` uses; `None` for stock.
+        stats: Figures of the last call that asked for llmopt, or `None`.
+
+    Example:
+        >>> import hf_llmopt
+        >>> from hf_llmopt import demo
+        >>> model, tokenizer = demo.load()
+        >>> _ = hf_llmopt.optimize(model, llmopt="kv_cache")
+        >>> _ = model.generate(**tokenizer("import", return_tensors="pt"), max_new_tokens=4)
+        >>> model.llmopt.stats.served_by
+        'llmopt'
+    """
+
+    def __init__(self, config: LLMOptConfig | None = None) -> None:
+        self.config = config
+        self.stats: Stats | None = None
+        self._lock = threading.Condition(threading.RLock())
+        self._model: weakref.ref[PreTrainedModel] | None = None
+        self._engines: dict[Any, EngineLoop] = {}
+        self._unsupported: LLMOptError | None = None
+
+    def engine_for(self, model: PreTrainedModel, config: LLMOptConfig) -> EngineLoop:
+        """The model's engine for a config, made on first use.
+
+        Raises:
+            UnsupportedModel: The model cannot be served.
+        """
+        # Moved or cast weights change what pages hold; a new engine is made, old caches keep their old pages.
+        weight = model.get_input_embeddings().weight
+        key = (config.kv_cache, config.attention, config.batching, weight.device, weight.dtype)
+        with self._lock:
+            if self._model is None or self._model() is not model:
+                self._model, self._engines, self._unsupported = weakref.ref(model), {}, None
+            if self._unsupported is not None:
+                raise self._unsupported
+            if key not in self._engines:
+                try:
+                    engine = EngineLoop(model, config, self._lock)
+                except LLMOptError as error:
+                    self._unsupported = error
+                    raise
+                # Engines nobody is waiting for make way: their pages would only lie about.
+                self._engines = {k: e for k, e in self._engines.items() if e.groups or e.store.pages_used}
+                self._engines[key] = engine
+            return self._engines[key]
+
+    @property
+    def engine(self) -> EngineLoop | None:
+        """The engine that was made last, or `None`."""
+        return next(reversed(self._engines.values()), None)
+
+    def release(self) -> None:
+        """Give the memory of all pages back that no running call or returned cache needs."""
+        with self._lock:
+            self._engines = {k: e for k, e in self._engines.items() if e.groups}
+
+    def __repr__(self) -> str:
+        return f"ModelHandle(config={self.config!r}, stats={self.stats})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
+        return ModelHandle(self.config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelHandle, (self.config,)
+
+
+def handle_of(model: PreTrainedModel) -> ModelHandle:
+    """The model's handle, made on first use."""
+    handle = model.__dict__.get("llmopt")
+    if handle is None:
+        handle = model.__dict__["llmopt"] = ModelHandle()
+    return handle

@@ -1,0 +1,222 @@
+"""The rows of one `generate` call.
+
+At step t the group waits until every row has its logits. Then processors run once on stock's padded ids `[rows, length]`
+and float32 scores `[rows, vocabulary]`, one draw of noise picks the tokens, and criteria run once: whatever objects the
+user passed see exactly what stock's loop would show them, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..engine import EngineLoop, Request
+from ..engine.sampling import draw, greedy, sample
+from ..errors import CallbackFailed, LLMOptError, PromptTooLong
+from ..stats import Stats
+
+
+class Group:
+    """One call's rows, processors, criteria and outputs.
+
+    Args:
+        engine: Computes the rows' logits.
+        requests: One per row.
+        input_ids: Stock's padded ids `[rows, length]`; empty columns for a prompt given as embeddings.
+        processors: As `generate` prepared them.
+        criteria: As `generate` prepared them.
+        generation_config: As `generate` prepared it.
+        streamer: Gets every step's tokens, or `None`.
+        keep_running: Finished rows go on with padding tokens, because somebody could see their scores or keys.
+        position_limit: Positions the model has, or `None`.
+        generator: Source of the noise; `None` for torch's default.
+        on_tokens: Called with every step's tokens `[rows]` as a list, or `None`.
+    """
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        requests: list[Request],
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        keep_running: bool = True,
+        position_limit: int | None = None,
+        generator: torch.Generator | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.requests = requests
+        self.input_ids = input_ids
+        self.processors = processors
+        self.criteria = criteria
+        self.streamer = streamer
+        self.keep_running = keep_running
+        self.position_limit = position_limit
+        self.generator = generator
+        self.on_tokens = on_tokens
+        self.do_sample = bool(generation_config.do_sample)
+        self.returns_dict = returns = bool(generation_config.return_dict_in_generate)
+        self.scores: tuple[Tensor, ...] | None = () if returns and generation_config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if returns and generation_config.output_logits else None
+        self.pad = generation_config._pad_token_tensor
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.unfinished = torch.ones(len(requests), dtype=torch.long, device=input_ids.device)
+        self.live = list(requests)
+        self._active = len(requests)
+        self.done = False
+        # Run with the engine's lock held: once the rows have tables, and before their pages go back.
+        self.on_start: Callable[[], None] | None = None
+        self.on_done: Callable[[], None] | None = None
+        self.cache: Cache | None = None  # what `past_key_values` of the output is to be
+        self.stats = Stats(prompt_tokens=sum(len(r.tokens) - r.masked_tail for r in requests))
+        self.began = perf_counter()
+        self._paths: set[str] = set()
+
+    def run(self) -> None:
+        """Generate until every row has finished, stepping the engine in this thread.
+
+        Raises:
+            LLMOptError: The call failed; its pages were given back.
+        """
+        lock = self.engine.lock
+        try:
+            with lock:
+                while not self.start():
+                    lock.wait(0.05)
+            while not self.done:
+                with lock:
+                    while not self.ready():
+                        if not self.engine.step():
+                            lock.wait(0.05)
+                self.advance()
+        finally:
+            with lock:
+                self.engine.remove(self)
+
+    def start(self) -> bool:
+        """Join the engine, with its lock held; `False` if the group must wait for pages."""
+        if not self.engine.add(self):
+            return False
+        if self.on_start is not None:
+            self.on_start()
+        return True
+
+    def output(self) -> GenerateDecoderOnlyOutput | Tensor:
+        """What `generate` returns for this call."""
+        if not self.returns_dict:
+            return self.input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=self.cache
+        )
+
+    def ready(self) -> bool:
+        """Whether every row that is still computed has its logits.
+
+        Raises:
+            LLMOptError: A row failed.
+        """
+        for request in self.live:
+            if request.error is not None:
+                raise request.error
+            if request.logits is None:
+                return False
+        return True
+
+    def account(self, seconds: float, paths: set[str]) -> None:
+        """Count a step that computed some of these rows."""
+        self.stats.steps += 1
+        self.stats.forward_seconds += seconds
+        held = [sum(request.tables[i].held for request in self.live) for i in range(len(self.engine.store.groups))]
+        if sum(held) > self.stats.pages:
+            self.stats.pages = sum(held)
+            self.stats.page_bytes = sum(n * self.engine.store.page_bytes(i) for i, n in enumerate(held))
+        self._paths |= paths
+
+    def advance(self) -> None:
+        """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
+        tokens = self._choose(self._next_logits())
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self._call("stopping criterion", self.criteria, self.input_ids, self.scores)
+        unfinished: list[int] = self.unfinished.tolist()
+        chosen: list[int] = tokens.tolist()
+        if self.streamer is not None:
+            self._call("streamer", self.streamer.put, tokens.cpu())
+        if not self.stats.time_to_first_token:
+            self.stats.time_to_first_token = perf_counter() - self.began
+        self.stats.generated_tokens += self._active
+        self._active = sum(unfinished)
+        with self.engine.lock:
+            self._accept(chosen, unfinished)
+        if self.done and self.streamer is not None:
+            self._call("streamer", self.streamer.end)
+        if self.on_tokens is not None:
+            self.on_tokens(chosen)
+
+    @torch.no_grad()
+    def _next_logits(self) -> Tensor:
+        """float32 `[rows, vocabulary]` on the prompt's device; zeros for rows that are no longer computed."""
+        some = self.live[0].logits
+        missing = some.new_zeros(()).expand_as(some) if len(self.live) < len(self.requests) else some
+        rows = [missing if request.finished else request.logits for request in self.requests]
+        return torch.stack(rows).to(device=self.input_ids.device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def _choose(self, logits: Tensor) -> Tensor:
+        scores: Tensor = self._call("logits processor", self.processors, self.input_ids, logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        tokens = sample(scores, draw(scores, self.generator)) if self.do_sample else greedy(scores)
+        if self.pads:
+            tokens = tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished)
+        return tokens
+
+    def _call(self, what: str, function: Any, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except LLMOptError:
+            raise
+        except Exception as error:
+            raise CallbackFailed(f"A {what} raised {type(error).__name__}: {error}") from error
+
+    def _accept(self, tokens: list[int], unfinished: list[int]) -> None:
+        if not any(unfinished):
+            self._close()
+            for request, token in zip(self.requests, tokens, strict=True):
+                if not request.finished:
+                    request.append(token)
+            if self.on_done is not None:
+                self.on_done()
+            self.engine.remove(self)
+            return
+        for request, token, flag in zip(self.requests, tokens, unfinished, strict=True):
+            if request.finished:
+                continue
+            if not flag and not self.keep_running:
+                self.engine.finish(request)
+                continue
+            if self.position_limit is not None and request.next_position >= self.position_limit:
+                raise PromptTooLong(
+                    f"The model has {self.position_limit} positions and all are used after "
+                    f"{self.stats.generated_tokens} new tokens. Lower max_new_tokens or shorten the prompt."
+                )
+            request.append(token)
+        self.live = [request for request in self.requests if not request.finished]
+
+    def _close(self) -> None:
+        self.done = True
+        self.stats.seconds = perf_counter() - self.began
+        self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)
+        self.stats.preemptions = sum(request.preemptions for request in self.requests)
+        self.stats.attention = tuple(sorted(self._paths))

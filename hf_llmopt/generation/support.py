@@ -1,0 +1,112 @@
+"""The closed list of what falls through to stock transformers, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMixin
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from ..kv_cache import PagedCache
+
+# What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not know.
+TEXT_INPUTS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "inputs_embeds",
+    "cache_position",
+    "tokenizer",
+    "assistant_tokenizer",
+}
+
+
+def reason_against(
+    model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call of the sampling loop cannot be served, or `None` if it can.
+
+    Args:
+        model: The model.
+        generation_config: As `generate` prepared it.
+        synced_gpus: As given to the loop.
+        kwargs: The model's keyword arguments, as `generate` prepared them.
+    """
+    if kwargs.get("use_cache") is False:
+        return "use_cache=False: there is no cache to optimize"
+    if generation_config.output_attentions:
+        return "output_attentions=True needs attention weights that paged attention never forms"
+    if generation_config.output_hidden_states:
+        return "output_hidden_states=True is not collected by the engine"
+    if generation_config.cache_implementation is not None:
+        return f"cache_implementation={generation_config.cache_implementation!r} asks for one of transformers' own caches"
+    if generation_config.is_assistant:
+        return "the model is the assistant of another model"
+    if synced_gpus or is_fsdp_managed_module(model):
+        return "synced_gpus, FSDP and DeepSpeed need every process to step together"
+    if model.training:
+        return "the model is in training mode; call model.eval()"
+    if torch.is_autocast_enabled(model.device.type):
+        return "torch.autocast is on: keys would be stored in another dtype than the model's"
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in TEXT_INPUTS)
+    if unknown:
+        return f"the model input {unknown[0]!r} is not one of a plain text prompt"
+    return _cache_reason(kwargs.get("past_key_values")) or _override_reason(model)
+
+
+def _cache_reason(cache: Cache | None) -> str | None:
+    if cache is None or isinstance(cache, PagedCache):
+        return None
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return f"past_key_values is a {type(cache).__name__}, not a DynamicCache or PagedCache"
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return f"past_key_values has a {type(layer).__name__}"
+    return None
+
+
+def _override_reason(model: PreTrainedModel) -> str | None:
+    if "prepare_inputs_for_generation" in vars(model) or "forward" in vars(model) and not hasattr(model, "_hf_hook"):
+        return "the model instance's forward or prepare_inputs_for_generation was replaced (by PEFT prompt learning?)"
+    if type(model)._update_model_kwargs_for_generation is not GenerationMixin._update_model_kwargs_for_generation:
+        return f"{type(model).__name__} updates its inputs between steps in its own way"
+    return None
+
+
+def rope_limit(model: PreTrainedModel) -> int | None:
+    """Tokens beyond which the rotary embedding depends on the longest sequence in the batch; `None` if it never does.
+
+    "dynamic" and "longrope" scaling choose their frequencies from the largest position of the forward pass.
+    """
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    limits = [
+        values.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for values in nested
+        if values.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions of a learned position table, which cannot be exceeded; `None` if positions are computed."""
+    table = next(
+        (
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Embedding)
+            and (name.endswith("wpe") or "position" in name.rsplit(".", 1)[-1])
+        ),
+        None,
+    )
+    if table is None:
+        return None
+    return table.num_embeddings - int(getattr(table, "offset", 0))

@@ -1,0 +1,265 @@
+"""From what `generate` hands to its decoding loop to a `Group` of requests.
+
+Rows lose their padding here: a request holds real tokens only, each with the position id that `generate` gave it. Masked
+columns between real tokens are dropped too; attention without them is the same sum. Two things need care:
+
+* A masked last column (right padding) is the token whose logits stock's loop reads. It becomes a query without a key.
+* Sliding windows and chunks count padded columns in stock, so rows with masked columns between real tokens are served only
+  while no window can bind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from ..config import LLMOptConfig
+from ..engine import EngineLoop, Request
+from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, TokenOutOfRange, UnsupportedModel
+from ..kv_cache import PagedCache
+from .active import handle_of
+from .group import Group
+from .output import export_cache, import_cache, write_back
+from .support import position_limit, reason_against, rope_limit
+
+
+def translate(
+    model: PreTrainedModel,
+    config: LLMOptConfig,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    submit: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Group:
+    """Build the group of a call; the arguments are those of `GenerationMixin._sample`.
+
+    Args:
+        model: The model.
+        config: What the call asked for.
+        input_ids: Padded ids `[rows, length]`.
+        logits_processor: Prepared by `generate`.
+        stopping_criteria: Prepared by `generate`.
+        generation_config: Prepared by `generate`.
+        synced_gpus: Prepared by `generate`.
+        streamer: The user's, or `None`.
+        submit: Further arguments of `Group` for a request of `Engine.submit`; it may be preempted.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        NotServed: The call needs stock's loop; the message is the reason.
+        InvalidRequest: The inputs cannot be generated from.
+    """
+    if reason := reason_against(model, generation_config, synced_gpus, kwargs):
+        raise NotServed(reason)
+    max_length = stopping_criteria.max_length
+    if max_length is None:
+        raise NotServed("no stopping criterion limits the length")
+    try:
+        engine = handle_of(model).engine_for(model, config)
+    except UnsupportedModel as error:
+        raise NotServed(str(error)) from error
+    prompt = _Prompt(model, input_ids, generation_config, kwargs)
+    total = prompt.mask.shape[1] + max_length - input_ids.shape[1]
+    _check_lengths(model, engine, prompt, total)
+    requests = [_request(engine, prompt, row, total, generation_config) for row in range(input_ids.shape[0])]
+    _share_prompts(requests, prompt, generation_config)
+    group = Group(
+        engine,
+        requests,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        streamer,
+        _keeps_running(logits_processor, stopping_criteria, generation_config, streamer, prompt),
+        position_limit(model),
+        **(submit or {}),
+    )
+    if submit is not None and prompt.past is None:
+        for request in requests:
+            request.protected = request.masked_tail
+    _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate))
+    return group
+
+
+def _attach_caches(group: Group, prompt: _Prompt, returns: bool) -> None:
+    """Fill the rows' pages from the caller's cache at the start, and keep them as a cache in the end."""
+    engine, requests, past, length = group.engine, group.requests, prompt.past, group.input_ids.shape[1]
+
+    def on_start() -> None:
+        if prompt.past_length:
+            import_cache(engine, requests, past, prompt.mask[:, : prompt.past_length])
+
+    def on_done() -> None:
+        generated = group.input_ids.shape[1] - length
+        result = export_cache(engine, requests, prompt.mask, prompt.mask.shape[1] + generated - 1)
+        if past is not None:
+            write_back(past, result)
+        group.cache = result if past is None else past
+
+    group.on_start = on_start
+    if returns or past is not None:
+        group.on_done = on_done
+
+
+class _Prompt:
+    """The prompt's tensors, split into what a given cache holds and what is new.
+
+    Attributes:
+        past: The caller's cache, or `None`.
+        past_length: Columns it holds.
+        ids: New ids `[rows, new]` (arbitrary where embeddings are given).
+        embeds: New embeddings `[rows, new, hidden]`, or `None`.
+        mask: Bool `[rows, past_length + new]`.
+        positions: Position ids of the new columns `[rows, new]`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, kwargs: dict[str, Any]
+    ) -> None:
+        rows = input_ids.shape[0]
+        cache = kwargs.get("past_key_values")
+        self.past = cache if getattr(cache, "_is_user_defined", False) else None
+        self.past_length = self.past.get_seq_length() if self.past is not None else 0
+        embeds: Tensor | None = kwargs.get("inputs_embeds")
+        mask: Tensor | None = kwargs.get("attention_mask")
+        given = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        if mask is not None:
+            covered = mask.shape[1]
+        else:  # 5.23 drops a mask of ones and keeps its length here; older versions never drop it
+            covered = getattr(generation_config, "_mask_length", given)
+        # As stock: inputs as long as the mask contain what the cache holds, shorter ones are new.
+        skip = self.past_length if embeds is not None or covered == given else 0
+        new = given - skip
+        if new <= 0:
+            raise NotServed(
+                f"the cache already holds {self.past_length} tokens and the inputs have {given}: no new token to start from"
+            )
+        length = self.past_length + new
+        if mask is None:
+            self.mask = torch.ones(rows, length, dtype=torch.bool)
+        else:
+            if mask.shape != (rows, length):
+                raise InvalidRequest(
+                    f"attention_mask has shape {list(mask.shape)}, cache and inputs together {[rows, length]}."
+                )
+            self.mask = mask.to(device="cpu", dtype=torch.bool)
+        positions: Tensor | None = kwargs.get("position_ids")
+        if positions is None:
+            positions = (self.mask.long().cumsum(-1) - 1).masked_fill(~self.mask, 0)
+        if positions.dim() != 2:
+            raise NotServed(f"position_ids have {positions.dim()} dimensions, not 2")
+        self.positions = positions[:, -new:].expand(rows, -1).cpu()
+        self.embeds = None if embeds is None else embeds[:, -new:]
+        self.ids = input_ids[:, -new:].cpu() if embeds is None else torch.zeros(rows, new, dtype=torch.long)
+        self._check_ids(model)
+
+    def _check_ids(self, model: PreTrainedModel) -> None:
+        if self.ids.dtype not in (torch.int32, torch.int64):
+            raise InvalidRequest(f"input_ids must be int32 or int64, got {self.ids.dtype}.")
+        real = self.mask[:, self.past_length :]
+        empty = (~self.mask.any(dim=1)).nonzero()[:, 0].tolist()
+        if empty:
+            raise EmptyPrompt(
+                f"Row(s) {empty} have no unmasked token. Give each at least one token (the BOS token, say)."
+            )
+        size = model.get_input_embeddings().weight.shape[0]
+        bad = ((self.ids < 0) | (self.ids >= size)) & real
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise TokenOutOfRange(
+                f"Row {row} contains token id {int(self.ids[row, column])}; the model's ids are 0 to {size - 1}. "
+                "Is the tokenizer the model's own?"
+            )
+
+    def gaps(self) -> bool:
+        """Whether a row has masked columns behind its first real one."""
+        return bool((self.mask.long().diff(dim=1) < 0).any())
+
+
+def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, total: int) -> None:
+    limit = rope_limit(model)
+    if limit is not None and total > limit:
+        raise NotServed(
+            f"beyond {limit} tokens the model's rotary embedding depends on the longest sequence of the batch, and the "
+            f"call may reach {total}"
+        )
+    windows = [group.window for group in engine.store.groups if group.window]
+    if windows and total > min(windows) and prompt.gaps():
+        raise NotServed(
+            f"a row has masked tokens behind real ones (right padding?), which count in the model's window of "
+            f"{min(windows)} tokens; pad on the left"
+        )
+    if engine.store.reads_columns and prompt.gaps():
+        raise NotServed("a row has masked tokens behind real ones (right padding?), and the model counts padded columns")
+    if prompt.past is not None and not engine.store.dense and not isinstance(prompt.past, PagedCache):
+        raise NotServed("the model hands compressed states to its cache, and pages hold the expanded keys")
+    limit = position_limit(model)
+    longest = int(prompt.positions.max()) + 1
+    if limit is not None and longest > limit:
+        raise PromptTooLong(f"The prompt needs {longest} positions, the model has {limit}. Shorten the prompt.")
+
+
+def _request(
+    engine: EngineLoop, prompt: _Prompt, row: int, total: int, generation_config: GenerationConfig
+) -> Request:
+    past = prompt.past_length
+    real = prompt.mask[row, past:].nonzero()[:, 0]
+    masked_tail = not bool(prompt.mask[row, -1])
+    if masked_tail:
+        real = torch.cat([real, torch.tensor([prompt.mask.shape[1] - past - 1])])
+    cached = int(prompt.mask[row, :past].sum())
+    positions = prompt.positions[row]
+    request = Request(
+        tokens=[0] * cached + prompt.ids[row, real].tolist(),
+        positions=[0] * cached + positions[real].tolist(),
+        next_position=int(positions[-1]) + 1,
+        # A forked cache's last page may have to be copied: one page more.
+        rooms=engine.rooms(cached + len(real) + total - prompt.mask.shape[1] + (engine.store.page_size if past else 0)),
+        left_padding=int(prompt.mask[row].long().argmax()),
+        masked_tail=masked_tail,
+        chunk=generation_config.prefill_chunk_size,
+        protected=True,
+    )
+    if prompt.embeds is not None:
+        embeds = prompt.embeds[row, real.to(prompt.embeds.device)]
+        request.embeds = torch.cat([embeds.new_zeros(cached, embeds.shape[1]), embeds])
+    return request
+
+
+def _share_prompts(requests: list[Request], prompt: _Prompt, generation_config: GenerationConfig) -> None:
+    """Let rows with the same prompt share its pages: `num_return_sequences`, or equal prompts in a batch."""
+    first: dict[Any, Request] = {}
+    copies = max(1, generation_config.num_return_sequences or 1)
+    for row, request in enumerate(requests):
+        if prompt.past is not None:
+            continue
+        same_embeds = row // copies if prompt.embeds is not None else None
+        key = (tuple(request.tokens), tuple(request.positions), request.masked_tail, same_embeds)
+        parent = first.setdefault(key, request)
+        if parent is not request:
+            request.parent = parent
+
+
+def _keeps_running(
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any,
+    prompt: _Prompt,
+) -> bool:
+    """Whether somebody could see what finished rows would compute on padding tokens."""
+    if generation_config.return_dict_in_generate or prompt.past is not None:
+        return True
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        return True  # stock pads finished rows only if there is an EOS criterion
+    ours = all(type(item).__module__.startswith("transformers.") for item in (*processors, *criteria))
+    guided = generation_config.guidance_scale not in (None, 1)
+    return not ours or guided

@@ -1,0 +1,220 @@
+"""Teach transformers the keyword `llmopt=`. The only module that sets an attribute on transformers.
+
+`install` wraps four methods and replaces one registry entry; each wrapper passes everything through unless `llmopt=` is
+given or the model carries a default. `uninstall` puts the very same objects back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from transformers import PreTrainedModel, TextGenerationPipeline
+from transformers.generation import GenerationMixin
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from . import attention
+from .config import LLMOptConfig
+from .errors import InstallConflict, NotServed, UnsupportedModel
+from .generation import ACTIVE, Active, handle_of, translate
+from .stats import Stats
+
+_TASK = "text-generation"
+_patches: list[tuple[Any, str, Any, Any]] = []  # (owner, name, original, ours)
+
+
+def install() -> None:
+    """Add the keyword `llmopt=` to transformers. Calling it twice is the same as calling it once.
+
+    Example:
+        >>> import hf_llmopt
+        >>> hf_llmopt.install()
+    """
+    if _patches:
+        return
+    attention.register()
+    for owner, name, wrap in (
+        (PreTrainedModel, "from_pretrained", _from_pretrained),
+        (GenerationMixin, "generate", _generate),
+        (GenerationMixin, "_sample", _sample),
+        (GenerationMixin, "_assisted_decoding", _not_served("assisted decoding (assistant_model, prompt lookup)")),
+        (GenerationMixin, "_beam_search", _not_served("beam search")),
+    ):
+        original = vars(owner)[name]
+        ours = wrap(original)
+        setattr(owner, name, ours)
+        _patches.append((owner, name, original, ours))
+    entry = PIPELINE_REGISTRY.supported_tasks[_TASK]
+    _patches.append((entry, "impl", entry["impl"], _TextGenerationPipeline))
+    entry["impl"] = _TextGenerationPipeline
+
+
+def uninstall() -> None:
+    """Remove the keyword and put the original objects back.
+
+    Raises:
+        InstallConflict: Another library patched one of them afterwards; nothing was changed.
+
+    Example:
+        >>> import hf_llmopt
+        >>> hf_llmopt.uninstall()
+        >>> hf_llmopt.install()
+    """
+    for owner, name, _, ours in _patches:
+        if (owner.get(name) if isinstance(owner, dict) else vars(owner).get(name)) is not ours:
+            raise InstallConflict(f"{owner!r}'s {name!r} was patched after hf_llmopt; undo that patch first.")
+    while _patches:
+        owner, name, original, _ = _patches.pop()
+        if isinstance(owner, dict):
+            owner[name] = original
+        else:
+            setattr(owner, name, original)
+
+
+def optimize(model: PreTrainedModel, llmopt: Any = True) -> PreTrainedModel:
+    """Set what later `generate` calls of a loaded model use.
+
+    Args:
+        model: Changed in place: it gets the attribute `llmopt`.
+        llmopt: Any form of the keyword; `False` goes back to stock.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InvalidOption: The keyword names something that does not exist.
+        UnsupportedModel: The model has a `generate` or a sampling loop of its own.
+
+    Example:
+        >>> import hf_llmopt
+        >>> from hf_llmopt import demo
+        >>> model, tokenizer = demo.load()
+        >>> hf_llmopt.optimize(model, llmopt="kv_cache") is model
+        True
+    """
+    config = LLMOptConfig.parse(llmopt)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModel(f"llmopt= optimizes a transformers PreTrainedModel, got {type(model).__name__}.")
+    if config is not None:
+        _require_stock_loop(model)
+    handle_of(model).config = config
+    return model
+
+
+def _require_stock_loop(model: PreTrainedModel) -> None:
+    for name in ("generate", "_sample"):
+        if getattr(type(model), name, None) is not getattr(GenerationMixin, name):
+            raise UnsupportedModel(
+                f"{type(model).__name__} defines its own {name}(), which llmopt= cannot replace. "
+                "Load the model without llmopt=."
+            )
+
+
+def _from_pretrained(original: Any) -> Any:
+    @wraps(original.__func__)
+    def from_pretrained(cls: Any, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
+        config = LLMOptConfig.parse(llmopt)  # before anything is loaded
+        model = original.__func__(cls, *args, **kwargs)
+        if config is None:
+            return model
+        if isinstance(model, tuple):  # output_loading_info=True
+            return optimize(model[0], config), *model[1:]
+        return optimize(model, config)
+
+    return classmethod(from_pretrained)
+
+
+def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def generate(self: Any, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
+        outer = ACTIVE.get()
+        if outer is not None and outer.model is self and outer.submit is not None and llmopt is None:
+            return original(self, *args, **kwargs)
+        handle = vars(self).get("llmopt")
+        config = LLMOptConfig.parse(llmopt) if llmopt is not None else (handle.config if handle else None)
+        if config is None:
+            with _active(None):
+                return original(self, *args, **kwargs)
+        _require_stock_loop(self)
+        with _active(Active(self, config)) as active:
+            if kwargs.get("custom_generate") is not None:
+                _fall_through(active, "custom_generate= replaces the loop that llmopt= would serve")
+            elif kwargs.get("cache_implementation") == "paged":
+                _fall_through(active, "cache_implementation='paged' asks for transformers' own continuous batching")
+            result = original(self, *args, **kwargs)
+            if not active.settled:
+                _fall_through(active, "transformers chose a decoding method other than greedy search or sampling")
+            return result
+
+    return generate
+
+
+@contextmanager
+def _active(active: Active | None) -> Iterator[Any]:
+    token = ACTIVE.set(active)
+    try:
+        yield active
+    finally:
+        ACTIVE.reset(token)
+
+
+def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        active = ACTIVE.get()
+        if active is None or active.model is not self:
+            return original(self, *args, **kwargs)
+        try:
+            group = translate(self, active.config, *args, submit=active.submit, **kwargs)
+        except NotServed as reason:
+            if active.submit is not None:
+                raise
+            _fall_through(active, str(reason))
+            return original(self, *args, **kwargs)
+        active.settled = True
+        if active.submit is not None:
+            return group
+        handle_of(self).stats = group.stats
+        group.run()
+        return group.output()
+
+    return _sample
+
+
+def _not_served(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            active = ACTIVE.get()
+            if active is not None and active.model is self:
+                _fall_through(active, f"{what} is not served")
+            return original(self, *args, **kwargs)
+
+        return method
+
+    return wrap
+
+
+def _fall_through(active: Active, reason: str) -> None:
+    """Say once why transformers serves this call, or raise if the caller is strict."""
+    if active.settled:
+        return
+    active.settled = True
+    if active.config.strict or active.submit is not None:
+        raise NotServed(f"strict=True, and transformers would have to serve this call: {reason}.")
+    handle_of(active.model).stats = Stats(served_by="transformers", reason=reason)
+    warnings.warn(f"llmopt: transformers serves this call: {reason}.", UserWarning, stacklevel=4)
+
+
+class _TextGenerationPipeline(TextGenerationPipeline):
+    """`pipeline("text-generation", ...)`: optimizes the model if `llmopt=` is given, and is the stock class otherwise."""
+
+    def __new__(cls, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
+        config = LLMOptConfig.parse(llmopt)
+        pipeline = TextGenerationPipeline(*args, **kwargs)
+        if config is not None:
+            optimize(pipeline.model, config)
+        return pipeline

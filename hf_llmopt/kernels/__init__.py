@@ -1,0 +1,1 @@
+"""Operations on pages: `reference` is the plain-torch definition of each."""

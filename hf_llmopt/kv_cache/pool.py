@@ -1,0 +1,218 @@
+"""Pages: who holds which (no torch here).
+
+A page is a slot for `page_size` consecutive tokens of one request, in every layer of one cache group. `PagePool` counts
+references to page ids; `BlockTable` lists the pages of one request in token order. Page 0 belongs to nobody: padding
+reads and writes it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import OutOfPages
+
+_FREE, _HELD, _PLANNED = 0, 1, 2  # a planned page is free, but lies where some table expects to grow
+
+
+class PagePool:
+    """Reference-counted page ids 1 ... `num_pages`.
+
+    Pages are handed out in runs where possible: attention reads a run without gathering. A request says how many pages
+    it may need in all (`room`); others are placed behind that room while there is space elsewhere.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = 0
+        self.used = 0
+        self._state = bytearray([_HELD])
+        self._refs = [0]
+        self.grow(num_pages)
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return self.num_pages - self.used
+
+    def grow(self, num_pages: int) -> None:
+        """Raise the number of pages to `num_pages`; ids that are held stay valid."""
+        extra = max(0, num_pages - self.num_pages)
+        self._state.extend(bytes(extra))
+        self._refs.extend([0] * extra)
+        self.num_pages += extra
+
+    def refs(self, page: int) -> int:
+        """How many tables hold `page`."""
+        return self._refs[page]
+
+    def take(self, count: int, after: int | None = None, room: int = 0) -> tuple[list[int], range]:
+        """Hand out `count` pages, with one reference each.
+
+        Args:
+            count: How many.
+            after: Prefer the pages that follow this one.
+            room: Where a new run starts, plan for this many pages in a row.
+
+        Returns:
+            The pages, and the pages planned behind them, to be handed to `unplan` in the end.
+
+        Raises:
+            OutOfPages: Fewer than `count` pages are free; nothing was taken.
+        """
+        if count > self.free:
+            raise OutOfPages(f"{count} pages are needed, {self.free} of {self.num_pages} are free.")
+        pages: list[int] = []
+        if after is not None:
+            while len(pages) < count and after < self.num_pages and self._state[after + 1] != _HELD:
+                after += 1
+                pages.append(self._hold(after))
+        if len(pages) == count:
+            return pages, range(0)
+        run, plan = self._new_run(count - len(pages), room)
+        return pages + run, plan
+
+    def _new_run(self, count: int, room: int) -> tuple[list[int], range]:
+        start = self._state.find(bytes(max(count, room)))
+        if start < 0:
+            start = self._state.find(bytes(count))
+        if start < 0:  # no run is left: take single pages, unplanned ones first
+            free = [page for state in (_FREE, _PLANNED) for page in self._pages_in(state)]
+            return [self._hold(page) for page in free[:count]], range(0)
+        plan = range(start + count, min(start + room, self.num_pages + 1))
+        for page in plan:
+            if self._state[page] == _FREE:
+                self._state[page] = _PLANNED
+        return [self._hold(page) for page in range(start, start + count)], plan
+
+    def _pages_in(self, state: int) -> list[int]:
+        return [page for page, its_state in enumerate(self._state) if its_state == state]
+
+    def _hold(self, page: int) -> int:
+        self._state[page] = _HELD
+        self._refs[page] = 1
+        self.used += 1
+        return page
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add a reference to each page (page 0 is skipped)."""
+        for page in pages:
+            if page:
+                self._refs[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop a reference to each page (page 0 is skipped); a page without references is free."""
+        for page in pages:
+            if not page:
+                continue
+            if self._refs[page] <= 0:
+                raise AssertionError(f"page {page} was released more often than it was taken")
+            self._refs[page] -= 1
+            if not self._refs[page]:
+                self._state[page] = _FREE
+                self.used -= 1
+
+    def unplan(self, plan: range) -> None:
+        """Forget that a table expected to grow into these pages."""
+        for page in plan:
+            if self._state[page] == _PLANNED:
+                self._state[page] = _FREE
+
+
+@dataclass
+class BlockTable:
+    """The pages of one request in one cache group, in token order.
+
+    Attributes:
+        pool: Where the pages come from.
+        page_size: Tokens per page.
+        room: Pages the request may need in all, 0 if unknown.
+        pages: Page ids; 0 where a sliding window has passed.
+        passed: Leading entries of `pages` that are 0.
+        run: Index from which on `pages` are consecutive ids.
+    """
+
+    pool: PagePool
+    page_size: int
+    room: int = 0
+    pages: array[int] = field(default_factory=lambda: array("i"))
+    passed: int = 0
+    run: int = 0
+    _plans: list[range] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        """Pages this table holds."""
+        return len(self.pages) - self.passed
+
+    def _plan(self, start: int, stop: int) -> tuple[int, int]:
+        """Entries to keep, and pages to take, so that tokens [start, stop) can be written.
+
+        From the first entry in that range that somebody else reads too, entries are replaced by copies.
+        """
+        written = range(start // self.page_size, len(self.pages))
+        keep = next((i for i in written if self.pool.refs(self.pages[i]) > 1), len(self.pages))
+        return keep, max(-(-stop // self.page_size), len(self.pages)) - keep
+
+    def missing(self, start: int, stop: int) -> int:
+        """How many pages `reserve(start, stop)` will take."""
+        return self._plan(start, stop)[1]
+
+    def reserve(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Make room to write tokens [start, stop).
+
+        Returns:
+            Pairs (from, to) of pages whose contents must be copied before the write (copy-on-write).
+
+        Raises:
+            OutOfPages: Not enough pages are free; the table is unchanged.
+        """
+        keep, count = self._plan(start, stop)
+        if not count:
+            return []
+        after = self.pages[keep - 1] if keep and self.pages[keep - 1] else None
+        taken, plan = self.pool.take(count, after, self.room - keep)
+        if plan:
+            self._plans.append(plan)
+        replaced = self.pages[keep:]
+        self.pool.release(replaced)
+        del self.pages[keep:]
+        self.run = min(self.run, keep)
+        for page in taken:
+            if self.pages and page != self.pages[-1] + 1:
+                self.run = len(self.pages)
+            self.pages.append(page)
+        return list(zip(replaced, taken, strict=False))
+
+    def skip(self, first_token: int) -> None:
+        """Start an empty table behind pages that a sliding window has passed already."""
+        self.passed = self.run = first_token // self.page_size
+        self.pages.extend([0] * self.passed)
+
+    def fork(self) -> BlockTable:
+        """A second table over the same pages; the first to write to a page copies it."""
+        self.pool.share(self.pages)
+        return BlockTable(self.pool, self.page_size, self.room, self.pages[:], self.passed, self.run)
+
+    def trim(self, first_token: int) -> None:
+        """Give back the pages that end before `first_token`: a sliding window has passed them."""
+        passed = min(first_token // self.page_size, len(self.pages))
+        for entry in range(self.passed, passed):
+            self.pool.release(self.pages[entry : entry + 1])
+            self.pages[entry] = 0
+        self.passed = max(self.passed, passed)
+        self.run = max(self.run, min(self.passed, len(self.pages)))
+
+    def crop(self, num_tokens: int) -> None:
+        """Keep the pages of the first `num_tokens` tokens only."""
+        keep = -(-num_tokens // self.page_size)
+        self.pool.release(self.pages[keep:])
+        del self.pages[keep:]
+        self.passed, self.run = min(self.passed, keep), min(self.run, keep)
+
+    def clear(self) -> None:
+        """Give every page back."""
+        self.crop(0)
+        for plan in self._plans:
+            self.pool.unplan(plan)
+        self._plans.clear()

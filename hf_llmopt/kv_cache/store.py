@@ -1,0 +1,205 @@
+"""The tensors behind the pages.
+
+Every layer keeps its keys and values in two tensors of slots, `[pages * page_size, kv_heads, width]`; token i of a
+request lies in slot `pages[i // page_size] * page_size + i % page_size`. Layers with the same lifetime form a group and
+share page ids, so there is one block table per request and group, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..config import KVCacheConfig
+from ..errors import OutOfPages
+from .pool import BlockTable, PagePool
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer stores for a token.
+
+    Attributes:
+        kind: `"full"`, `"sliding"` (the last `window` tokens are visible) or `"chunked"` (those of the same chunk).
+        window: Tokens of the window or chunk, 0 for full attention.
+        kv_heads: Key and value heads.
+        key_dim: Width of a key.
+        value_dim: Width of a value.
+        dtype: Number format.
+        device: Where the layer lives.
+    """
+
+    kind: str
+    window: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass
+class CacheGroup:
+    """Layers whose keys and values live equally long."""
+
+    kind: str
+    window: int
+    layers: list[int]
+    pool: PagePool
+
+    def first_visible(self, position: int) -> int:
+        """Index of the first token that the query at index `position` may see."""
+        if self.kind == "sliding":
+            return max(0, position + 1 - self.window)
+        if self.kind == "chunked":
+            return position - position % self.window
+        return 0
+
+    def pages_for(self, num_tokens: int, page_size: int, span: int) -> int:
+        """Most pages a request of `num_tokens` tokens holds at one time, if a step computes up to `span` of them."""
+        pages = -(-num_tokens // page_size)
+        if self.kind == "full":
+            return pages
+        return min(pages, -(-(self.window + span) // page_size) + 1)
+
+
+class PagedStore:
+    """Keys and values of every layer in pages, grown on demand within a budget.
+
+    Args:
+        layers: What each layer stores, by layer index.
+        config: Page size and budget.
+        dense: Whether pages hold what the model hands to a cache (not so for latent attention, which expands it).
+        reads_columns: Whether the model asks its cache for the padded column of a token.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerSpec], config: KVCacheConfig, dense: bool = True, reads_columns: bool = False
+    ) -> None:
+        self.layers = list(layers)
+        self.dense = dense
+        self.reads_columns = reads_columns
+        self.config = config
+        self.page_size = config.page_size
+        self.groups: list[CacheGroup] = []
+        self.group_of: list[int] = []
+        for index, layer in enumerate(self.layers):
+            key = (layer.kind, layer.window)
+            known = [(group.kind, group.window) for group in self.groups]
+            if key not in known:
+                self.groups.append(CacheGroup(*key, [], PagePool(0)))
+                known.append(key)
+            self.group_of.append(known.index(key))
+            self.groups[self.group_of[-1]].layers.append(index)
+        # Rows of collected `PagedCache` objects. Collection may strike inside a pool's method, so it only queues them.
+        self.dropped: deque[list[list[BlockTable]]] = deque()
+        self.keys = [self._slots(layer, layer.key_dim, 1) for layer in self.layers]
+        self.values = [self._slots(layer, layer.value_dim, 1) for layer in self.layers]
+
+    def _slots(self, layer: LayerSpec, width: int, pages: int) -> Tensor:
+        # Zeros, because slots that no token was written to are read under a mask, and 0 * NaN would be NaN.
+        shape = (pages * self.page_size, layer.kv_heads, width)
+        return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+
+    def page_bytes(self, group: int) -> int:
+        """Bytes of one page in all layers of a group."""
+        return self.page_size * sum(self.layers[index].token_bytes for index in self.groups[group].layers)
+
+    @property
+    def pages_used(self) -> int:
+        """Pages held by anybody, all groups together."""
+        self.reclaim()
+        return sum(group.pool.used for group in self.groups)
+
+    def reclaim(self) -> None:
+        """Take back the pages of caches that were garbage collected."""
+        while self.dropped:
+            for tables in self.dropped.popleft():
+                for table in tables:
+                    table.clear()
+
+    def limits(self) -> list[int]:
+        """Most pages each group's pool may have under the budget."""
+        limits = []
+        for index, group in enumerate(self.groups):
+            if self.config.max_tokens is not None:
+                limits.append(-(-self.config.max_tokens // self.page_size))
+                continue
+            share = self.page_bytes(index) / sum(self.page_bytes(other) for other in range(len(self.groups)))
+            free = min(_free_bytes(self.layers[layer].device) for layer in group.layers)
+            extra = int(free * self.config.memory_fraction * share) // self.page_bytes(index)
+            limits.append(group.pool.num_pages + extra)
+        return limits
+
+    def provide(self, pages: Sequence[int]) -> None:
+        """Grow the pools, as far as the budget allows, until `pages[group]` pages are free in each group."""
+        self.reclaim()
+        missing = [count - group.pool.free for count, group in zip(pages, self.groups, strict=True)]
+        if all(count <= 0 for count in missing):
+            return
+        for index, (count, limit) in enumerate(zip(missing, self.limits(), strict=True)):
+            pool = self.groups[index].pool
+            if count > 0 and limit > pool.num_pages:
+                # At least half as much again, so that a growing number of requests copies its pages seldom.
+                self._grow(index, min(limit, pool.num_pages + max(count, pool.num_pages // 2)))
+
+    def _grow(self, group: int, num_pages: int) -> None:
+        try:
+            for index in self.groups[group].layers:
+                for tensors in (self.keys, self.values):
+                    old = tensors[index]
+                    tensors[index] = self._slots(self.layers[index], old.shape[2], num_pages + 1)
+                    tensors[index][: old.shape[0]] = old
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "alloc" not in str(error) and "memory" not in str(error):
+                raise
+            raise OutOfPages(f"The device has no memory for {num_pages} pages of the KV cache: {error}") from error
+        self.groups[group].pool.grow(num_pages)
+
+    def tables(self, rooms: Sequence[int]) -> list[BlockTable]:
+        """Empty block tables of a new request, one per group."""
+        return [BlockTable(group.pool, self.page_size, room) for group, room in zip(self.groups, rooms, strict=True)]
+
+    def copy_pages(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (from, to) in all layers of a group."""
+        source, target = zip(*pairs, strict=True)
+        for index in self.groups[group].layers:
+            for slots in (self.keys[index], self.values[index]):
+                pages = slots.view(-1, self.page_size, *slots.shape[1:])
+                pages[list(target)] = pages[list(source)]
+
+    def wipe(self, tables: Sequence[BlockTable]) -> None:
+        """Zero the pages of a request that produced NaN, so that no later reader meets them."""
+        for group, table in zip(self.groups, tables, strict=True):
+            pages = [page for page in table.pages if page]
+            for index in group.layers:
+                for slots in (self.keys[index], self.values[index]):
+                    slots.view(-1, self.page_size, *slots.shape[1:])[pages] = 0
+
+    def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
+        """Slots of tokens [start, stop), int64 on the CPU. Passed tokens lie in page 0."""
+        tokens = torch.arange(start, stop)
+        pages = torch.tensor(table.pages, dtype=torch.int64)
+        return pages[tokens // self.page_size] * self.page_size + tokens % self.page_size
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]` in their slots."""
+        self.keys[layer].index_copy_(0, slots, keys)
+        self.values[layer].index_copy_(0, slots, values)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,70 @@
+"""What happened: one `Stats` per `generate` call or request."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Figures of one `generate` call (all of its rows together).
+
+    Attributes:
+        served_by: `"llmopt"` or `"transformers"`.
+        reason: Why transformers served the call, if it did.
+        prompt_tokens: Unmasked prompt tokens of all rows, cached ones included.
+        cached_tokens: Prompt tokens whose keys and values were found instead of computed.
+        generated_tokens: Tokens sampled for unfinished rows.
+        steps: Forward passes this call took part in.
+        seconds: Wall time from the call's start to its last token.
+        forward_seconds: Part of `seconds` spent inside the model's forward pass.
+        time_to_first_token: Seconds from the call's start to its first sampled token.
+        pages: Most pages the call held at one time, all cache groups together.
+        page_bytes: Bytes of those pages.
+        preemptions: How often a row gave its pages back and was computed again.
+        attention: Names of the attention paths that ran.
+    """
+
+    served_by: str = "llmopt"
+    reason: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    pages: int = 0
+    page_bytes: int = 0
+    preemptions: int = 0
+    attention: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the whole call's wall time."""
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def overhead_ms_per_step(self) -> float:
+        """Milliseconds a step spends outside the model's forward pass."""
+        return 1e3 * (self.seconds - self.forward_seconds) / self.steps if self.steps else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, the derived ones included, ready for JSON."""
+        derived = {
+            "tokens_per_second": self.tokens_per_second,
+            "overhead_ms_per_step": self.overhead_ms_per_step,
+        }
+        return {**asdict(self), **derived}
+
+    def __str__(self) -> str:
+        if self.served_by != "llmopt":
+            return f"served by transformers: {self.reason}"
+        return (
+            f"served by llmopt: {self.generated_tokens} tokens in {self.seconds:.3f} s "
+            f"({self.tokens_per_second:.1f} tokens/s), first after {self.time_to_first_token * 1e3:.1f} ms; "
+            f"{self.steps} steps, {self.overhead_ms_per_step:.2f} ms each outside the model; "
+            f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens found; "
+            f"{self.pages} pages ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
+        )

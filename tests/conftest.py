@@ -1,0 +1,66 @@
+"""What every test shares: no network, two threads, fixed seeds, one tiny model per architecture."""
+
+import random
+import socket
+
+import numpy
+import pytest
+import torch
+from architectures import build
+
+# A tiny model gains nothing from more, and the numbers must not depend on the machine.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuses every connection that leaves the machine; the server's tests still talk to it over loopback."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def check(sock: socket.socket, address) -> None:
+        local = sock.family == getattr(socket, "AF_UNIX", None) or address[0] in ("127.0.0.1", "::1", "localhost")
+        if not local:
+            raise RuntimeError(f"a test tried to connect to {address!r}: tests run without a network")
+
+    def guarded_connect(sock, address):
+        check(sock, address)
+        return connect(sock, address)
+
+    def guarded_connect_ex(sock, address):
+        check(sock, address)
+        return connect_ex(sock, address)
+
+    def guarded_getaddrinfo(host, *args, **kwargs):
+        if host not in (None, "", "127.0.0.1", "::1", "localhost", "0.0.0.0", b"127.0.0.1", b"localhost"):
+            raise RuntimeError(f"a test tried to resolve {host!r}: tests run without a network")
+        return getaddrinfo(host, *args, **kwargs)
+
+    getaddrinfo = socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """The same random numbers for a test whether it runs alone or after others."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """`model(name, **arguments)`: `architectures.build`, kept for the session.
+
+    The same object returns for the same arguments: a test that changes weights or config calls `build` itself.
+    """
+    built = {}
+
+    def get(name: str, **arguments) -> torch.nn.Module:
+        key = (name, repr(sorted(arguments.items())))
+        if key not in built:
+            built[key] = build(name, **arguments)
+        return built[key]
+
+    return get
