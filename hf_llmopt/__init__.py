@@ -1,10 +1,9 @@
 """hf_llmopt: one keyword makes transformers generate like a serving engine, with the same tokens.
 
-```python
-import hf_llmopt
-model = AutoModelForCausalLM.from_pretrained(name, llmopt=True)
-model.generate(**inputs)
-```
+>>> import hf_llmopt
+>>> from hf_llmopt import demo
+>>> model, tokenizer = demo.load()
+>>> ids = model.generate(**tokenizer("import", return_tensors="pt"), llmopt=True, max_new_tokens=4)
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class LLMOptConfig:
         for name in names:
             if name not in PARTS:
                 raise unknown("llmopt= option", name, PARTS)
-        return cls(**{PARTS[name]: True for name in names})
+        return cls._from_dict({PARTS[name]: True for name in names})
 
     @classmethod
     def _from_dict(cls, sections: Mapping[str, Any]) -> LLMOptConfig:

@@ -124,7 +124,8 @@ def _from_pretrained(original: Any) -> Any:
             return optimize(model[0], config), *model[1:]
         return optimize(model, config)
 
-    return classmethod(from_pretrained)
+    wrapped: Any = from_pretrained
+    return classmethod(wrapped)
 
 
 def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,7 +169,7 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         if active is None or active.model is not self:
             return original(self, *args, **kwargs)
         try:
-            group = translate(self, active.config, *args, submit=active.submit, **kwargs)
+            group = translate(active, *args, **kwargs)
         except NotServed as reason:
             if active.submit is not None:
                 raise
@@ -210,7 +211,9 @@ def _fall_through(active: Active, reason: str) -> None:
 
 
 class _TextGenerationPipeline(TextGenerationPipeline):
-    """`pipeline("text-generation", ...)`: optimizes the model if `llmopt=` is given, and is the stock class otherwise."""
+    """`pipeline("text-generation", ...)`: optimizes the model if `llmopt=` is given, and is the stock class
+    otherwise.
+    """
 
     def __new__(cls, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         config = LLMOptConfig.parse(llmopt)

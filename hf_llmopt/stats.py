@@ -24,6 +24,11 @@ class Stats:
         page_bytes: Bytes of those pages.
         preemptions: How often a row gave its pages back and was computed again.
         attention: Names of the attention paths that ran.
+
+    Example:
+        >>> from hf_llmopt import Stats
+        >>> Stats(generated_tokens=30, seconds=2.0).tokens_per_second
+        15.0
     """
 
     served_by: str = "llmopt"

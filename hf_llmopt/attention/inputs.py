@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,38 +33,36 @@ class Span(NamedTuple):
 
 @dataclass
 class DenseRows:
-    """How the decodes of a step find their keys in a layer's slots, `[rows, keys]` without a Python loop.
+    """How some decodes of a step find their keys in a layer's slots, `[rows, keys]` without a Python loop.
 
-    Either one strided view (`stride` is set: row r starts at slot `base + r * stride`) or a gather (`index`).
+    Either one strided view (row r starts at slot `base + r * stride`) or a gather (`index`).
 
     Attributes:
         rows: Decodes.
         keys: Keys of the longest row, counted from its first visible token.
+        bias: 0 where a row sees a key, else -inf, float32 `[rows, 1, 1, keys]`; `None` if every row sees all.
         base: First slot of row 0.
         stride: Slots from one row's first key to the next row's.
-        index: Slots `[rows * keys]`, where rows are no runs at equal distances.
-        bias: 0 where a row sees a key, else -inf, float32 `[rows, 1, 1, keys]`; `None` if every row sees all.
+        index: Slots `[rows * keys]`, where rows are no runs of pages at equal distances.
     """
 
     rows: int
     keys: int
-    base: int
-    stride: int | None
-    index: Tensor | None
     bias: Tensor | None
+    base: int = 0
+    stride: int = 0
+    index: Tensor | None = None
     _typed: dict[Any, Tensor] = field(default_factory=dict)
 
     def read(self, slots: Tensor) -> Tensor:
         """`[rows, kv_heads, keys, width]` of a layer's `slots`, a view where the rows are runs."""
-        width = slots.shape[1] * slots.shape[2]
-        if self.stride is None:
-            assert self.index is not None
+        if self.index is not None:
             index = self._on(slots.device, self.index.dtype, self.index)
             dense = slots.index_select(0, index).view(self.rows, self.keys, *slots.shape[1:])
         else:
+            width = slots.shape[1] * slots.shape[2]
             shape = (self.rows, self.keys, *slots.shape[1:])
-            strides = (self.stride * width, width, slots.shape[2], 1)
-            dense = slots.as_strided(shape, strides, self.base * width)
+            dense = slots.as_strided(shape, (self.stride * width, width, slots.shape[2], 1), self.base * width)
         return dense.transpose(1, 2)
 
     def mask(self, query: Tensor) -> Tensor | None:
@@ -93,8 +90,8 @@ class Attend(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Query `[1, heads, tokens, key_dim]`, the spans' own new keys and values, to `[1, tokens, heads, value_dim]`."""
-        ...
+        """Query `[1, heads, tokens, key_dim]`, the spans' own new keys and values, to `[1, tokens, heads,
+        value_dim]`.""" ...
 
 
 class StepInputs:
@@ -122,7 +119,7 @@ class StepInputs:
         self.attend = attend
         self.note = note
         self.decodes = next((i for i, span in enumerate(spans) if span.length > 1), len(spans))
-        self._dense: list[DenseRows | None] = [None] * len(store.groups)
+        self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
 
     def read(
         self,
@@ -153,49 +150,82 @@ class StepInputs:
         self.store.write(layer, slots[key.device], key[0].transpose(0, 1), value[0].transpose(0, 1))
         return self.attend(self, layer, query, key, value, scaling, options.get("softcap"), options.get("s_aux"))
 
-    @cached_property
-    def contexts(self) -> list[int]:
-        """Context of every decode."""
-        return [span.context for span in self.spans[: self.decodes]]
-
     def group(self, layer: int) -> CacheGroup:
         """The layer's cache group."""
         return self.store.groups[self.store.group_of[layer]]
 
-    def dense_rows(self, layer: int) -> DenseRows:
-        """Where the decodes' keys are for this layer's group; found once a step."""
+    def dense_rows(self, layer: int) -> list[DenseRows]:
+        """Where the decodes' keys are for this layer's group, in the order of the decodes; found once a step."""
         index = self.store.group_of[layer]
         rows = self._dense[index]
         if rows is None:
             rows = self._dense[index] = self._find_rows(index)
         return rows
 
-    def _find_rows(self, index: int) -> DenseRows:
-        group, page_size = self.store.groups[index], self.store.page_size
+    def _find_rows(self, index: int) -> list[DenseRows]:
+        """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""
+        group, size = self.store.groups[index], self.store.page_size
         tables = [span.tables[index] for span in self.spans[: self.decodes]]
-        firsts = [group.first_visible(context - 1) for context in self.contexts]
-        keys = max(context - first for context, first in zip(self.contexts, firsts, strict=True))
-        bias = None
-        if any(context - first != keys for context, first in zip(self.contexts, firsts, strict=True)):
-            lengths = torch.tensor([c - f for c, f in zip(self.contexts, firsts, strict=True)])
-            unseen = torch.arange(keys) >= lengths[:, None]
-            bias = torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None, None, :]
+        contexts = [span.context for span in self.spans[: self.decodes]]
+        firsts = [group.first_visible(context - 1) for context in contexts]
+        counts = [context - first for context, first in zip(contexts, firsts, strict=True)]
         starts = [
-            table.pages[first // page_size] * page_size + first % page_size
-            if first // page_size >= table.run
-            else -1
+            table.pages[first // size] * size + first % size if first // size >= table.run else -1
             for table, first in zip(tables, firsts, strict=True)
         ]
-        stride = starts[1] - starts[0] if len(starts) > 1 else keys
-        total = (group.pool.num_pages + 1) * page_size
-        if (
-            min(starts) >= 0
-            and stride >= keys
-            and starts[-1] + keys <= total
-            and all(b - a == stride for a, b in zip(starts, starts[1:], strict=False))
-        ):
-            return DenseRows(len(tables), keys, starts[0], stride, None, bias)
-        gathered = torch.zeros(len(tables), keys, dtype=torch.int64)  # padding reads slot 0, under the mask
-        for row, (table, first, context) in enumerate(zip(tables, firsts, self.contexts, strict=True)):
-            gathered[row, : context - first] = self.store.slots(table, first, context)
-        return DenseRows(len(tables), keys, 0, None, gathered.flatten(), bias)
+        # Masked keys are multiplied by 0, which a NaN survives: a view must not show another request's pages.
+        reach = [
+            group.pool.next_held(table.pages[-1] + 1) * size - start
+            for table, start in zip(tables, starts, strict=True)
+        ]
+        parts = _split(starts, counts, reach)
+        if len(parts) > 1 and self.store.layers[group.layers[0]].device.type != "cpu":
+            parts = [(0, len(starts), -1)]  # a launch per part costs more than one gather
+        dense = []
+        for low, high, stride in parts:
+            keys = max(counts[low:high])
+            part = DenseRows(high - low, keys, _bias(counts[low:high], keys), starts[low], stride)
+            if stride < 0:
+                part.index = torch.zeros(high - low, keys, dtype=torch.int64)  # padding reads slot 0, under the mask
+                for row in range(low, high):
+                    slots = self.store.slots(tables[row], firsts[row], contexts[row])
+                    part.index[row - low, : counts[row]] = slots
+                part.index = part.index.flatten()
+            dense.append(part)
+        return dense
+
+
+def _split(starts: Sequence[int], counts: Sequence[int], reach: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cut rows into parts (first row, end, stride) that one strided view can show.
+
+    Args:
+        starts: Slot of each row's first key, -1 if its keys are no run.
+        counts: Keys of each row.
+        reach: Slots from each row's first key that are nobody else's.
+
+    Returns:
+        Parts in order; stride -1 marks rows to gather.
+    """
+    parts: list[tuple[int, int, int]] = []
+    low = 0
+    while low < len(starts):
+        high, stride = low + 1, counts[low]
+        if starts[low] < 0:
+            stride = -1
+            while high < len(starts) and starts[high] < 0:
+                high += 1
+        while stride >= 0 and high < len(starts) and starts[high] > starts[high - 1]:
+            step = starts[high] - starts[high - 1]
+            if (high - low > 1 and step != stride) or max(counts[low : high + 1]) > min(reach[low : high + 1]):
+                break
+            high, stride = high + 1, step
+        parts.append((low, high, stride))
+        low = high
+    return parts
+
+
+def _bias(counts: Sequence[int], keys: int) -> Tensor | None:
+    if min(counts) == keys:
+        return None
+    unseen = torch.arange(keys) >= torch.tensor(counts)[:, None]
+    return torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None, None, :]

@@ -1,10 +1,10 @@
 """The attention function that transformers calls by the name `"llmopt"`.
 
-In an engine step it reads pages. In a plain forward it is whatever the model used before, or ordinary dense attention if a
-user chose `attn_implementation="llmopt"`.
+In an engine step it reads pages. In a plain forward it is whatever the model used before, or ordinary dense attention
+if a user chose `attn_implementation="llmopt"`.
 
-The step is found by the config of the attention module and the running thread. A keyword of `model(...)` would be plainer,
-but some models (StableLM, Nemotron) drop keywords on the way to their attention.
+The step is found by the config of the attention module and the running thread. A keyword of `model(...)` would be
+plainer, but some models (StableLM, Nemotron) drop keywords on the way to their attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels import reference
 
 NAME = "llmopt"  # must not contain "flash": transformers drops masks for such names
-
 
 
 class Step(Protocol):

@@ -64,22 +64,25 @@ def sdpa(
 def _decode(
     step: StepInputs, layer: int, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    rows = step.dense_rows(layer)
-    keys, values = rows.read(step.store.keys[layer]), rows.read(step.store.values[layer])
-    heads, kv_heads = query.shape[1], keys.shape[1]
-    # [1, heads, rows, width] to [rows, kv_heads, heads per key head, width]: those heads become a key head's queries.
-    query = query[0].transpose(0, 1).reshape(rows.rows, kv_heads, heads // kv_heads, -1)
-    mask = rows.mask(query)
-    how = "view" if rows.stride is not None else "gather"
-    if softcap or sinks is not None:
-        step.note(f"decode-matmul-{how}")
-        query = query.reshape(rows.rows, heads, 1, -1)
-        seen = None if mask is None else mask == 0
-        output = reference.attention(query, keys, values, seen, scaling, softcap, sinks)
-    else:
-        step.note(f"decode-sdpa-{how}")
-        output = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
-    return output.reshape(1, rows.rows, heads, -1)
+    tokens = query[0].transpose(0, 1)  # [decodes, heads, width]
+    parts, start = [], 0
+    for rows in step.dense_rows(layer):
+        keys, values = rows.read(step.store.keys[layer]), rows.read(step.store.values[layer])
+        part = tokens[start : start + rows.rows]
+        start += rows.rows
+        mask = rows.mask(query)
+        how = "view" if rows.index is None else "gather"
+        if softcap or sinks is not None:
+            step.note(f"decode-matmul-{how}")
+            seen = None if mask is None else mask == 0
+            output = reference.attention(part[:, :, None], keys, values, seen, scaling, softcap, sinks)
+        else:
+            step.note(f"decode-sdpa-{how}")
+            # [rows, kv_heads, heads per key head, width]: those heads become a key head's queries.
+            part = part.reshape(rows.rows, keys.shape[1], -1, part.shape[2])
+            output = scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=scaling)
+        parts.append(output.reshape(rows.rows, tokens.shape[1], -1))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
 def _extend(
@@ -119,9 +122,7 @@ def _extend(
             k, v = (t[:, :, seen].repeat_interleave(groups, dim=1) for t in (key, value))
             parts.append(scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=scaling))
         else:
-            parts.append(
-                reference.attention(part, key[:, :, seen], value[:, :, seen], mask, scaling, softcap, sinks)
-            )
+            parts.append(reference.attention(part, key[:, :, seen], value[:, :, seen], mask, scaling, softcap, sinks))
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 

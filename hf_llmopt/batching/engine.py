@@ -107,7 +107,8 @@ class RequestHandle:
 class Engine:
     """A model that serves requests which come and go.
 
-    Each request is what `generate` with one row would be: same arguments, same tokens, its own generator. Requests share
+    Each request is what `generate` with one row would be: same arguments, same tokens, its own generator. Requests
+    share
     every forward pass with one another and with `generate` calls of other threads. One thread of the engine steps it.
 
     Args:
@@ -122,8 +123,8 @@ class Engine:
         >>> from hf_llmopt import Engine, demo
         >>> model, tokenizer = demo.load()
         >>> with Engine(model) as engine:
-        ...     handles = [engine.submit(tokenizer(text)["input_ids"], max_new_tokens=4) for text in ("import", "class")]
-        ...     [len(handle.result()) for handle in handles]
+        ...     handles = [engine.submit(tokenizer(text)["input_ids"], max_new_tokens=4) for text in ("import",
+        "class")] ...     [len(handle.result()) for handle in handles]
         [4, 4]
     """
 
@@ -176,7 +177,8 @@ class Engine:
             generator.manual_seed(seed)
         token = ACTIVE.set(Active(self.model, self.config, {"generator": generator, "on_tokens": handle._put}))
         try:
-            group: Group = self.model.generate(ids.to(torch.long), **kwargs)  # type: ignore[assignment]
+            generate: Any = self.model.generate
+            group = generate(ids.to(torch.long), **kwargs)
         finally:
             ACTIVE.reset(token)
         if not isinstance(group, Group):

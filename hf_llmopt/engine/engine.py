@@ -85,14 +85,16 @@ class EngineLoop:
         protected = any(request.protected for request in members)
         running = self.scheduler.requests
         others = self._outstanding([request for request in running if request.protected or not protected])
-        self.store.provide([a + b for a, b in zip(wanted, others, strict=True)])
+        # Rows of one group get equal room, so that their runs of pages lie at equal distances.
+        spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
+        self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
         if protected and not self._fits(wanted, others):
             if not running:  # what is held is held by the caller's own caches
                 raise self._does_not_fit(members)
             return False
         for request in members:
             if not request.tables:
-                request.tables = self.store.tables(request.rooms)
+                request.tables = self.store.tables(spacing)
             self.scheduler.add(request)
         self.groups.append(group)
         return True
@@ -122,9 +124,7 @@ class EngineLoop:
     def _fits(self, wanted: Sequence[int], others: Sequence[int]) -> bool:
         """Whether the pages are free, or can be taken from unprotected requests."""
         for index, pool in enumerate(self.scheduler.pools):
-            yielding = sum(
-                request.tables[index].held for request in self.scheduler.requests if not request.protected
-            )
+            yielding = sum(request.tables[index].held for request in self.scheduler.requests if not request.protected)
             if wanted[index] + others[index] > pool.free + yielding:
                 return False
         return True
@@ -149,7 +149,8 @@ class EngineLoop:
     def remove(self, group: Rows) -> None:
         """Take a group out, finished or not, and give all of its pages back."""
         for request in group.requests:
-            self.scheduler.remove(request)
+            if not request.finished:
+                self._abandon(request)
         if group in self.groups:
             self.groups.remove(group)
         self.lock.notify_all()
@@ -159,6 +160,13 @@ class EngineLoop:
         self.scheduler.remove(request)
         self.lock.notify_all()
 
+    def _abandon(self, request: Request) -> None:
+        """A request that failed or was cancelled leaves clean pages."""
+        for index, table in enumerate(request.tables):
+            if pages := table.own():
+                self.store.wipe(index, pages)
+        self.scheduler.remove(request)
+
     @torch.no_grad()
     def step(self) -> bool:
         """Compute one step for whoever has missing tokens; `False` if nobody can be served now."""
@@ -166,7 +174,9 @@ class EngineLoop:
         plan = self.scheduler.schedule()
         if not plan.spans:
             return False
-        for index, copies in enumerate(plan.copies):
+        for index, (wipes, copies) in enumerate(zip(plan.wipes, plan.copies, strict=True)):
+            if wipes:
+                self.store.wipe(index, wipes)
             if copies:
                 self.store.copy_pages(index, copies)
         paths: set[str] = set()
@@ -206,6 +216,5 @@ class EngineLoop:
         """The forward pass raised: its requests fail, and the engine serves the next."""
         for request in requests:
             request.error = error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
-            self.store.wipe(request.tables)
-            self.scheduler.remove(request)
+            self._abandon(request)
         self.lock.notify_all()

@@ -24,7 +24,14 @@ from ..kv_cache import LayerSpec, SpanCache
 # Keywords of the attention call that change its result and that our attention knows.
 KNOWN = {"softcap", "s_aux", "sliding_window"}
 # Keywords that carry no meaning for the result: bookkeeping, or inputs the pages replace.
-IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+IGNORED = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,18 @@ class _Recorder(SpanCache):
         return reference.attention(query, key, value, None, scaling, softcap, sinks).transpose(1, 2)
 
 
+def input_weight(model: PreTrainedModel) -> Tensor:
+    """The input embeddings, `[vocabulary, hidden]`."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go; an offloaded model's weights lie on "meta" between passes."""
+    device = input_weight(model).device
+    return torch.device(model.device) if device.type == "meta" else device
+
+
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why the model cannot be served, as far as its class and config tell; `None` if nothing speaks against it."""
     config = model.config
@@ -98,8 +117,7 @@ def probe(model: PreTrainedModel) -> Layout:
     recorder = _Recorder()
     reason = unsupported(model)
     if reason is None:
-        weight = model.get_input_embeddings().weight
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.device if weight.is_meta else weight.device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
         try:
             with torch.no_grad(), serving(configs_of(model), recorder):
                 model(input_ids=token, position_ids=torch.zeros_like(token), past_key_values=recorder, use_cache=True)

@@ -15,8 +15,8 @@ _arrivals = count()
 class Request:
     """One row: a prompt, and the tokens sampled so far.
 
-    The engine computes `tokens[computed:]` in spans; once `computed == len(tokens)`, `logits` predict the next token and
-    the request waits until its group appends one.
+    The engine computes `tokens[computed:]` in spans; once `computed == len(tokens)`, `logits` predict the next token
+    and the request waits until its group appends one.
 
     Attributes:
         tokens: Ids whose keys are, or will be, in pages; padding is left out.

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..attention import BACKENDS, Span, StepInputs, configs_of, serving
 from ..config import AttentionConfig
 from ..kv_cache import PagedStore, SpanCache
+from .probe import input_device
 from .request import Request
 
 
@@ -75,8 +76,7 @@ class Runner:
         note: Callable[[str], None],
         embeds: bool,
     ) -> tuple[Tensor, list[Request], float]:
-        device = model.get_input_embeddings().weight.device
-        device = model.device if device.type == "meta" else device
+        device = input_device(model)
         positions: list[int] = []
         ends: list[int] = []  # place of each span's last token
         placed: list[Span] = []

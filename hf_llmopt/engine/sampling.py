@@ -1,6 +1,7 @@
 """From scores to tokens, with stock's own noise.
 
-`torch.multinomial(p, 1)` draws `q ~ Exp(1)` of p's shape and returns `argmax(p / q)` (the exponential race: the minimum of
+`torch.multinomial(p, 1)` draws `q ~ Exp(1)` of p's shape and returns `argmax(p / q)` (the exponential race: the
+minimum of
 independent exponentials with rates p falls on index i with probability p_i). Drawing the noise ourselves gives the same
 tokens and leaves the generator in the same state, and later lets a row use its noise before its neighbours do.
 """

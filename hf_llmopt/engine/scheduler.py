@@ -1,7 +1,7 @@
 """Which spans the next step computes (no torch here).
 
-One rule: every request's computed tokens catch up with its tokens. A prompt, a chunk of a prompt and a decode differ only
-in how many tokens are missing, and share one token budget.
+One rule: every request's computed tokens catch up with its tokens. A prompt, a chunk of a prompt and a decode differ
+only in how many tokens are missing, and share one token budget.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..errors import OutOfPages
 from ..kv_cache.pool import PagePool
 from .request import Request
 
@@ -19,10 +20,12 @@ class Plan:
 
     Attributes:
         spans: Pairs (request, length), single tokens first.
+        wipes: Per cache group, pages to zero before anything else: preempted requests left them.
         copies: Per cache group, pages (from, to) to copy before anything is written.
     """
 
     spans: list[tuple[Request, int]] = field(default_factory=list)
+    wipes: list[list[int]] = field(default_factory=list)
     copies: list[list[tuple[int, int]]] = field(default_factory=list)
 
 
@@ -56,25 +59,22 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Choose the next step's spans and reserve their pages."""
-        plan = Plan(copies=[[] for _ in self.pools])
+        plan = Plan(wipes=[[] for _ in self.pools], copies=[[] for _ in self.pools])
         budget = self.max_batch_tokens
         ready = [request for request in self.requests if request.remaining and not request.finished]
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
-        ready.sort(key=lambda request: (request.remaining > 1, not request.protected))
-        preempted: set[Request] = set()
+        ready.sort(key=lambda request: (not request.protected, request.remaining > 1))
+        owed = sum(request.remaining == 1 for request in ready)  # a long prompt must not stall those who decode
         for request in ready:
             if budget <= 0:
                 break
-            if request in preempted or not self._may_start(request) or self._awaits_parent(request):
+            owed -= request.remaining == 1
+            if not self._may_start(request) or self._awaits_parent(request):
                 continue
-            length = request.next_span(budget)
-            preempted |= self._make_space(request, length, plan)
-            if any(count > 0 for count in self._lacking(request, length)):
-                continue
-            for copies, table in zip(plan.copies, request.tables, strict=True):
-                copies += table.reserve(request.computed, request.computed + length)
-            plan.spans.append((request, length))
-            budget -= length
+            length = request.next_span(budget if request.remaining == 1 else max(1, budget - owed))
+            if self._reserve(request, length, plan):
+                plan.spans.append((request, length))
+                budget -= length
         plan.spans.sort(key=lambda span: span[1] > 1)
         return plan
 
@@ -105,33 +105,29 @@ class Scheduler:
         request.computed = request.cached_tokens = wanted
         return False
 
-    def _lacking(self, request: Request, length: int) -> list[int]:
-        """Pages that the span needs beyond the free ones, per group."""
+    def _reserve(self, request: Request, length: int, plan: Plan) -> bool:
+        """Take the span's pages; preempt newer, unprotected requests while there are too few. `False` if that fails."""
         start = request.computed
-        return [
-            table.missing(start, start + length) - pool.free
-            for table, pool in zip(request.tables, self.pools, strict=True)
-        ]
+        while True:
+            try:
+                for copies, table in zip(plan.copies, request.tables, strict=True):
+                    copies += table.reserve(start, start + length)
+            except OutOfPages:
+                victim = self._victim(request, plan)
+                if victim is None:
+                    return False
+                for wipes, table in zip(plan.wipes, victim.tables, strict=True):
+                    wipes += table.own()
+                victim.release()
+                victim.preemptions += 1
+            else:
+                return True
 
-    def _make_space(self, request: Request, length: int, plan: Plan) -> set[Request]:
-        """Preempt newer, unprotected requests until the span's pages are free or nobody is left to preempt."""
+    def _victim(self, request: Request, plan: Plan) -> Request | None:
         scheduled = {other for other, _ in plan.spans}
-        victims: set[Request] = set()
-        while any(count > 0 for count in self._lacking(request, length)):
-            victim = next(
-                (
-                    other
-                    for other in reversed(self.requests)
-                    if other.pages_held
-                    and not other.protected
-                    and other not in scheduled
-                    and (request.protected or other.arrival > request.arrival)
-                ),
-                None,
-            )
-            if victim is None:
-                break
-            victim.release()
-            victim.preemptions += 1
-            victims.add(victim)
-        return victims
+        for other in reversed(self.requests):
+            if not request.protected and other.arrival <= request.arrival:
+                return None
+            if other.pages_held and not other.protected and other not in scheduled:
+                return other
+        return None

@@ -11,8 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig
-from ..engine import EngineLoop
-from ..errors import LLMOptError
+from ..engine import EngineLoop, input_weight
 from ..stats import Stats
 
 
@@ -61,7 +60,6 @@ class ModelHandle:
         self._lock = threading.Condition(threading.RLock())
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._engines: dict[Any, EngineLoop] = {}
-        self._unsupported: LLMOptError | None = None
 
     def engine_for(self, model: PreTrainedModel, config: LLMOptConfig) -> EngineLoop:
         """The model's engine for a config, made on first use.
@@ -70,19 +68,13 @@ class ModelHandle:
             UnsupportedModel: The model cannot be served.
         """
         # Moved or cast weights change what pages hold; a new engine is made, old caches keep their old pages.
-        weight = model.get_input_embeddings().weight
+        weight = input_weight(model)
         key = (config.kv_cache, config.attention, config.batching, weight.device, weight.dtype)
         with self._lock:
             if self._model is None or self._model() is not model:
-                self._model, self._engines, self._unsupported = weakref.ref(model), {}, None
-            if self._unsupported is not None:
-                raise self._unsupported
+                self._model, self._engines = weakref.ref(model), {}
             if key not in self._engines:
-                try:
-                    engine = EngineLoop(model, config, self._lock)
-                except LLMOptError as error:
-                    self._unsupported = error
-                    raise
+                engine = EngineLoop(model, config, self._lock)
                 # Engines nobody is waiting for make way: their pages would only lie about.
                 self._engines = {k: e for k, e in self._engines.items() if e.groups or e.store.pages_used}
                 self._engines[key] = engine

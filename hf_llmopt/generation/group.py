@@ -1,6 +1,7 @@
 """The rows of one `generate` call.
 
-At step t the group waits until every row has its logits. Then processors run once on stock's padded ids `[rows, length]`
+At step t the group waits until every row has its logits. Then processors run once on stock's padded ids `[rows,
+length]`
 and float32 scores `[rows, vocabulary]`, one draw of noise picks the tokens, and criteria run once: whatever objects the
 user passed see exactly what stock's loop would show them, in the same order.
 """
@@ -68,7 +69,7 @@ class Group:
         self.returns_dict = returns = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if returns and generation_config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if returns and generation_config.output_logits else None
-        self.pad = generation_config._pad_token_tensor
+        self.pad: Any = generation_config._pad_token_tensor
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.unfinished = torch.ones(len(requests), dtype=torch.long, device=input_ids.device)
         self.live = list(requests)
@@ -115,9 +116,10 @@ class Group:
         """What `generate` returns for this call."""
         if not self.returns_dict:
             return self.input_ids
-        return GenerateDecoderOnlyOutput(
-            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=self.cache
-        )
+        scores: Any = self.scores  # transformers annotates these as one-element tuples
+        logits: Any = self.logits
+        sequences: Any = self.input_ids
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, past_key_values=self.cache)
 
     def ready(self) -> bool:
         """Whether every row that is still computed has its logits.
@@ -146,7 +148,9 @@ class Group:
         """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
         tokens = self._choose(self._next_logits())
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~self._call("stopping criterion", self.criteria, self.input_ids, self.scores)
+        self.unfinished = self.unfinished & ~self._call(
+            "stopping criterion", self.criteria, self.input_ids, self.scores
+        )
         unfinished: list[int] = self.unfinished.tolist()
         chosen: list[int] = tokens.tolist()
         if self.streamer is not None:
@@ -198,6 +202,8 @@ class Group:
                     request.append(token)
             if self.on_done is not None:
                 self.on_done()
+            for request in self.requests:
+                self.engine.finish(request)
             self.engine.remove(self)
             return
         for request, token, flag in zip(self.requests, tokens, unfinished, strict=True):

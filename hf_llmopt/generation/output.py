@@ -51,14 +51,17 @@ def _copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask
             columns = mask[row, length - seen :].nonzero()[:, 0]
             columns = columns[-(count - table.passed * store.page_size) or len(columns) :].to(keys.device)
             slots = store.slots(table, count - len(columns), count).to(keys.device)
-            new_keys, new_values = (t[row].index_select(1, columns).transpose(0, 1).to(spec.dtype) for t in (keys, values))
+            new_keys, new_values = (
+                t[row].index_select(1, columns).transpose(0, 1).to(spec.dtype) for t in (keys, values)
+            )
             store.write(layer, slots, new_keys, new_values)
 
 
 def _dense(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
     if isinstance(cache, PagedCache):
         return cache.dense(layer)
-    return cache.layers[layer].keys, cache.layers[layer].values
+    stock: Any = cache.layers[layer]
+    return stock.keys, stock.values
 
 
 def export_cache(engine: EngineLoop, requests: Sequence[Request], mask: Tensor, length: int) -> PagedCache:

@@ -12,7 +12,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..kv_cache import PagedCache
 
-# What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not know.
+# What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not
 TEXT_INPUTS = {
     "attention_mask",
     "position_ids",
@@ -44,7 +44,9 @@ def reason_against(
     if generation_config.output_hidden_states:
         return "output_hidden_states=True is not collected by the engine"
     if generation_config.cache_implementation is not None:
-        return f"cache_implementation={generation_config.cache_implementation!r} asks for one of transformers' own caches"
+        return (
+            f"cache_implementation={generation_config.cache_implementation!r} asks for one of transformers' own caches"
+        )
     if generation_config.is_assistant:
         return "the model is the assistant of another model"
     if synced_gpus or is_fsdp_managed_module(model):
@@ -71,9 +73,10 @@ def _cache_reason(cache: Cache | None) -> str | None:
 
 
 def _override_reason(model: PreTrainedModel) -> str | None:
-    if "prepare_inputs_for_generation" in vars(model) or "forward" in vars(model) and not hasattr(model, "_hf_hook"):
+    if "prepare_inputs_for_generation" in vars(model) or ("forward" in vars(model) and not hasattr(model, "_hf_hook")):
         return "the model instance's forward or prepare_inputs_for_generation was replaced (by PEFT prompt learning?)"
-    if type(model)._update_model_kwargs_for_generation is not GenerationMixin._update_model_kwargs_for_generation:
+    name = "_update_model_kwargs_for_generation"
+    if getattr(type(model), name, None) is not getattr(GenerationMixin, name):
         return f"{type(model).__name__} updates its inputs between steps in its own way"
     return None
 

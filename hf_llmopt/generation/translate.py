@@ -1,11 +1,11 @@
 """From what `generate` hands to its decoding loop to a `Group` of requests.
 
-Rows lose their padding here: a request holds real tokens only, each with the position id that `generate` gave it. Masked
-columns between real tokens are dropped too; attention without them is the same sum. Two things need care:
+Rows lose their padding here: a request holds real tokens only, each with the position id that `generate` gave it.
+Masked columns between real tokens are dropped too; attention without them is the same sum. Two things need care:
 
 * A masked last column (right padding) is the token whose logits stock's loop reads. It becomes a query without a key.
-* Sliding windows and chunks count padded columns in stock, so rows with masked columns between real tokens are served only
-  while no window can bind.
+* Sliding windows and chunks count padded columns in stock, so rows with masked columns between real tokens are served
+  only while no window can bind.
 """
 
 from __future__ import annotations
@@ -16,53 +16,49 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from ..config import LLMOptConfig
-from ..engine import EngineLoop, Request
+from ..engine import EngineLoop, Request, input_weight
 from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, TokenOutOfRange, UnsupportedModel
 from ..kv_cache import PagedCache
-from .active import handle_of
+from .active import Active, handle_of
 from .group import Group
 from .output import export_cache, import_cache, write_back
 from .support import position_limit, reason_against, rope_limit
 
 
 def translate(
-    model: PreTrainedModel,
-    config: LLMOptConfig,
+    active: Active,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     streamer: Any = None,
-    submit: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Group:
     """Build the group of a call; the arguments are those of `GenerationMixin._sample`.
 
     Args:
-        model: The model.
-        config: What the call asked for.
+        active: The call: its model, what it asked for, and whether it is handed to an `Engine`.
         input_ids: Padded ids `[rows, length]`.
         logits_processor: Prepared by `generate`.
         stopping_criteria: Prepared by `generate`.
         generation_config: Prepared by `generate`.
         synced_gpus: Prepared by `generate`.
         streamer: The user's, or `None`.
-        submit: Further arguments of `Group` for a request of `Engine.submit`; it may be preempted.
         kwargs: The model's keyword arguments.
 
     Raises:
         NotServed: The call needs stock's loop; the message is the reason.
         InvalidRequest: The inputs cannot be generated from.
     """
+    model = active.model
     if reason := reason_against(model, generation_config, synced_gpus, kwargs):
         raise NotServed(reason)
     max_length = stopping_criteria.max_length
     if max_length is None:
         raise NotServed("no stopping criterion limits the length")
     try:
-        engine = handle_of(model).engine_for(model, config)
+        engine = handle_of(model).engine_for(model, active.config)
     except UnsupportedModel as error:
         raise NotServed(str(error)) from error
     prompt = _Prompt(model, input_ids, generation_config, kwargs)
@@ -80,9 +76,9 @@ def translate(
         streamer,
         _keeps_running(logits_processor, stopping_criteria, generation_config, streamer, prompt),
         position_limit(model),
-        **(submit or {}),
+        **(active.submit or {}),
     )
-    if submit is not None and prompt.past is None:
+    if active.submit is not None and prompt.past is None:
         for request in requests:
             request.protected = request.masked_tail
     _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate))
@@ -94,7 +90,7 @@ def _attach_caches(group: Group, prompt: _Prompt, returns: bool) -> None:
     engine, requests, past, length = group.engine, group.requests, prompt.past, group.input_ids.shape[1]
 
     def on_start() -> None:
-        if prompt.past_length:
+        if past is not None and prompt.past_length:
             import_cache(engine, requests, past, prompt.mask[:, : prompt.past_length])
 
     def on_done() -> None:
@@ -140,7 +136,8 @@ class _Prompt:
         new = given - skip
         if new <= 0:
             raise NotServed(
-                f"the cache already holds {self.past_length} tokens and the inputs have {given}: no new token to start from"
+                f"the cache already holds {self.past_length} tokens and the inputs have {given}: no new token to start
+                from"
             )
         length = self.past_length + new
         if mask is None:
@@ -170,7 +167,7 @@ class _Prompt:
             raise EmptyPrompt(
                 f"Row(s) {empty} have no unmasked token. Give each at least one token (the BOS token, say)."
             )
-        size = model.get_input_embeddings().weight.shape[0]
+        size = input_weight(model).shape[0]
         bad = ((self.ids < 0) | (self.ids >= size)) & real
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
@@ -198,7 +195,9 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, 
             f"{min(windows)} tokens; pad on the left"
         )
     if engine.store.reads_columns and prompt.gaps():
-        raise NotServed("a row has masked tokens behind real ones (right padding?), and the model counts padded columns")
+        raise NotServed(
+            "a row has masked tokens behind real ones (right padding?), and the model counts padded columns"
+        )
     if prompt.past is not None and not engine.store.dense and not isinstance(prompt.past, PagedCache):
         raise NotServed("the model hands compressed states to its cache, and pages hold the expanded keys")
     limit = position_limit(model)
@@ -207,9 +206,7 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, 
         raise PromptTooLong(f"The prompt needs {longest} positions, the model has {limit}. Shorten the prompt.")
 
 
-def _request(
-    engine: EngineLoop, prompt: _Prompt, row: int, total: int, generation_config: GenerationConfig
-) -> Request:
+def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generation_config: GenerationConfig) -> Request:
     past = prompt.past_length
     real = prompt.mask[row, past:].nonzero()[:, 0]
     masked_tail = not bool(prompt.mask[row, -1])

@@ -1,8 +1,9 @@
 """`PagedCache`: rows of pages as a `transformers.Cache`.
 
-Inside the engine a forward pass gets a `SpanCache`, which leaves writing and reading of pages to the attention function.
-What `generate` returns is a `PagedCache`: the same pages, seen as a batch of rows, that any transformers code may use as
-`past_key_values`.
+Inside the engine a forward pass gets a `SpanCache`, which leaves writing and reading of pages to the attention
+function.
+What `generate` returns is a `PagedCache`: the same pages, seen as a batch of rows, that any transformers code may use
+as `past_key_values`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class SpanCache(Cache):
 
     Attributes:
         columns: Padded column of each token of the pass, minus its place in the pass, `[tokens]`; set by the runner.
-        reads_columns: Whether the model asked for them (Llama 4 scales queries by column where it has no rotary embedding).
+        reads_columns: Whether the model asked for them (Llama 4 scales queries by column where it has no rotary
+            embedding).
     """
 
     is_compileable = False
@@ -83,7 +85,7 @@ class PagedCache(Cache):
     Example:
         >>> from hf_llmopt import demo
         >>> model, tokenizer = demo.load()
-        >>> inputs = tokenizer("import os\\n", return_tensors="pt")
+        >>> inputs = tokenizer("import os", return_tensors="pt")
         >>> out = model.generate(**inputs, llmopt=True, max_new_tokens=4, return_dict_in_generate=True)
         >>> type(out.past_key_values).__name__, out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
         ('PagedCache', True)

@@ -46,6 +46,11 @@ class PagePool:
         """How many tables hold `page`."""
         return self._refs[page]
 
+    def next_held(self, page: int) -> int:
+        """The first page from `page` on that somebody holds, or the end of the pool."""
+        held = self._state.find(_HELD, page)
+        return held if held >= 0 else self.num_pages + 1
+
     def take(self, count: int, after: int | None = None, room: int = 0) -> tuple[list[int], range]:
         """Hand out `count` pages, with one reference each.
 
@@ -209,6 +214,10 @@ class BlockTable:
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
         self.passed, self.run = min(self.passed, keep), min(self.run, keep)
+
+    def own(self) -> list[int]:
+        """Pages that nobody else holds."""
+        return [page for page in self.pages if page and self.pool.refs(page) == 1]
 
     def clear(self) -> None:
         """Give every page back."""

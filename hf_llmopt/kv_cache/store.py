@@ -178,13 +178,11 @@ class PagedStore:
                 pages = slots.view(-1, self.page_size, *slots.shape[1:])
                 pages[list(target)] = pages[list(source)]
 
-    def wipe(self, tables: Sequence[BlockTable]) -> None:
-        """Zero the pages of a request that produced NaN, so that no later reader meets them."""
-        for group, table in zip(self.groups, tables, strict=True):
-            pages = [page for page in table.pages if page]
-            for index in group.layers:
-                for slots in (self.keys[index], self.values[index]):
-                    slots.view(-1, self.page_size, *slots.shape[1:])[pages] = 0
+    def wipe(self, group: int, pages: Sequence[int]) -> None:
+        """Zero pages that a request leaves unfinished: they may hold NaN, which masks do not stop."""
+        for index in self.groups[group].layers:
+            for slots in (self.keys[index], self.values[index]):
+                slots.view(-1, self.page_size, *slots.shape[1:])[list(pages)] = 0
 
     def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
         """Slots of tokens [start, stop), int64 on the CPU. Passed tokens lie in page 0."""

@@ -1,0 +1,59 @@
+# `make demo` and `make test` each make their own environment from nothing; `make help` lists the rest.
+# An environment is made again when pyproject.toml, setup.cfg or constraints.txt changes.
+
+PYTHON   ?= python3
+DEMO_ENV ?= .venv
+TEST_ENV ?= .venv-test
+
+# Appended to the commands: make demo DEMO_ARGS="--json", make test PYTEST_ARGS="-k pages -x".
+DEMO_ARGS   ?=
+PYTEST_ARGS ?=
+
+SETTINGS := pyproject.toml setup.cfg constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format types dist clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(DEMO_ENV)/.made  ## run the demonstration: stock beside llmopt, the same tokens
+	$(DEMO_ENV)/bin/hf-llmopt demo $(DEMO_ARGS)
+
+test: $(TEST_ENV)/.made  ## run the tests, one process, under 12 minutes on two cores
+	$(TEST_ENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(TEST_ENV)/.made  ## run the tests with the slow ones
+	$(TEST_ENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_ENV)/.made  ## check style and format
+	$(TEST_ENV)/bin/ruff check .
+	$(TEST_ENV)/bin/ruff format --check .
+
+format: $(TEST_ENV)/.made  ## repair style and format
+	$(TEST_ENV)/bin/ruff check --fix .
+	$(TEST_ENV)/bin/ruff format .
+
+types: $(TEST_ENV)/.made  ## check the types of the package
+	$(TEST_ENV)/bin/mypy --strict
+
+dist: $(TEST_ENV)/.made  ## build the source archive and the wheel into dist/
+	$(TEST_ENV)/bin/python -m build
+
+clean:  ## remove the environments and everything that was built
+	rm -rf .venv .venv-test build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find hf_llmopt tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1): the environment's folder, $(2): what to install.
+define make-environment
+	@echo "making $(1): this takes a few minutes the first time"
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e "$(2)"
+	@touch $@
+endef
+
+$(DEMO_ENV)/.made: $(SETTINGS)
+	$(call make-environment,$(DEMO_ENV),.)
+
+$(TEST_ENV)/.made: $(SETTINGS)
+	$(call make-environment,$(TEST_ENV),.[dev])
