@@ -211,9 +211,7 @@ def _fall_through(active: Active, reason: str) -> None:
 
 
 class _TextGenerationPipeline(TextGenerationPipeline):
-    """`pipeline("text-generation", ...)`: optimizes the model if `llmopt=` is given, and is the stock class
-    otherwise.
-    """
+    """`pipeline("text-generation", ...)`: the stock class, with an optimized model if `llmopt=` is given."""
 
     def __new__(cls, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         config = LLMOptConfig.parse(llmopt)

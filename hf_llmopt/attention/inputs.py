@@ -90,8 +90,8 @@ class Attend(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Query `[1, heads, tokens, key_dim]`, the spans' own new keys and values, to `[1, tokens, heads,
-        value_dim]`.""" ...
+        """Query `[1, heads, tokens, key_dim]` and the spans' own keys and values to `[1, tokens, heads, value_dim]`."""
+        ...
 
 
 class StepInputs:

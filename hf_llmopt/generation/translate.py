@@ -136,8 +136,8 @@ class _Prompt:
         new = given - skip
         if new <= 0:
             raise NotServed(
-                f"the cache already holds {self.past_length} tokens and the inputs have {given}: no new token to start
-                from"
+                f"the cache already holds {self.past_length} tokens and the inputs have {given}: "
+                "no new token to start from"
             )
         length = self.past_length + new
         if mask is None:
