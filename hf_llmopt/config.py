@@ -85,8 +85,9 @@ class AttentionConfig(Section):
     """How a span reads its pages. Exact.
 
     Args:
-        backend: `"auto"` and `"sdpa"` read pages through torch's scaled dot product attention; `"reference"` is
-            the plain-torch definition of what correct means, and slow.
+        backend: `"cpu"` reads pages where they lie, in C; `"sdpa"` through torch's scaled dot product attention;
+            `"reference"` is the plain-torch definition of what correct means, and slow. `"auto"` takes the first
+            that can run.
 
     Example:
         >>> from hf_llmopt import AttentionConfig
@@ -95,7 +96,7 @@ class AttentionConfig(Section):
     """
 
     main: ClassVar[str | None] = "backend"
-    backend: str = _option("auto", choices=("auto", "sdpa", "reference"))
+    backend: str = _option("auto", choices=("auto", "cpu", "sdpa", "reference"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 
 from .inputs import Span, StepInputs
 from .interface import NAME, Step, configs_of, register, serving
-from .paths import BACKENDS
+from .paths import backend
 
-__all__ = ["BACKENDS", "NAME", "Span", "Step", "StepInputs", "configs_of", "register", "serving"]
+__all__ = ["NAME", "Span", "Step", "StepInputs", "backend", "configs_of", "register", "serving"]

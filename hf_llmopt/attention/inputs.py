@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,20 @@ class Span(NamedTuple):
     offset: int
     length: int
     context: int
+
+
+class Pages(NamedTuple):
+    """Queries over block tables, as the paged kernels take them.
+
+    Attributes:
+        table: Page ids of each span's request, int32 `[spans, pages]`.
+        items: Per query (row of `table`, first visible token, end of the visible tokens), int32 `[queries, 3]`.
+        longest: Most tokens a query sees.
+    """
+
+    table: Tensor
+    items: Tensor
+    longest: int
 
 
 @dataclass
@@ -99,7 +114,7 @@ class StepInputs:
 
     Args:
         store: Where the pages lie.
-        spans: Decodes first, in the order of their tokens.
+        spans: Shortest first, in the order of their tokens.
         slots: Per cache group, the slot of each token of the pass, `[tokens]`.
         attend: The backend.
         note: Called with the name of every attention path that runs.
@@ -118,8 +133,9 @@ class StepInputs:
         self._slots = [{tensor.device: tensor} for tensor in slots]
         self.attend = attend
         self.note = note
-        self.decodes = next((i for i, span in enumerate(spans) if span.length > 1), len(spans))
+        self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
+        self._pages: list[Pages | None] = [None] * len(store.groups)
 
     def read(
         self,
@@ -150,6 +166,10 @@ class StepInputs:
         self.store.write(layer, slots[key.device], key[0].transpose(0, 1), value[0].transpose(0, 1))
         return self.attend(self, layer, query, key, value, scaling, options.get("softcap"), options.get("s_aux"))
 
+    def leading(self, length: int) -> int:
+        """How many spans have at most `length` tokens; they come first."""
+        return next((i for i, span in enumerate(self.spans) if span.length > length), len(self.spans))
+
     def group(self, layer: int) -> CacheGroup:
         """The layer's cache group."""
         return self.store.groups[self.store.group_of[layer]]
@@ -161,6 +181,25 @@ class StepInputs:
         if rows is None:
             rows = self._dense[index] = self._find_rows(index)
         return rows
+
+    def pages(self, layer: int, spans: int) -> Pages:
+        """The first `spans` spans as single queries over block tables, for this layer's group; made once a step."""
+        index = self.store.group_of[layer]
+        pages = self._pages[index]
+        if pages is None:
+            pages = self._pages[index] = self._list_pages(self.store.groups[index], index, spans)
+        return pages
+
+    def _list_pages(self, group: CacheGroup, index: int, spans: int) -> Pages:
+        tables = [span.tables[index].pages for span in self.spans[:spans]]
+        table = numpy.zeros((spans, max(map(len, tables))), dtype=numpy.int32)
+        items: list[tuple[int, int, int]] = []
+        for row, (pages, span) in enumerate(zip(tables, self.spans, strict=False)):
+            table[row, : len(pages)] = numpy.frombuffer(pages, dtype=numpy.int32)
+            ends = range(span.context - span.length + 1, span.context + 1)
+            items += [(row, group.first_visible(end - 1), end) for end in ends]
+        longest = max(end - first for _, first, end in items)
+        return Pages(torch.from_numpy(table), torch.tensor(items, dtype=torch.int32), longest)
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""

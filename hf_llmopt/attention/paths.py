@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels import reference
+from ..errors import InvalidOption
+from ..kernels import cpu, reference
 from .inputs import Attend, Span, StepInputs
 
 TILE = 256  # queries that share one mask
+SHORT = 16  # tokens of a span up to which the C kernel reads pages directly
 
 
 def reference_paged(
@@ -27,17 +29,40 @@ def reference_paged(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The plain-torch definition, span by span."""
+    """The plain-torch definition, query by query."""
     step.note("reference")
-    store, group = step.store, step.group(layer)
-    slots = [store.slots(span.tables[store.group_of[layer]], 0, span.context) for span in step.spans]
-    # A masked last token sees `context` tokens and is none of them: as a query it stands at context - 1.
-    spans = [(span.offset, span.length, span.context) for span in step.spans]
-    tokens = query[0].transpose(0, 1)
-    keys, values = store.keys[layer], store.values[layer]
+    store, pages = step.store, step.pages(layer, len(step.spans))
+    tokens, keys, values = query[0].transpose(0, 1), store.keys[layer], store.values[layer]
+    table, items, _ = pages
     return reference.paged_attention(
-        tokens, keys, values, slots, spans, group.kind, group.window, scaling, softcap, sinks
+        tokens, keys, values, table, items, store.page_size, scaling, softcap, sinks
     )[None]
+
+
+def cpu_paged(
+    step: StepInputs,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The C kernel where pages lie for spans of up to `SHORT` tokens, torch's attention for longer ones."""
+    store = step.store
+    shorts = step.leading(SHORT)
+    if not shorts or key.dtype not in cpu.DTYPES or max(query.shape[3], value.shape[3]) > cpu.MAX_DIM:
+        return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
+    step.note("cpu")
+    table, items, longest = step.pages(layer, shorts)
+    count, keys, values = len(items), store.keys[layer], store.values[layer]
+    tokens = query[0, :, :count].transpose(0, 1)
+    arguments = (table, items, store.page_size, scaling, softcap, sinks, longest)
+    parts = [cpu.attention(tokens, keys, values, *arguments)[None]]
+    for span in step.spans[shorts:]:
+        parts.append(_extend(step, layer, span, query, key, value, scaling, softcap, sinks))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def sdpa(
@@ -55,9 +80,7 @@ def sdpa(
     if step.decodes:
         parts.append(_decode(step, layer, query[:, :, : step.decodes], scaling, softcap, sinks))
     for span in step.spans[step.decodes :]:
-        own = slice(span.offset, span.offset + span.length)
-        tensors = query[:, :, own], key[:, :, own], value[:, :, own]
-        parts.append(_extend(step, layer, span, *tensors, scaling, softcap, sinks))
+        parts.append(_extend(step, layer, span, query, key, value, scaling, softcap, sinks))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -97,6 +120,7 @@ def _extend(
     sinks: Tensor | None,
 ) -> Tensor:
     group = step.group(layer)
+    query, key, value = (t[:, :, span.offset : span.offset + span.length] for t in (query, key, value))
     start = span.context - span.length
     plain = softcap is None and sinks is None
     first = group.first_visible(start)
@@ -126,4 +150,18 @@ def _extend(
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-BACKENDS: dict[str, Attend] = {"auto": sdpa, "sdpa": sdpa, "reference": reference_paged}
+BACKENDS: dict[str, Attend] = {"cpu": cpu_paged, "sdpa": sdpa, "reference": reference_paged}
+
+
+def backend(name: str, device: torch.device) -> Attend:
+    """The backend for a configured name; `"auto"` takes the C kernels where they can run.
+
+    Raises:
+        InvalidOption: The backend cannot run here; the message says why.
+    """
+    if name == "auto":
+        name = "cpu" if device.type == "cpu" and cpu.available() else "sdpa"
+    elif name == "cpu" and (device.type != "cpu" or not cpu.available()):
+        reason = cpu.why_not() or f"the model's keys lie on {device}"
+        raise InvalidOption(f"AttentionConfig(backend='cpu') cannot run: {reason}. Use 'auto' or 'sdpa'.")
+    return BACKENDS[name]

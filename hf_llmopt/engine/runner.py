@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention import BACKENDS, Span, StepInputs, configs_of, serving
+from ..attention import Span, StepInputs, backend, configs_of, serving
 from ..config import AttentionConfig
 from ..kv_cache import PagedStore, SpanCache
 from .probe import input_device
@@ -34,7 +34,7 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = store
         self.cache = SpanCache(len(store.layers))
-        self.attend = BACKENDS[attention.backend]
+        self.attend = backend(attention.backend, store.layers[0].device)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -50,7 +50,7 @@ class Runner:
         """Compute every span.
 
         Args:
-            spans: Pairs (request, tokens to compute), single tokens first.
+            spans: Pairs (request, tokens to compute), shortest first.
             note: Called with the names of the attention paths that ran.
 
         Returns:

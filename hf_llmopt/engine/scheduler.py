@@ -19,7 +19,7 @@ class Plan:
     """What one step does.
 
     Attributes:
-        spans: Pairs (request, length), single tokens first.
+        spans: Pairs (request, length), shortest first.
         wipes: Per cache group, pages to zero before anything else: preempted requests left them.
         copies: Per cache group, pages (from, to) to copy before anything is written.
     """
@@ -75,7 +75,7 @@ class Scheduler:
             if self._reserve(request, length, plan):
                 plan.spans.append((request, length))
                 budget -= length
-        plan.spans.sort(key=lambda span: span[1] > 1)
+        plan.spans.sort(key=lambda span: span[1])
         return plan
 
     def _may_start(self, request: Request) -> bool:

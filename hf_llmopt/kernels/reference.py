@@ -5,8 +5,6 @@ A faster kernel has the same signature as its twin here and is tested against it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -90,24 +88,22 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    slots: Sequence[Tensor],
-    spans: Sequence[tuple[int, int, int]],
-    kind: str,
-    window: int,
+    table: Tensor,
+    items: Tensor,
+    page_size: int,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every span over the pages of its own request, one span after the other.
+    """Attention of single query tokens, each over the pages of its own request.
 
     Args:
-        query: `[tokens, heads, key_dim]`, the spans behind one another.
+        query: `[tokens, heads, key_dim]`.
         keys: All slots of the layer, `[slots, kv_heads, key_dim]`.
         values: `[slots, kv_heads, value_dim]`.
-        slots: Per span, the slots of its request's tokens 0 ... context - 1.
-        spans: Per span (offset in `query`, queries, context): the last query sees tokens up to `context - 1`.
-        kind: `"full"`, `"sliding"` or `"chunked"`.
-        window: Tokens of the window or chunk.
+        table: Page ids of each request, int32 `[requests, pages]`.
+        items: Per query token (row of `table`, first visible token, end of the visible tokens), int32 `[tokens, 3]`.
+        page_size: Tokens per page.
         scaling: Factor on the dot products.
         softcap: See `attention`.
         sinks: See `attention`.
@@ -115,19 +111,66 @@ def paged_attention(
     Returns:
         `[tokens, heads, value_dim]`.
     """
-    output = query.new_empty(*query.shape[:2], values.shape[2])
-    for own, (offset, length, context) in zip(slots, spans, strict=True):
-        index = torch.arange(context, device=query.device)
-        mask = visible(index[context - length :], index, kind, window)
-        own = own.to(keys.device)
-        part = attention(
-            query[None, offset : offset + length].transpose(1, 2),
-            keys[own][None].transpose(1, 2),
-            values[own][None].transpose(1, 2),
-            mask,
-            scaling,
-            softcap,
-            sinks,
-        )
-        output[offset : offset + length] = part[0].transpose(0, 1)
-    return output
+    outputs = []
+    for token, (row, first, end) in zip(query, items.tolist(), strict=True):
+        index = torch.arange(first, end)
+        slots = (table[row].cpu().long()[index // page_size] * page_size + index % page_size).to(keys.device)
+        seen_keys, seen_values = keys[slots][None].transpose(1, 2), values[slots][None].transpose(1, 2)
+        outputs.append(attention(token[None, :, None], seen_keys, seen_values, None, scaling, softcap, sinks)[0, :, 0])
+    return torch.stack(outputs)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`x @ weight^T + bias`, rounded to the dtype, plus `residual`.
+
+    Args:
+        x: `[..., inputs]`.
+        weight: `[outputs, inputs]`.
+        bias: `[outputs]`, or `None`.
+        residual: `[..., outputs]`, or `None`.
+    """
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variant: int = 0) -> Tensor:
+    """Root mean square normalisation of the last axis (Zhang and Sennrich 2019, eq. 4).
+
+    Args:
+        x: `[..., width]`.
+        weight: `[width]`, or `None` for none.
+        epsilon: Added to the mean square.
+        variant: Where models round: 0 weight times the rounded quotient (Llama), 1 one plus weight, in float32 (Gemma),
+            2 weight in float32 (OLMo 2, gpt-oss).
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if weight is None:
+        return wide.to(x.dtype)
+    if variant == 0:
+        return weight * wide.to(x.dtype)
+    return (wide * (weight.float() + (variant == 1))).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Layer normalisation of the last axis (Ba et al. 2016)."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """`act(gate) * up`, or `act(gate)` where `up` is `None` (Shazeer 2020).
+
+    Args:
+        gate: `[..., width]`.
+        up: `[..., width]`, or `None`.
+        kind: `"silu"`, `"gelu_tanh"`, `"gelu"`, `"relu"` or `"relu2"`.
+    """
+    functional = torch.nn.functional
+    act = {
+        "silu": functional.silu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "gelu": functional.gelu,
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
+    }[kind](gate)
+    return act if up is None else act * up

@@ -1,0 +1,8 @@
+"""Kernels in C for the CPU, an operation per file; `ops` calls them.
+
+They are built with the package where there is a compiler. Without them torch's operators serve; `why_not` says why.
+"""
+
+from .ops import DTYPES, MAX_DIM, attention, available, gated, layer_norm, levels, linear, rms_norm, using, why_not
+
+__all__ = ["DTYPES", "MAX_DIM", "attention", "available", "gated", "layer_norm", "levels", "linear", "rms_norm", "using", "why_not"]

@@ -1,0 +1,159 @@
+/* The Python module `_C`: pointers and sizes in, nothing out. Argument checks are the caller's (ops.py).
+ *
+ * Every operation is called with a level and a format, which index a table of compiled variants. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+#include "activation.h"
+#include "attention.h"
+#include "linear.h"
+#include "norm.h"
+
+typedef void kernel(const void *arguments, int threads);
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86_LEVELS 1
+#define LEVELS 4
+#define DECLARE_LEVELS(op, format)                                                                                     \
+    extern kernel op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16;
+#define LIST_LEVELS(op, format)                                                                                        \
+    { op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16 }
+#else
+#define LEVELS 1
+#define DECLARE_LEVELS(op, format) extern kernel op##_##format##_portable;
+#define LIST_LEVELS(op, format) { op##_##format##_portable }
+#endif
+#define TABLE(op)                                                                                                      \
+    DECLARE_LEVELS(op, f32) DECLARE_LEVELS(op, bf16) DECLARE_LEVELS(op, f16)                                           \
+    static kernel *const op##_table[3][LEVELS] = {LIST_LEVELS(op, f32), LIST_LEVELS(op, bf16), LIST_LEVELS(op, f16)};
+TABLE(activation)
+TABLE(attention)
+TABLE(linear)
+TABLE(norm)
+
+static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+/* Numbers of a call, read one after the other. */
+typedef struct {
+    PyObject *const *items;
+    Py_ssize_t count, next;
+} reader;
+
+static long long number(reader *r) {
+    r->next++;
+    return r->next <= r->count ? PyLong_AsLongLong(r->items[r->next - 1]) : 0;
+}
+
+static void *pointer(reader *r) {
+    return (void *)(intptr_t)number(r);
+}
+
+static float real(reader *r) {
+    r->next++;
+    return r->next <= r->count ? (float)PyFloat_AsDouble(r->items[r->next - 1]) : 0;
+}
+
+/* level, format, threads come first; `filled` is the operation's struct, read after them. */
+static PyObject *run(kernel *const table[3][LEVELS], const reader *r, long long level, long long format, int threads,
+                     const void *filled) {
+    if (PyErr_Occurred()) return NULL;
+    if (r->next != r->count || level < 0 || level >= LEVELS || format < 0 || format > 2 || threads < 1) {
+        PyErr_SetString(PyExc_ValueError, "hf_llmopt: malformed kernel call");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    table[format][level](filled, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+#define OPEN                                                                                                           \
+    reader r = {items, count, 0};                                                                                      \
+    long long level = number(&r), format = number(&r);                                                                 \
+    int threads = (int)number(&r);
+
+static PyObject *py_attention(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    attention a = {0};
+    a.query = pointer(&r), a.keys = pointer(&r), a.values = pointer(&r);
+    a.table = pointer(&r), a.items = pointer(&r), a.sinks = pointer(&r), a.output = pointer(&r);
+    a.scratch = pointer(&r);
+    a.tokens = number(&r), a.heads = number(&r), a.kv_heads = number(&r), a.key_dim = number(&r);
+    a.value_dim = number(&r), a.page_size = number(&r), a.table_width = number(&r), a.query_token = number(&r);
+    a.query_head = number(&r), a.most_parts = number(&r);
+    a.scaling = real(&r), a.softcap = real(&r);
+    return run(attention_table, &r, level, format, threads, &a);
+}
+
+static PyObject *py_linear(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    linear a = {0};
+    a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.residual = pointer(&r), a.y = pointer(&r);
+    a.scratch = pointer(&r);
+    a.rows = number(&r), a.outputs = number(&r), a.inputs = number(&r);
+    return run(linear_table, &r, level, format, threads, &a);
+}
+
+static PyObject *py_norm(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    norm a = {0};
+    a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.y = pointer(&r);
+    a.rows = number(&r), a.width = number(&r);
+    a.epsilon = real(&r);
+    a.centre = (int)number(&r), a.variant = (int)number(&r);
+    return run(norm_table, &r, level, format, threads, &a);
+}
+
+static PyObject *py_activation(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    activation a = {0};
+    a.gate = pointer(&r), a.up = pointer(&r), a.y = pointer(&r);
+    a.rows = number(&r), a.width = number(&r), a.stride = number(&r);
+    a.kind = (int)number(&r);
+    return run(activation_table, &r, level, format, threads, &a);
+}
+
+/* The levels that this machine can run, best last. */
+static PyObject *py_levels(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    int best = 0;
+#ifdef X86_LEVELS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
+    if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        best = 2;
+    if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
+#endif
+    PyObject *names = PyTuple_New(best + 1);
+    for (int i = 0; names && i <= best; i++) {
+        PyObject *name = PyUnicode_FromString(level_names[i]);
+        if (!name) {
+            Py_DECREF(names);
+            return NULL;
+        }
+        PyTuple_SET_ITEM(names, i, name);
+    }
+    return names;
+}
+
+static PyMethodDef methods[] = {
+    {"attention", (PyCFunction)(void (*)(void))py_attention, METH_FASTCALL, "See attention.c."},
+    {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
+    {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
+    {"activation", (PyCFunction)(void (*)(void))py_activation, METH_FASTCALL, "See activation.c."},
+    {"levels", py_levels, METH_NOARGS, "Names of the instruction set levels this machine can run, best last."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "Kernels in C.", -1, methods, NULL, NULL, NULL,
+                                        NULL};
+
+PyMODINIT_FUNC PyInit__C(void) {
+    return PyModule_Create(&definition);
+}

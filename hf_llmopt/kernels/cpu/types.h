@@ -1,0 +1,22 @@
+/* Types that do not depend on level or format. */
+#ifndef LLMOPT_TYPES_H
+#define LLMOPT_TYPES_H
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define WIDTH 16 /* floats in a vector */
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH)));
+typedef _Float16 half;
+typedef half halfvec __attribute__((vector_size(2 * WIDTH)));
+
+#define INLINE static inline __attribute__((always_inline, unused))
+#define LOCAL static __attribute__((unused))
+#endif
