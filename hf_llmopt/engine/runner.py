@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..attention import Span, StepInputs, backend, configs_of, serving
 from ..config import AttentionConfig
+from ..fusion import Fusion
 from ..kv_cache import PagedStore, SpanCache
 from .probe import input_device
 from .request import Request
@@ -34,6 +36,7 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = store
         self.cache = SpanCache(len(store.layers))
+        self.fusion = Fusion(model) if store.layers[0].device.type == "cpu" else None
         self.attend = backend(attention.backend, store.layers[0].device)
 
     @property
@@ -103,7 +106,8 @@ class Runner:
             inputs["logits_to_keep"] = keep if last else keep.new_zeros(1)
         slots = [slots.to(device) for slots in self._slots(spans)]
         step = StepInputs(self.store, placed, slots, self.attend, note)
-        with serving(self._configs, step):
+        fused = nullcontext() if self.fusion is None else self.fusion.entered()
+        with serving(self._configs, step), fused:
             began = perf_counter()
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
             seconds = perf_counter() - began

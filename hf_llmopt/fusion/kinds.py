@@ -1,0 +1,188 @@
+"""The kinds of modules that are recognised: products, norms, activations, gated MLPs.
+
+A recogniser returns the module's replacement and the modules inside it that need none of their own, or `None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import cpu
+
+Forward = Callable[[Tensor], Tensor]
+Rows = Callable[[Tensor], int]
+Found = tuple[Forward, Iterable[nn.Module]]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """No hook, no adapter, no replaced forward: nothing but the class's own code runs when it is called."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or hasattr(module, "parametrizations")
+        or hasattr(module, "_hf_hook")
+    )
+
+
+def _fits(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the C kernels take this input now; a plain forward for training does not come here."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in cpu.DTYPES
+        and (weight is None or weight.dtype == x.dtype)
+        and not torch.is_grad_enabled()
+    )
+
+
+def _plain_linear(module: Any) -> bool:
+    return (
+        type(module) is nn.Linear
+        and is_plain(module)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in cpu.DTYPES
+        and module.weight.is_contiguous()
+    )
+
+
+def linear(module: nn.Module, rows: Rows) -> Found | None:
+    """`nn.Linear` itself, not a subclass: quantizers and adapters bring their own."""
+    if not _plain_linear(module):
+        return None
+    eager: Forward = module.forward
+    parameters = module._parameters
+    limit = rows(parameters["weight"])  # type: ignore[arg-type]
+    if not limit:
+        return None
+    inputs = module.in_features
+
+    def forward(x: Tensor) -> Tensor:
+        weight: Any = parameters["weight"]
+        if x.numel() > limit * inputs or not _fits(x, weight):
+            return eager(x)
+        return cpu.linear(x if x.is_contiguous() else x.contiguous(), weight, parameters["bias"])
+
+    return forward, ()
+
+
+def norm(module: nn.Module, rows: Rows) -> Found | None:
+    """`nn.LayerNorm`, and whatever is named RMSNorm and has one weight: which rounding it uses, it must prove."""
+    names = set(module._parameters)
+    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+    if list(module.children()) or not isinstance(epsilon, float):
+        return None
+    eager: Forward = module.forward
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    if weight is None or weight.dim() != 1 or weight.device.type != "cpu" or weight.dtype not in cpu.DTYPES:
+        return None
+    if type(module) is nn.LayerNorm:
+
+        def forward(x: Tensor) -> Tensor:
+            weight, bias = parameters["weight"], parameters["bias"]
+            if not _fits(x, weight):
+                return eager(x)
+            return cpu.layer_norm(x if x.is_contiguous() else x.contiguous(), weight, bias, epsilon)
+
+        return forward, ()
+    if names != {"weight"} or not type(module).__name__.endswith("RMSNorm"):
+        return None
+    variant = _rms_variant(module, weight, epsilon)
+
+    def forward(x: Tensor) -> Tensor:
+        weight = parameters["weight"]
+        if not _fits(x, weight) or x.shape[-1] != weight.shape[0]:  # type: ignore[union-attr]
+            return eager(x)
+        return cpu.rms_norm(x if x.is_contiguous() else x.contiguous(), weight, epsilon, variant)
+
+    return forward, ()
+
+
+def _rms_variant(module: nn.Module, weight: Tensor, epsilon: float) -> int:
+    """The variant of `reference.rms_norm` that is nearest to the module."""
+    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    with torch.no_grad():
+        eager = module(x).float()
+        errors = [(cpu.rms_norm(x, weight, epsilon, variant).float() - eager).abs().sum() for variant in range(3)]
+    return int(torch.stack(errors).argmin())
+
+
+def activation(module: nn.Module, rows: Rows) -> Found | None:
+    """An activation module without parameters."""
+    kind = _activation_kind(module)
+    if kind is None:
+        return None
+    eager: Forward = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return cpu.gated(x, None, kind) if x.is_contiguous() and _fits(x, None) else eager(x)
+
+    return forward, ()
+
+
+_KINDS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+
+
+def _activation_kind(module: Any) -> str | None:
+    if not isinstance(module, nn.Module) or not is_plain(module) or list(module.parameters()):
+        return None
+    return _KINDS.get(type(module).__name__)
+
+
+def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
+    """`down(act(gate(x)) * up(x))`, with gate and up apart or joined in `gate_up_proj`."""
+    children = module._modules
+    act_name = next((name for name in ("act_fn", "activation_fn", "act") if name in children), None)
+    kind = _activation_kind(children[act_name]) if act_name else None
+    products = [name for name in children if name != act_name]
+    joined = sorted(products) == ["down_proj", "gate_up_proj"]
+    if kind is None or not (joined or sorted(products) == ["down_proj", "gate_proj", "up_proj"]):
+        return None
+    linears: list[Any] = [children[name] for name in products]
+    if not all(_plain_linear(linear) for linear in linears):
+        return None
+    limit = min(rows(linear.weight) for linear in linears)
+    if not limit:
+        return None
+    eager: Forward = module.forward
+    by_name = dict(zip(products, (linear._parameters for linear in linears), strict=True))
+    down = by_name["down_proj"]
+    first = by_name["gate_up_proj" if joined else "gate_proj"]
+    second = None if joined else by_name["up_proj"]
+    inputs = next(linear for name, linear in zip(products, linears, strict=True) if name != "down_proj").in_features
+
+    def forward(x: Tensor) -> Tensor:
+        if x.numel() > limit * inputs or not _fits(x, first["weight"]):
+            return eager(x)
+        x = x if x.is_contiguous() else x.contiguous()
+        gate = cpu.linear(x, first["weight"], first["bias"])  # type: ignore[arg-type]
+        if second is None:
+            gate, up = gate.chunk(2, dim=-1)
+        else:
+            up = cpu.linear(x, second["weight"], second["bias"])  # type: ignore[arg-type]
+        return cpu.linear(cpu.gated(gate, up, kind), down["weight"], down["bias"])  # type: ignore[arg-type]
+
+    # Above the limit the eager forward runs, and its parts have no replacement: they would not be used there either.
+    return forward, [*linears, children[act_name]]  # type: ignore[list-item,index]
+
+
+RECOGNISERS: dict[str, Callable[[nn.Module, Rows], Found | None]] = {
+    "gated MLP": gated_mlp,
+    "product": linear,
+    "norm": norm,
+    "activation": activation,
+}

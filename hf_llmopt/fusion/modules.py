@@ -1,0 +1,117 @@
+"""Which modules of a model a C kernel can stand in for, and how it enters and leaves them.
+
+A replacement is a `forward` of the instance, set before a step and taken out after it: the model's modules, parameters and
+`state_dict` stay what they are. A module is recognised by its structure and then has to prove itself: its replacement must
+give the eager module's result on random input as exactly as the eager module gives the true one. A module that carries a hook,
+an adapter or another quantizer is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kernels import cpu
+from .choice import own_rows
+from .kinds import RECOGNISERS, Forward, is_plain
+
+
+class Fusion:
+    """The replacements of one model.
+
+    Args:
+        model: A model on the CPU.
+        batch_invariant: Use our products for any number of rows, so that a row's result never depends on others.
+
+    Attributes:
+        replaced: How many modules of each kind have a replacement.
+        refused: How many were recognised but differed from their eager forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
+        self.replaced: dict[str, int] = {}
+        self.refused: dict[str, int] = {}
+        self._entries: list[tuple[dict[str, object], Forward]] = []
+        self._mark: tuple[object, ...] = ()
+        self.refresh(model)
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Recognise the modules again if any was exchanged or hooked since."""
+        mark = tuple(
+            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+        )
+        if mark == self._mark:
+            return
+        self._mark = mark
+        self._entries, self.replaced, self.refused = [], {}, {}
+        if not cpu.available():
+            return
+        rows = self._rows(model)
+        covered: set[nn.Module] = set()
+        for module in model.modules():  # parents come before their children
+            if module in covered or not is_plain(module):
+                continue
+            for kind, recognise in RECOGNISERS.items():
+                found = recognise(module, rows)
+                if found is None:
+                    continue
+                forward, inner = found
+                if not _proves(module, forward):
+                    self.refused[kind] = self.refused.get(kind, 0) + 1
+                    continue
+                self._entries.append((module.__dict__, forward))
+                self.replaced[kind] = self.replaced.get(kind, 0) + 1
+                covered.update(inner)
+                break
+
+    def _rows(self, model: PreTrainedModel) -> Callable[[Tensor], int]:
+        """For a weight, the number of rows up to which our product is used."""
+        if self.batch_invariant:
+            return lambda weight: 1 << 30
+        weights: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight.device.type == "cpu":
+                weights.setdefault((module.weight.shape, module.weight.dtype), []).append(module.weight.detach())
+        return lambda weight: own_rows(weights.get((weight.shape, weight.dtype), [weight]))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let the replacements be the modules' forward inside the block."""
+        for attributes, forward in self._entries:
+            attributes["forward"] = forward
+        try:
+            yield
+        finally:
+            for attributes, _ in self._entries:
+                del attributes["forward"]
+
+
+def _proves(module: nn.Module, forward: Forward) -> bool:
+    """Whether the replacement's error against float64 is no larger than the eager module's, but for rounding."""
+    weight = next(module.parameters(), None)
+    width = getattr(module, "in_features", None) or _width(module)
+    dtype = torch.float32 if weight is None else weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, width, generator=generator).to(dtype)
+    with torch.no_grad():
+        eager, ours = module(x), forward(x)
+    scale = eager.abs().max().clamp_min(1e-6).float()
+    # Twice the format's spacing at the largest value: two roundings of the same number differ by one spacing at most.
+    return (
+        eager.shape == ours.shape
+        and eager.dtype == ours.dtype
+        and bool((eager.float() - ours.float()).abs().max() <= 4 * torch.finfo(dtype).eps * scale)
+    )
+
+
+def _width(module: nn.Module) -> int:
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            return child.in_features
+    weight = next(module.parameters(), None)
+    return 64 if weight is None else int(weight.shape[-1])
