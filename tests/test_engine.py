@@ -216,3 +216,37 @@ def test_uninstalled_engine_says_so(model) -> None:
             engine.submit([5], max_new_tokens=1, **KW)
     finally:
         hf_llmopt.install()
+
+
+def test_a_large_max_length_sets_little_aside(model) -> None:
+    """Pages follow the tokens that come, not the number that could."""
+    served = model("llama")
+    ids = torch.randint(3, 90, (2, 6))
+    ours = served.generate(ids, max_new_tokens=10**9, max_time=0.05, llmopt=True, **KW)
+    pool = served.llmopt.engine.scheduler.pools[0]
+    assert ours.shape[1] > 6
+    assert pool.num_pages * 16 < 2 * (1024 + 16) * 2
+
+
+def test_pools_grow_while_a_request_runs(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.engine.engine.AHEAD", 8)
+    served = model("gemma3_text")
+    ids = torch.randint(3, 90, (3, 6))
+    ours = served.generate(ids, max_new_tokens=60, llmopt={"kv_cache": {"page_size": 4}}, **KW)
+    assert torch.equal(ours, served.generate(ids, max_new_tokens=60, **KW))
+
+
+def test_memory_that_runs_out_fails_the_newest_call(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a budget in memory a call may outgrow it: it fails with what fits, and the next one is served."""
+    from hf_llmopt.kv_cache import PagedStore
+
+    monkeypatch.setattr("hf_llmopt.engine.engine.AHEAD", 8)
+    monkeypatch.setattr(PagedStore, "limits", lambda self: [8 for _ in self.groups])
+    served = model("llama")
+    ids = torch.randint(3, 90, (2, 6))
+    config = {"kv_cache": {"page_size": 4, "memory_fraction": 0.5}}
+    with pytest.raises(errors.OutOfPages, match=r"memory_fraction=0.5.*What fits"):
+        served.generate(ids, max_new_tokens=40, llmopt=config, **KW)
+    assert served.llmopt.engine.store.pages_used == 0
+    ours = served.generate(ids, max_new_tokens=8, llmopt=config, **KW)
+    assert torch.equal(ours, served.generate(ids, max_new_tokens=8, **KW))

@@ -25,6 +25,8 @@ from .request import Request
 from .runner import Runner
 from .scheduler import Scheduler
 
+AHEAD = 1024  # new tokens that pages are set aside for when a request is admitted
+
 
 class Rows(Protocol):
     """What the engine needs of a group: its requests, and a place for figures."""
@@ -59,17 +61,28 @@ class EngineLoop:
         self.runner = Runner(model, self.store, config.attention)
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
-            self.store.page_size,
             config.batching.max_batch_tokens,
             config.batching.max_requests,
+            self.store.provide,
         )
         self.groups: list[Rows] = []
         self.steps = 0
 
-    def rooms(self, num_tokens: int) -> list[int]:
-        """Most pages a request of `num_tokens` tokens holds at one time, per cache group."""
-        span = min(num_tokens, self.config.batching.max_batch_tokens)
-        return [group.pages_for(num_tokens, self.store.page_size, span) for group in self.store.groups]
+    def rooms(self, prompt: int, total: int) -> list[int]:
+        """Pages to set aside for a request, per cache group.
+
+        All it can ever need under an explicit budget in tokens, so that it cannot fail half-way. Under a budget in memory
+        only what it needs soon: a large `max_new_tokens` is seldom used up, and pools grow.
+
+        Args:
+            prompt: Tokens of the prompt.
+            total: Tokens of prompt and continuation at most.
+        """
+        size = self.store.page_size
+        if self.config.kv_cache.max_tokens is None:
+            total = min(total, prompt + AHEAD)
+        span = min(total, self.config.batching.max_batch_tokens)
+        return [group.pages_for(total, size, span) for group in self.store.groups]
 
     def add(self, group: Rows) -> bool:
         """Admit a group.
@@ -81,6 +94,7 @@ class EngineLoop:
             OutOfPages: It can never fit; the message says what does.
         """
         self.check_fits(group)
+        capacity = self._capacity()
         wanted, members = self._outstanding(group.requests), group.requests
         protected = any(request.protected for request in members)
         running = self.scheduler.requests
@@ -88,7 +102,7 @@ class EngineLoop:
         # Rows of one group get equal room, so that their runs of pages lie at equal distances.
         spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
         self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
-        if protected and not self._fits(wanted, others):
+        if protected and any(a + b > c for a, b, c in zip(wanted, others, capacity, strict=True)):
             if not running:  # what is held is held by the caller's own caches
                 raise self._does_not_fit(members)
             return False
@@ -109,8 +123,7 @@ class EngineLoop:
         """
         members = group.requests
         for together in [members] if any(r.protected for r in members) else [[request] for request in members]:
-            limits = zip(self._outstanding(together), self.store.limits(), self.scheduler.pools, strict=True)
-            if any(wanted > max(limit, pool.num_pages) for wanted, limit, pool in limits):
+            if any(n > limit for n, limit in zip(self._outstanding(together), self.store.limits(), strict=True)):
                 raise self._does_not_fit(together)
 
     def _outstanding(self, requests: Sequence[Request]) -> list[int]:
@@ -121,20 +134,26 @@ class EngineLoop:
                 totals[index] += max(0, room - (request.tables[index].held if request.tables else 0))
         return totals
 
-    def _fits(self, wanted: Sequence[int], others: Sequence[int]) -> bool:
-        """Whether the pages are free, or can be taken from unprotected requests."""
-        for index, pool in enumerate(self.scheduler.pools):
-            yielding = sum(request.tables[index].held for request in self.scheduler.requests if not request.protected)
-            if wanted[index] + others[index] > pool.free + yielding:
-                return False
-        return True
+    def _capacity(self) -> list[int]:
+        """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
+        yielding = [request for request in self.scheduler.requests if not request.protected]
+        return [
+            limit - pool.used + sum(request.tables[index].held for request in yielding)
+            for index, (limit, pool) in enumerate(zip(self.store.limits(), self.scheduler.pools, strict=True))
+        ]
 
     def _does_not_fit(self, requests: Sequence[Request]) -> OutOfPages:
         size, rows = self.store.page_size, len(requests)
-        wanted, limits = self._outstanding(requests), self.store.limits()
+        limits = self.store.limits()
+        held = [[table.held for table in request.tables] or [0] * len(limits) for request in requests]
+        rooms = [
+            [max(pair) for pair in zip(request.rooms, own, strict=True)]
+            for request, own in zip(requests, held, strict=True)
+        ]
+        wanted = [sum(room[index] for room in rooms) for index in range(len(limits))]
         worst = max(range(len(wanted)), key=lambda index: wanted[index] / max(1, limits[index]))
-        limit, longest = limits[worst], max(request.rooms[worst] for request in requests)
-        free = max(0, limit - self.scheduler.pools[worst].used)
+        limit, longest = limits[worst], max(room[worst] for room in rooms)
+        free = max(0, limit - self.scheduler.pools[worst].used + sum(own[worst] for own in held))
         budget = self.config.kv_cache
         allowed = (
             f"max_tokens={budget.max_tokens}" if budget.max_tokens else f"memory_fraction={budget.memory_fraction}"
@@ -173,6 +192,7 @@ class EngineLoop:
         self.store.reclaim()
         plan = self.scheduler.schedule()
         if not plan.spans:
+            self._starve()
             return False
         for index, (wipes, copies) in enumerate(zip(plan.wipes, plan.copies, strict=True)):
             if wipes:
@@ -195,6 +215,16 @@ class EngineLoop:
         self.steps += 1
         self.lock.notify_all()
         return True
+
+    def _starve(self) -> None:
+        """Nobody could be scheduled: if nobody is about to go on by itself either, the newest group fails."""
+        waiting = [group for group in self.groups if any(request.remaining for request in group.requests)]
+        if not waiting or len(waiting) < len(self.groups):
+            return  # a group that waits for no page will choose its next tokens, and may end
+        for request in waiting[-1].requests:
+            request.error = self._does_not_fit(waiting[-1].requests)
+            self._abandon(request)
+        self.lock.notify_all()
 
     def _settle(self, spans: Sequence[tuple[Request, int]]) -> None:
         """Count what was computed, drop masked tails, and give back pages that windows have passed."""

@@ -23,7 +23,7 @@ class Request:
         positions: Position id of each token.
         next_position: Position id of the next appended token.
         left_padding: Padded columns before the first token.
-        rooms: Most pages the request may hold at one time, per cache group.
+        rooms: Pages set aside for the request when it is admitted, per cache group.
         masked_tail: The last prompt token is masked padding: it is a query, but nobody sees its key.
         embeds: Input embeddings `[tokens, hidden]` that stand in for the first `len(embeds)` ids, or `None`.
         chunk: Most tokens a prefill span may have, or `None`.

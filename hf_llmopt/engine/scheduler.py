@@ -6,7 +6,7 @@ only in how many tokens are missing, and share one token budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import OutOfPages
@@ -34,14 +34,20 @@ class Scheduler:
 
     Args:
         pools: The page pool of each cache group.
-        page_size: Tokens per page.
         max_batch_tokens: Most tokens in a step.
         max_requests: Most unprotected requests that hold pages at one time.
+        grow: Called with the free pages each pool should have; may enlarge the pools.
     """
 
-    def __init__(self, pools: Sequence[PagePool], page_size: int, max_batch_tokens: int, max_requests: int) -> None:
+    def __init__(
+        self,
+        pools: Sequence[PagePool],
+        max_batch_tokens: int,
+        max_requests: int,
+        grow: Callable[[Sequence[int]], None],
+    ) -> None:
         self.pools = pools
-        self.page_size = page_size
+        self.grow = grow
         self.max_batch_tokens = max_batch_tokens
         self.max_requests = max_requests
         self.requests: list[Request] = []  # in order of arrival
@@ -113,6 +119,10 @@ class Scheduler:
                 for copies, table in zip(plan.copies, request.tables, strict=True):
                     copies += table.reserve(start, start + length)
             except OutOfPages:
+                needs = [table.missing(start, start + length) for table in request.tables]
+                self.grow(needs)
+                if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
+                    continue
                 victim = self._victim(request, plan)
                 if victim is None:
                     return False

@@ -214,12 +214,13 @@ def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generati
         real = torch.cat([real, torch.tensor([prompt.mask.shape[1] - past - 1])])
     cached = int(prompt.mask[row, :past].sum())
     positions = prompt.positions[row]
+    # A forked cache's last page may have to be copied: one page more.
+    known = cached + len(real) + (engine.store.page_size if prompt.past else 0)
     request = Request(
         tokens=[0] * cached + prompt.ids[row, real].tolist(),
         positions=[0] * cached + positions[real].tolist(),
         next_position=int(positions[-1]) + 1,
-        # A forked cache's last page may have to be copied: one page more.
-        rooms=engine.rooms(cached + len(real) + total - prompt.mask.shape[1] + (engine.store.page_size if past else 0)),
+        rooms=engine.rooms(known, known + total - prompt.mask.shape[1]),
         left_padding=int(prompt.mask[row].long().argmax()),
         masked_tail=masked_tail,
         chunk=generation_config.prefill_chunk_size,

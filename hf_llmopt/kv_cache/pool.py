@@ -131,7 +131,7 @@ class BlockTable:
     Attributes:
         pool: Where the pages come from.
         page_size: Tokens per page.
-        room: Pages the request may need in all, 0 if unknown.
+        room: Pages the request is expected to need.
         pages: Page ids; 0 where a sliding window has passed.
         passed: Leading entries of `pages` that are 0.
         run: Index from which on `pages` are consecutive ids.
@@ -176,7 +176,8 @@ class BlockTable:
         if not count:
             return []
         after = self.pages[keep - 1] if keep and self.pages[keep - 1] else None
-        taken, plan = self.pool.take(count, after, self.room - keep)
+        # A request that outgrew its room goes on in runs half as long as what it has.
+        taken, plan = self.pool.take(count, after, max(self.room - keep, count + keep // 2))
         if plan:
             self._plans.append(plan)
         replaced = self.pages[keep:]

@@ -133,7 +133,7 @@ class PagedStore:
         limits = []
         for index, group in enumerate(self.groups):
             if self.config.max_tokens is not None:
-                limits.append(-(-self.config.max_tokens // self.page_size))
+                limits.append(max(group.pool.num_pages, -(-self.config.max_tokens // self.page_size)))
                 continue
             share = self.page_bytes(index) / sum(self.page_bytes(other) for other in range(len(self.groups)))
             free = min(_free_bytes(self.layers[layer].device) for layer in group.layers)

@@ -1,0 +1,104 @@
+"""Whether two runs gave the same tokens, and what counts as the same below float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Equality:
+    """The outcome of comparing the outputs of one call, made in two ways.
+
+    Attributes:
+        same: Whether they count as equal.
+        identical: Whether they are equal token for token. In float32 nothing less is the same.
+        tokens: New tokens that were compared.
+        differences: For each row that differs: row, step, both tokens, and below float32 the gap of their stock logits
+            and the rounding noise it has to stay under.
+    """
+
+    same: bool
+    identical: bool
+    tokens: int
+    differences: tuple[dict[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome, ready for JSON."""
+        return {**asdict(self), "differences": list(self.differences)}
+
+    def __str__(self) -> str:
+        if self.identical:
+            return "yes"
+        return "up to near ties" if self.same else "NO"
+
+
+def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tensor, got: Tensor) -> Equality:
+    """Compare two outputs of `generate` for the same prompt.
+
+    In bfloat16 and float16 a wider forward pass rounds differently, and after a near tie two runs go apart. There the
+    outputs count as the same if in every row the first difference is such a tie: the model's own logits of the two
+    tokens are closer than the noise, which is how far the same logits move between a batch of rows, a single row and a
+    cached step.
+
+    Args:
+        model: The model.
+        inputs: The prompt, `input_ids` and `attention_mask`, `[rows, length]`.
+        expected: Stock's output `[rows, length + new]`.
+        got: The other output.
+    """
+    expected, got = expected.cpu(), got.cpu()
+    start = inputs["input_ids"].shape[1]
+    new = expected.shape[0] * (expected.shape[1] - start)
+    if torch.equal(expected, got):
+        return Equality(True, True, new)
+    if expected.shape[0] != got.shape[0]:
+        return Equality(False, False, new)
+    differences = []
+    for row in range(expected.shape[0]):
+        width = min(expected.shape[1], got.shape[1])
+        unequal = (expected[row, :width] != got[row, :width]).nonzero()[:, 0]
+        if len(unequal):
+            differences.append(_difference(model, inputs, expected[row], got[row], row, int(unequal[0])))
+    close = [d["gap"] is not None and d["gap"] <= d["noise"] for d in differences]
+    return Equality(bool(close) and all(close), False, new, tuple(differences))
+
+
+def _difference(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tensor, got: Tensor, row: int, column: int
+) -> dict[str, Any]:
+    start = inputs["input_ids"].shape[1]
+    ours, theirs = int(got[column]), int(expected[column])
+    found: dict[str, Any] = {
+        "row": row,
+        "step": column - start,
+        "expected": theirs,
+        "got": ours,
+        "gap": None,
+        "noise": None,
+    }
+    if model.dtype in (torch.float32, torch.float64) or column < start:
+        return found
+    real = inputs["attention_mask"][row].bool().cpu()
+    prefix = torch.cat([inputs["input_ids"][row].cpu()[real], expected[start:column]]).to(model.device)
+    forms = _logits(model, prefix, len(inputs["input_ids"]))
+    found["gap"] = float((forms[0][theirs] - forms[0][ours]).abs())
+    found["noise"] = max(float((a - b).abs().max()) for a in forms for b in forms)
+    return found
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, prefix: Tensor, rows: int) -> list[Tensor]:
+    """The logits behind a prefix, float32 `[vocabulary]`, computed alone, among `rows` rows, and as a cached step."""
+    alone = model(input_ids=prefix[None], use_cache=False).logits[0, -1]
+    among = model(input_ids=prefix.expand(max(2, rows), -1), use_cache=False).logits[0, -1]
+    forms = [alone, among]
+    if len(prefix) > 1:
+        cache = model(input_ids=prefix[None, :-1], use_cache=True).past_key_values
+        forms.append(model(input_ids=prefix[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1])
+    return [logits.float() for logits in forms]

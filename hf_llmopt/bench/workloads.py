@@ -1,0 +1,121 @@
+"""What the benchmarks generate from: seeded ragged batches, and models of a known shape with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {  # Qwen2-0.5B
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+}
+"""Shapes of models that are too large to ship: the speed of a step does not depend on what the weights say."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch of prompts and how much to generate from it.
+
+    Attributes:
+        name: Says it in a table.
+        rows: Prompts in the batch.
+        new_tokens: Tokens to generate for every row.
+        shortest: Fewest tokens of a prompt.
+        longest: Most tokens of a prompt.
+    """
+
+    name: str
+    rows: int
+    new_tokens: int
+    shortest: int = 32
+    longest: int = 256
+
+
+def ragged_prompts(
+    workload: Workload, vocabulary: int, texts: Sequence[list[int]] | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Make the batch of a workload: prompts of different lengths, padded on the left.
+
+    Args:
+        workload: How many prompts, and how long they may be.
+        vocabulary: Token ids of the model: 0 to `vocabulary - 1`.
+        texts: Tokenized texts to cut prompts from; random ids if `None`.
+        seed: Chooses lengths and places.
+
+    Returns:
+        `input_ids` and `attention_mask`, both `[rows, longest drawn]`.
+
+    Raises:
+        ValueError: No text is as long as a prompt.
+
+    Example:
+        >>> batch = ragged_prompts(Workload("two", rows=2, new_tokens=8, shortest=4, longest=6), vocabulary=100)
+        >>> batch["attention_mask"].sum(1).tolist()
+        [6, 5]
+    """
+    rng = np.random.default_rng([seed, workload.rows, workload.new_tokens])
+    lengths = rng.integers(workload.shortest, workload.longest + 1, size=workload.rows)
+    width = int(lengths.max())
+    ids = torch.zeros(workload.rows, width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths.tolist()):
+        if texts is None:
+            prompt = rng.integers(0, vocabulary, size=length)
+        else:
+            long_enough = [text for text in texts if len(text) >= length]
+            if not long_enough:
+                raise ValueError(f"no text has {length} tokens, the length of a prompt of {workload.name!r}")
+            text = long_enough[rng.integers(len(long_enough))]
+            start = rng.integers(len(text) - length + 1)
+            prompt = np.asarray(text[start : start + length])
+        ids[row, width - length :] = torch.as_tensor(prompt)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def held_out_ids(tokenizer: Any, texts: int = 24) -> list[list[int]]:
+    """Real text that the embedded pair was not trained on, tokenized.
+
+    Args:
+        tokenizer: Any tokenizer.
+        texts: How many documents to take.
+    """
+    from ..demo.corpus import held_out_texts
+
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in held_out_texts()[:texts]]
+
+
+def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """Make a model of a known shape with random weights.
+
+    Args:
+        shape: A name in `SHAPES`.
+        dtype: The type of the weights.
+        seed: Of the weights.
+
+    Raises:
+        InvalidOption: There is no such shape.
+    """
+    if shape not in SHAPES:
+        from ..errors import unknown
+
+        raise unknown("shape", shape, SHAPES)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]), dtype=dtype)
+    return model.eval()

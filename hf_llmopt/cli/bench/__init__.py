@@ -1,0 +1,16 @@
+"""`hf-llmopt bench`: one command for each part, all against stock transformers."""
+
+from __future__ import annotations
+
+import typer
+
+from ..command import Command
+from .kv_cache import kv_cache
+
+app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
+app.command("kv_cache", cls=Command)(kv_cache)
+
+
+@app.callback()
+def parts() -> None:
+    """Measure a part against stock transformers, with the tokens compared."""

@@ -1,0 +1,112 @@
+"""`hf-llmopt bench kv_cache`: the paged cache against no cache and stock's cache."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import ui
+from ..command import Device, Dtype, Json, UserError
+
+if TYPE_CHECKING:
+    from hf_llmopt.bench.workloads import Workload
+
+
+def kv_cache(
+    model: Annotated[str, typer.Option(help="A folder, a name on the hub, or `demo`, the embedded model.")] = "demo",
+    shape: Annotated[
+        str | None, typer.Option(metavar="0.5b", help="Instead of a model: this shape with random weights.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="batch-1, batch-8, batch-16 or long; may be repeated. By default all of them, but not long (512 "
+            "tokens, also without a cache) for other models than the embedded one."
+        ),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 5,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of random weights.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few short prompts, to see that it works; no figure counts.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON report to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure ragged batches with the paged cache, with stock's cache and without a cache.
+
+    Greedy, all rows run to the end, every way interleaved with the others, tokens compared in the same runs. Says
+    nothing about speed and exits with 1 if tokens differ.
+    """
+    from hf_llmopt.bench import kv_cache as kv
+    from hf_llmopt.bench import report as reports
+
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"there is no folder {str(output.parent)!r} to write the report to")
+    chosen = _workloads(
+        kv.QUICK if quick else kv.WORKLOADS, workload, all_of_them=quick or (model == "demo" and not shape)
+    )
+    loaded, texts = _load(model, shape, dtype, device, seed)
+    ways = sum(len(kv.ways_of(item)) for item in chosen)
+    with ui.progress("kv_cache", ways * (repeat + 1)) as on_run:
+        report = kv.bench(
+            loaded,
+            chosen,
+            texts=texts,
+            repeats=repeat,
+            seed=seed,
+            on_run=lambda name, way: on_run(f"{name}, {way}"),
+        )
+    report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
+    report["model"]["name"] = f"shape {shape}, random weights" if shape else model
+    if output is not None:
+        ui.save(output, report)
+    if json:
+        ui.emit(report)
+    elif markdown:
+        ui.say(reports.markdown(reports.table(report)))
+    else:
+        view = reports.table(report)
+        ui.table(view.title, view.columns, view.rows, view.names, view.caption)
+    if not report["passed"]:
+        for line in reports.failures(report):
+            ui.fail(f"FAILED: {line}")
+        raise typer.Exit(1)
+
+
+def _workloads(known: tuple[Workload, ...], names: list[str] | None, all_of_them: bool) -> list[Workload]:
+    from hf_llmopt.bench.kv_cache import WITHOUT_CACHE
+    from hf_llmopt.errors import unknown
+
+    by_name = {item.name: item for item in known}
+    for name in names or []:
+        if name not in by_name:
+            raise unknown("workload", name, by_name)
+    if names:
+        return [by_name[name] for name in names]
+    return [item for item in known if all_of_them or item.name not in WITHOUT_CACHE]
+
+
+def _load(
+    model: str, shape: str | None, dtype: str, device: str | None, seed: int
+) -> tuple[Any, list[list[int]] | None]:
+    """The model, and the texts its prompts are cut from, `None` for random ids."""
+    import torch
+
+    from hf_llmopt.bench.workloads import build, held_out_ids
+
+    from ..models import load, parse_dtype, place
+
+    if shape is None:
+        loaded, tokenizer = load(model, dtype, device)
+        return loaded, held_out_ids(tokenizer)
+    wanted = parse_dtype(dtype)
+    if not isinstance(wanted, torch.dtype):
+        raise UserError("random weights have no stored type: --shape needs another --dtype than auto")
+    return place(build(shape, wanted, seed), device), None
