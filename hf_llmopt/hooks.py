@@ -6,6 +6,7 @@ given or the model carries a default. `uninstall` puts the very same objects bac
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,8 +179,10 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         active.settled = True
         if active.submit is not None:
             return group
-        handle_of(self).stats = group.stats
-        group.run()
+        try:
+            group.run()
+        finally:
+            handle_of(self).stats = group.stats
         return group.output()
 
     return _sample
@@ -207,7 +210,22 @@ def _fall_through(active: Active, reason: str) -> None:
     if active.config.strict or active.submit is not None:
         raise NotServed(f"strict=True, and transformers would have to serve this call: {reason}.")
     handle_of(active.model).stats = Stats(served_by="transformers", reason=reason)
-    warnings.warn(f"llmopt: transformers serves this call: {reason}.", UserWarning, stacklevel=4)
+    warnings.warn(f"llmopt: transformers serves this call: {reason}.", UserWarning, stacklevel=_users_frame())
+
+
+def _users_frame() -> int:
+    """How far up the caller is who is neither torch, transformers nor this package; for `stacklevel`."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] not in (
+            "torch",
+            "transformers",
+            "hf_llmopt",
+            "contextlib",
+        ):
+            return level - 1
+        level, frame = level + 1, frame.f_back
+    return 1
 
 
 class _TextGenerationPipeline(TextGenerationPipeline):

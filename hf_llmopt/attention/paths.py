@@ -34,9 +34,7 @@ def reference_paged(
     store, pages = step.store, step.pages(layer, len(step.spans))
     tokens, keys, values = query[0].transpose(0, 1), store.keys[layer], store.values[layer]
     table, items, _ = pages
-    return reference.paged_attention(
-        tokens, keys, values, table, items, store.page_size, scaling, softcap, sinks
-    )[None]
+    return reference.paged_attention(tokens, keys, values, table, items, store.page_size, scaling, softcap, sinks)[None]
 
 
 def cpu_paged(

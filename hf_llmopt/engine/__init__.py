@@ -1,7 +1,7 @@
 """The engine: spans over pages, one loop for everything."""
 
 from .engine import EngineLoop
-from .probe import input_weight
+from .probe import input_weight, unsupported
 from .request import Request
 
-__all__ = ["EngineLoop", "Request", "input_weight"]
+__all__ = ["EngineLoop", "Request", "input_weight", "unsupported"]

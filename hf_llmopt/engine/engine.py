@@ -68,20 +68,21 @@ class EngineLoop:
         self.groups: list[Rows] = []
         self.steps = 0
 
-    def rooms(self, prompt: int, total: int) -> list[int]:
+    def rooms(self, prompt: int, total: int, keeps_passed: bool = False) -> list[int]:
         """Pages to set aside for a request, per cache group.
 
-        All it can ever need under an explicit budget in tokens, so that it cannot fail half-way. Under a budget in memory
-        only what it needs soon: a large `max_new_tokens` is seldom used up, and pools grow.
+        All it can ever need under an explicit budget in tokens, so that it cannot fail half-way. Under a budget in
+        memory only what it needs soon: a large `max_new_tokens` is seldom used up, and pools grow.
 
         Args:
             prompt: Tokens of the prompt.
             total: Tokens of prompt and continuation at most.
+            keeps_passed: Whether pages behind windows are kept.
         """
         size = self.store.page_size
         if self.config.kv_cache.max_tokens is None:
             total = min(total, prompt + AHEAD)
-        span = min(total, self.config.batching.max_batch_tokens)
+        span = total if keeps_passed else min(total, self.config.batching.max_batch_tokens)
         return [group.pages_for(total, size, span) for group in self.store.groups]
 
     def add(self, group: Rows) -> bool:
@@ -238,7 +239,7 @@ class EngineLoop:
                 if request.embeds is not None:
                     request.embeds = request.embeds[: request.computed]
             for group, table in zip(self.store.groups, request.tables, strict=True):
-                if group.kind != "full":
+                if group.kind != "full" and not request.keeps_passed:
                     # One token more than the next query needs, so that the last one can be computed again.
                     table.trim(group.first_visible(max(0, request.computed - 1)))
 

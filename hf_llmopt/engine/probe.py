@@ -80,9 +80,10 @@ def input_weight(model: PreTrainedModel) -> Tensor:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go; an offloaded model's weights lie on "meta" between passes."""
+    """Where token ids go; an offloaded model's weights lie on "meta" between passes, and a hook says where they run."""
     device = input_weight(model).device
-    return torch.device(model.device) if device.type == "meta" else device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", device)) if device.type == "meta" else device
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
@@ -104,7 +105,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return f"its cache layers are unknown here ({error!r})"
     for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            return f"its cache holds a {type(layer).__name__}"
+            return f"its cache holds a {type(layer).__name__}: recurrent state, or keys of another kind"
     return None
 
 

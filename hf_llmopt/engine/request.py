@@ -28,6 +28,7 @@ class Request:
         embeds: Input embeddings `[tokens, hidden]` that stand in for the first `len(embeds)` ids, or `None`.
         chunk: Most tokens a prefill span may have, or `None`.
         parent: A request with the same prompt whose pages can be shared, or `None`.
+        keeps_passed: Keep pages that windows have passed: the caller's cache wants them back.
         protected: Its pages cannot be taken away (they hold imported keys, or belong to a `generate` call).
         computed: Tokens whose keys are in pages.
         tables: Block tables, one per cache group.
@@ -45,6 +46,7 @@ class Request:
     embeds: Any = None
     chunk: int | None = None
     parent: Request | None = None
+    keeps_passed: bool = False
     protected: bool = False
     computed: int = 0
     tables: list[BlockTable] = field(default_factory=list)

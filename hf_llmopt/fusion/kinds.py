@@ -5,6 +5,7 @@ A recogniser returns the module's replacement and the modules inside it that nee
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,15 @@ from ..kernels import cpu
 Forward = Callable[[Tensor], Tensor]
 Rows = Callable[[Tensor], int]
 Found = tuple[Forward, Iterable[nn.Module]]
+
+
+class _Inside(threading.local):
+    """Whether this thread runs an engine step: a plain forward in another thread must not meet replacements."""
+
+    now = False
+
+
+inside = _Inside()
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -30,9 +40,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _fits(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the C kernels take this input now; a plain forward for training does not come here."""
+    """Whether the C kernels take this input now."""
     return (
-        x.device.type == "cpu"
+        inside.now
+        and x.device.type == "cpu"
         and x.dtype in cpu.DTYPES
         and (weight is None or weight.dtype == x.dtype)
         and not torch.is_grad_enabled()

@@ -1,9 +1,10 @@
 """Which modules of a model a C kernel can stand in for, and how it enters and leaves them.
 
-A replacement is a `forward` of the instance, set before a step and taken out after it: the model's modules, parameters and
-`state_dict` stay what they are. A module is recognised by its structure and then has to prove itself: its replacement must
-give the eager module's result on random input as exactly as the eager module gives the true one. A module that carries a hook,
-an adapter or another quantizer is left alone.
+A replacement is a `forward` of the instance, set before a step and taken out after it: the model's modules,
+parameters and
+`state_dict` stay what they are. A module is recognised by its structure and then has to prove itself: its replacement
+must give the eager module's result on random input as exactly as the eager module gives the true one. A module that
+carries a hook, an adapter or another quantizer is left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..kernels import cpu
 from .choice import own_rows
-from .kinds import RECOGNISERS, Forward, is_plain
+from .kinds import RECOGNISERS, Forward, inside, is_plain
 
 
 class Fusion:
@@ -84,9 +85,11 @@ class Fusion:
         """Let the replacements be the modules' forward inside the block."""
         for attributes, forward in self._entries:
             attributes["forward"] = forward
+        inside.now = True
         try:
             yield
         finally:
+            inside.now = False
             for attributes, _ in self._entries:
                 del attributes["forward"]
 
@@ -99,7 +102,10 @@ def _proves(module: nn.Module, forward: Forward) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, width, generator=generator).to(dtype)
     with torch.no_grad():
-        eager, ours = module(x), forward(x)
+        eager = module(x)
+        inside.now = True
+        ours = forward(x)
+        inside.now = False
     scale = eager.abs().max().clamp_min(1e-6).float()
     # Twice the format's spacing at the largest value: two roundings of the same number differ by one spacing at most.
     return (

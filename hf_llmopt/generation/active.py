@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig
-from ..engine import EngineLoop, input_weight
+from ..engine import EngineLoop, input_weight, unsupported
 from ..stats import Stats
 
 
@@ -59,7 +59,14 @@ class ModelHandle:
         self.stats: Stats | None = None
         self._lock = threading.Condition(threading.RLock())
         self._model: weakref.ref[PreTrainedModel] | None = None
-        self._engines: dict[Any, EngineLoop] = {}
+        self._engines: dict[Any, EngineLoop] = {}  # the one used last is last
+        self._reason: tuple[Any, str | None] | None = None
+
+    def reason_against(self, model: PreTrainedModel) -> str | None:
+        """Why the model's class or config rules it out, or `None`; looked up once per config object."""
+        if self._reason is None or self._reason[0] is not model.config:
+            self._reason = model.config, unsupported(model)
+        return self._reason[1]
 
     def engine_for(self, model: PreTrainedModel, config: LLMOptConfig) -> EngineLoop:
         """The model's engine for a config, made on first use.
@@ -77,12 +84,14 @@ class ModelHandle:
                 engine = EngineLoop(model, config, self._lock)
                 # Engines nobody is waiting for make way: their pages would only lie about.
                 self._engines = {k: e for k, e in self._engines.items() if e.groups or e.store.pages_used}
-                self._engines[key] = engine
-            return self._engines[key]
+            else:
+                engine = self._engines.pop(key)
+            self._engines[key] = engine
+            return engine
 
     @property
     def engine(self) -> EngineLoop | None:
-        """The engine that was made last, or `None`."""
+        """The engine that was used last, or `None`."""
         return next(reversed(self._engines.values()), None)
 
     def release(self) -> None:

@@ -202,6 +202,7 @@ class Group:
                     request.append(token)
             if self.on_done is not None:
                 self.on_done()
+            self.on_start = self.on_done = None  # they refer back to the group, which must not outlive the call
             for request in self.requests:
                 self.engine.finish(request)
             self.engine.remove(self)

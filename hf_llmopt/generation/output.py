@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ..engine import EngineLoop, Request
 from ..kv_cache import PagedCache
@@ -55,6 +55,13 @@ def _copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask
                 t[row].index_select(1, columns).transpose(0, 1).to(spec.dtype) for t in (keys, values)
             )
             store.write(layer, slots, new_keys, new_values)
+
+
+def keeps_every_key(cache: Cache) -> bool:
+    """Whether the caller's cache keeps keys that a sliding window has passed, as a `DynamicCache` made without config
+    does.""" if isinstance(cache, PagedCache):
+        return False
+    return not cache.layers or any(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _dense(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:

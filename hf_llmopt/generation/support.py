@@ -27,7 +27,11 @@ TEXT_INPUTS = {
 
 
 def reason_against(
-    model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool, kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    device: torch.device,
+    kwargs: dict[str, Any],
 ) -> str | None:
     """Why a call of the sampling loop cannot be served, or `None` if it can.
 
@@ -35,6 +39,7 @@ def reason_against(
         model: The model.
         generation_config: As `generate` prepared it.
         synced_gpus: As given to the loop.
+        device: Where the inputs are.
         kwargs: The model's keyword arguments, as `generate` prepared them.
     """
     if kwargs.get("use_cache") is False:
@@ -53,7 +58,7 @@ def reason_against(
         return "synced_gpus, FSDP and DeepSpeed need every process to step together"
     if model.training:
         return "the model is in training mode; call model.eval()"
-    if torch.is_autocast_enabled(model.device.type):
+    if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on: keys would be stored in another dtype than the model's"
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in TEXT_INPUTS)
     if unknown:

@@ -21,7 +21,7 @@ from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, Toke
 from ..kv_cache import PagedCache
 from .active import Active, handle_of
 from .group import Group
-from .output import export_cache, import_cache, write_back
+from .output import export_cache, import_cache, keeps_every_key, write_back
 from .support import position_limit, reason_against, rope_limit
 
 
@@ -52,13 +52,16 @@ def translate(
         InvalidRequest: The inputs cannot be generated from.
     """
     model = active.model
-    if reason := reason_against(model, generation_config, synced_gpus, kwargs):
+    handle = handle_of(model)
+    device = input_ids.device if input_ids.numel() else kwargs["inputs_embeds"].device
+    reason = handle.reason_against(model) or reason_against(model, generation_config, synced_gpus, device, kwargs)
+    if reason is not None:
         raise NotServed(reason)
     max_length = stopping_criteria.max_length
     if max_length is None:
         raise NotServed("no stopping criterion limits the length")
     try:
-        engine = handle_of(model).engine_for(model, active.config)
+        engine = handle.engine_for(model, active.config)
     except UnsupportedModel as error:
         raise NotServed(str(error)) from error
     prompt = _Prompt(model, input_ids, generation_config, kwargs)
@@ -215,15 +218,17 @@ def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generati
     cached = int(prompt.mask[row, :past].sum())
     positions = prompt.positions[row]
     # A forked cache's last page may have to be copied: one page more.
+    keeps_passed = prompt.past is not None and keeps_every_key(prompt.past)
     known = cached + len(real) + (engine.store.page_size if prompt.past else 0)
     request = Request(
         tokens=[0] * cached + prompt.ids[row, real].tolist(),
         positions=[0] * cached + positions[real].tolist(),
         next_position=int(positions[-1]) + 1,
-        rooms=engine.rooms(known, known + total - prompt.mask.shape[1]),
+        rooms=engine.rooms(known, known + total - prompt.mask.shape[1], keeps_passed),
         left_padding=int(prompt.mask[row].long().argmax()),
         masked_tail=masked_tail,
         chunk=generation_config.prefill_chunk_size,
+        keeps_passed=keeps_passed,
         protected=True,
     )
     if prompt.embeds is not None:

@@ -5,4 +5,16 @@ They are built with the package where there is a compiler. Without them torch's 
 
 from .ops import DTYPES, MAX_DIM, attention, available, gated, layer_norm, levels, linear, rms_norm, using, why_not
 
-__all__ = ["DTYPES", "MAX_DIM", "attention", "available", "gated", "layer_norm", "levels", "linear", "rms_norm", "using", "why_not"]
+__all__ = [
+    "DTYPES",
+    "MAX_DIM",
+    "attention",
+    "available",
+    "gated",
+    "layer_norm",
+    "levels",
+    "linear",
+    "rms_norm",
+    "using",
+    "why_not",
+]

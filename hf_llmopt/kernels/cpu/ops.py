@@ -1,7 +1,7 @@
 """Calls into the C kernels: tensors in, tensors out.
 
-Every function has a twin of the same name and signature in `kernels/reference.py`, which says what it computes. Callers see to
-it that tensors are on the CPU, of one dtype in `DTYPES`, and contiguous where the C files say so.
+Every function has a twin of the same name and signature in `kernels/reference.py`, which says what it computes.
+Callers see to it that tensors are on the CPU, of one dtype in `DTYPES`, and contiguous where the C files say so.
 """
 
 from __future__ import annotations
@@ -115,14 +115,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: f
     return _norm(x, weight, bias, epsilon, 1, 0)
 
 
-def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, centre: int, variant: int
-) -> Tensor:
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, centre: int, variant: int) -> Tensor:
     y = torch.empty_like(x)
     width = x.shape[-1]
     _C.norm(
         _level, DTYPES[x.dtype], torch.get_num_threads(),
-        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), x.numel() // width, width, epsilon, centre, variant,
+        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), x.numel() // width, width, epsilon, centre,
+        variant,
     )  # fmt: skip
     return y
 
