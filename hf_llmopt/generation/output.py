@@ -58,8 +58,8 @@ def _copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask
 
 
 def keeps_every_key(cache: Cache) -> bool:
-    """Whether the caller's cache keeps keys that a sliding window has passed, as a `DynamicCache` made without config
-    does.""" if isinstance(cache, PagedCache):
+    """Whether the caller's cache keeps keys behind sliding windows, as a `DynamicCache` made without config does."""
+    if isinstance(cache, PagedCache):
         return False
     return not cache.layers or any(type(layer) is DynamicLayer for layer in cache.layers)
 
