@@ -1,0 +1,69 @@
+"""The same code on a GPU: tokens, noise and page bookkeeping as on the CPU."""
+
+import pytest
+import torch
+from architectures import build
+
+from hf_llmopt import Engine
+from hf_llmopt.engine.sampling import draw, sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+KW = {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": None}
+NAMES = ["llama", "qwen3", "gpt2", "gemma2", "gemma3_text", "mistral", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3"]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision():
+    """float32 products in float32: TF32 would hide what is compared."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 90, (3, 13))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_equality(name: str, sampling: dict) -> None:
+    model = build(name).cuda()
+    inputs = batch()
+    torch.manual_seed(1)
+    stock = model.generate(**inputs, **sampling, **KW)
+    state = torch.cuda.get_rng_state()
+    torch.manual_seed(1)
+    ours = model.generate(**inputs, **sampling, llmopt={"strict": True, "batching": {"max_batch_tokens": 9}}, **KW)
+    assert model.llmopt.stats.served_by == "llmopt"
+    assert torch.equal(ours, stock)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert model.llmopt.engine.store.pages_used == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 50), (4, 5000), (8, 151936)])
+def test_noise_equals_multinomial(shape: tuple[int, int]) -> None:
+    scores = torch.randn(shape, device="cuda")
+    torch.manual_seed(2)
+    theirs = [torch.multinomial(scores.softmax(-1), 1)[:, 0] for _ in range(3)]
+    state = torch.cuda.get_rng_state()
+    torch.manual_seed(2)
+    ours = [sample(scores, draw(scores)) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_engine_requests() -> None:
+    model = build("llama").cuda()
+    prompts = [torch.randint(3, 90, (n,), device="cuda") for n in (3, 20, 9, 14)]
+    with Engine(model, {"kv_cache": {"page_size": 4, "max_tokens": 80}}) as engine:
+        handles = [engine.submit(ids, **KW) for ids in prompts]
+        for ids, handle in zip(prompts, handles, strict=True):
+            assert handle.result(60) == model.generate(ids[None], **KW)[0, len(ids) :].tolist()
+        assert engine.loop.store.pages_used == 0
