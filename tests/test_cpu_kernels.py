@@ -123,6 +123,28 @@ def test_gated(dtype: torch.dtype, level: str, kind: str, joined: bool) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotated", [0, 20, 64, 80])
+def test_rotary(dtype: torch.dtype, level: str, interleaved: bool, rotated: int) -> None:
+    def tensors() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        shapes = [(5, 6, 80), (5, 2, 80), (5, 2, 24), (40, 2, 80), (40, 2, 24)]
+        return [torch.randn(shape).to(dtype) for shape in shapes]
+
+    angles = torch.randn(5, rotated)
+    turns = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotated else (None, None)
+    slots = torch.tensor([7, 0, 39, 20, 21])
+    ours, theirs = tensors(), tensors()
+    with cpu.using(level):
+        cpu.rotary(*ours[:3], *turns, slots, *ours[3:], interleaved)
+    reference.rotary(*theirs[:3], *turns, slots, *theirs[3:], interleaved)
+    for mine, twin in zip(ours, theirs, strict=True):
+        # The same roundings: equal but for a fused multiply-add in float32.
+        assert torch.allclose(mine.float(), twin.float(), atol=2e-6 if dtype == torch.float32 else 0, rtol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_attention_does_not_depend_on_neighbours(level: str) -> None:
     query, keys = torch.randn(6, 14, 64), torch.randn(700 * 16, 2, 64)
     table = (torch.randperm(660).int() + 1).view(6, 110)

@@ -12,7 +12,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 KW = {"max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": None}
-NAMES = ["llama", "qwen3", "gpt2", "gemma2", "gemma3_text", "mistral", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3"]
+NAMES = [
+    "llama",
+    "qwen3",
+    "gpt2",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "gpt_oss",
+    "llama4_text",
+    "mixtral",
+    "deepseek_v3",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,18 @@
 """Part 4's room: how a span reads its pages."""
 
 from .inputs import Span, StepInputs
-from .interface import NAME, Step, configs_of, register, serving
-from .paths import backend
+from .interface import NAME, Step, configs_of, current_step, register, serving
+from .paths import SHORT, backend
 
-__all__ = ["NAME", "Span", "Step", "StepInputs", "backend", "configs_of", "register", "serving"]
+__all__ = [
+    "NAME",
+    "SHORT",
+    "Span",
+    "Step",
+    "StepInputs",
+    "backend",
+    "configs_of",
+    "current_step",
+    "register",
+    "serving",
+]

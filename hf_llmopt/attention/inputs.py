@@ -160,11 +160,15 @@ class StepInputs:
             `[1, tokens, heads, value_dim]`.
         """
         layer: int = module.layer_idx  # type: ignore[assignment]
-        slots = self._slots[self.store.group_of[layer]]
-        if key.device not in slots:
-            slots[key.device] = next(iter(slots.values())).to(key.device)
-        self.store.write(layer, slots[key.device], key[0].transpose(0, 1), value[0].transpose(0, 1))
+        self.store.write(layer, self.slots(layer, key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
         return self.attend(self, layer, query, key, value, scaling, options.get("softcap"), options.get("s_aux"))
+
+    def slots(self, layer: int, device: torch.device) -> Tensor:
+        """The slot of each token of the pass in this layer, on `device`."""
+        slots = self._slots[self.store.group_of[layer]]
+        if device not in slots:
+            slots[device] = next(iter(slots.values())).to(device)
+        return slots[device]
 
     def leading(self, length: int) -> int:
         """How many spans have at most `length` tokens; they come first."""

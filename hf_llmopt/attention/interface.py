@@ -66,14 +66,23 @@ def serving(configs: list[Any], step: Step) -> Iterator[None]:
     The configs are found beforehand, by `configs_of`: walking a model's modules costs more than a step may. Only one
     thread at a time may enter for the same model.
     """
+    outer = [_serving.get(id(config)) for config in configs]  # a fused layer proves itself inside a step
     for config in configs:
         _serving[id(config)] = _Serving(config._attn_implementation_internal, get_ident(), step)
         config._attn_implementation_internal = NAME
     try:
         yield
     finally:
-        for config in configs:
+        for config, before in zip(configs, outer, strict=True):
             config._attn_implementation_internal = _serving.pop(id(config)).former
+            if before is not None:
+                _serving[id(config)] = before
+
+
+def current_step(config: Any) -> Step | None:
+    """The step that this thread runs through modules with this config, if any."""
+    serving = _serving.get(id(config))
+    return serving.step if serving is not None and serving.thread == get_ident() else None
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
@@ -93,10 +102,11 @@ def forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function; shapes as transformers has them, `[batch, heads, tokens, width]`."""
-    serving = _serving.get(id(getattr(module, "config", None)))
-    if serving is not None and serving.thread == get_ident():
+    config = getattr(module, "config", None)
+    if (step := current_step(config)) is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return serving.step.read(module, query, key, value, scaling, kwargs), None
+        return step.read(module, query, key, value, scaling, kwargs), None
+    serving = _serving.get(id(config))
     if serving is None:
         function = _dense
     elif serving.former == "eager":

@@ -36,7 +36,7 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = store
         self.cache = SpanCache(len(store.layers))
-        self.fusion = Fusion(model) if store.layers[0].device.type == "cpu" else None
+        self.fusion = Fusion(model, store.layers) if store.layers[0].device.type == "cpu" else None
         self.attend = backend(attention.backend, store.layers[0].device)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
@@ -13,6 +13,8 @@ from ..kernels import cpu
 ROWS = (1, 2, 4, 8, 16)
 # Enough weights to stream from memory, as a model does, and no more.
 BYTES = 1 << 26
+
+TIE = 1.1  # ours may be this much slower: it makes no temporary, joins a residual, and timings are noisy
 
 _measured: dict[tuple[object, ...], int] = {}
 
@@ -32,7 +34,7 @@ def own_rows(weights: Sequence[Tensor]) -> int:
         best = 0
         for rows in ROWS:
             x = torch.ones(rows, first.shape[1], dtype=first.dtype)  # no draw: the user's seed must not notice
-            if _seconds(cpu.linear, x, chosen) > _seconds(torch.nn.functional.linear, x, chosen):
+            if not _wins(x, chosen):
                 break
             best = rows
         _measured[key] = best
@@ -40,11 +42,13 @@ def own_rows(weights: Sequence[Tensor]) -> int:
 
 
 @torch.no_grad()
-def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> float:
-    times = []
-    for _ in range(4):
-        began = perf_counter()
-        for weight in weights:
-            product(x, weight)
-        times.append(perf_counter() - began)
-    return min(times)
+def _wins(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether ours is as fast, taking turns and judging by the best of several rounds."""
+    best = {cpu.linear: float("inf"), torch.nn.functional.linear: float("inf")}
+    for _ in range(5):
+        for product in best:
+            began = perf_counter()
+            for weight in weights:
+                product(x, weight)
+            best[product] = min(best[product], perf_counter() - began)
+    return best[cpu.linear] <= TIE * best[torch.nn.functional.linear]

@@ -50,7 +50,8 @@ def _fits(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def _plain_linear(module: Any) -> bool:
+def plain_linear(module: Any) -> bool:
+    """`nn.Linear` itself, with nothing attached, where the C kernels can read its weight."""
     return (
         type(module) is nn.Linear
         and is_plain(module)
@@ -62,7 +63,7 @@ def _plain_linear(module: Any) -> bool:
 
 def linear(module: nn.Module, rows: Rows) -> Found | None:
     """`nn.Linear` itself, not a subclass: quantizers and adapters bring their own."""
-    if not _plain_linear(module):
+    if not plain_linear(module):
         return None
     eager: Forward = module.forward
     parameters = module._parameters
@@ -83,8 +84,8 @@ def linear(module: nn.Module, rows: Rows) -> Found | None:
 def norm(module: nn.Module, rows: Rows) -> Found | None:
     """`nn.LayerNorm`, and whatever is named RMSNorm and has one weight: which rounding it uses, it must prove."""
     names = set(module._parameters)
-    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
-    if list(module.children()) or not isinstance(epsilon, float):
+    epsilon = epsilon_of(module)
+    if epsilon is None:
         return None
     eager: Forward = module.forward
     parameters = module._parameters
@@ -102,7 +103,7 @@ def norm(module: nn.Module, rows: Rows) -> Found | None:
         return forward, ()
     if names != {"weight"} or not type(module).__name__.endswith("RMSNorm"):
         return None
-    variant = _rms_variant(module, weight, epsilon)
+    variant = rms_variant(module, weight, epsilon)
 
     def forward(x: Tensor) -> Tensor:
         weight = parameters["weight"]
@@ -113,7 +114,13 @@ def norm(module: nn.Module, rows: Rows) -> Found | None:
     return forward, ()
 
 
-def _rms_variant(module: nn.Module, weight: Tensor, epsilon: float) -> int:
+def epsilon_of(module: nn.Module) -> float | None:
+    """The epsilon of a norm module, by the names that transformers gives it; `None` for other modules."""
+    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+    return epsilon if isinstance(epsilon, float) and not list(module.children()) else None
+
+
+def rms_variant(module: nn.Module, weight: Tensor, epsilon: float) -> int:
     """The variant of `reference.rms_norm` that is nearest to the module."""
     x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(1)).to(weight.dtype)
     with torch.no_grad():
@@ -124,7 +131,7 @@ def _rms_variant(module: nn.Module, weight: Tensor, epsilon: float) -> int:
 
 def activation(module: nn.Module, rows: Rows) -> Found | None:
     """An activation module without parameters."""
-    kind = _activation_kind(module)
+    kind = activation_kind(module)
     if kind is None:
         return None
     eager: Forward = module.forward
@@ -148,7 +155,8 @@ _KINDS = {
 }
 
 
-def _activation_kind(module: Any) -> str | None:
+def activation_kind(module: Any) -> str | None:
+    """Name of the activation that a module is, as `cpu.gated` knows it, or `None`."""
     if not isinstance(module, nn.Module) or not is_plain(module) or list(module.parameters()):
         return None
     return _KINDS.get(type(module).__name__)
@@ -158,13 +166,13 @@ def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
     """`down(act(gate(x)) * up(x))`, with gate and up apart or joined in `gate_up_proj`."""
     children = module._modules
     act_name = next((name for name in ("act_fn", "activation_fn", "act") if name in children), None)
-    kind = _activation_kind(children[act_name]) if act_name else None
+    kind = activation_kind(children[act_name]) if act_name else None
     products = [name for name in children if name != act_name]
     joined = sorted(products) == ["down_proj", "gate_up_proj"]
     if kind is None or not (joined or sorted(products) == ["down_proj", "gate_proj", "up_proj"]):
         return None
     linears: list[Any] = [children[name] for name in products]
-    if not all(_plain_linear(linear) for linear in linears):
+    if not all(plain_linear(linear) for linear in linears):
         return None
     limit = min(rows(linear.weight) for linear in linears)
     if not limit:

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..kernels import cpu
+from ..kv_cache import LayerSpec
 from .choice import own_rows
 from .kinds import RECOGNISERS, Forward, inside, is_plain
+from .layer import fused, recognise
 
 
 class Fusion:
@@ -26,6 +29,7 @@ class Fusion:
 
     Args:
         model: A model on the CPU.
+        specs: What each of its layers stores.
         batch_invariant: Use our products for any number of rows, so that a row's result never depends on others.
 
     Attributes:
@@ -33,11 +37,12 @@ class Fusion:
         refused: How many were recognised but differed from their eager forward.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_invariant: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec], batch_invariant: bool = False) -> None:
+        self.specs = specs
         self.batch_invariant = batch_invariant
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
-        self._entries: list[tuple[dict[str, object], Forward]] = []
+        self._entries: list[tuple[dict[str, object], Callable[..., object]]] = []
         self._mark: tuple[object, ...] = ()
         self.refresh(model)
 
@@ -53,12 +58,17 @@ class Fusion:
         if not cpu.available():
             return
         rows = self._rows(model)
+        proofs: dict[Any, str | None] = {}
+        for module in model.modules():
+            if is_plain(module) and (layer := recognise(module, rows)) is not None:
+                self._entries.append((module.__dict__, fused(module, *layer, self.specs, proofs)))
+                self.replaced["decoder layer"] = self.replaced.get("decoder layer", 0) + 1
         covered: set[nn.Module] = set()
         for module in model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
                 continue
-            for kind, recognise in RECOGNISERS.items():
-                found = recognise(module, rows)
+            for kind, recognise_as in RECOGNISERS.items():
+                found = recognise_as(module, rows)
                 if found is None:
                     continue
                 forward, inner = found

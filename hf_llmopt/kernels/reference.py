@@ -174,3 +174,39 @@ def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
         "relu2": lambda x: functional.relu(x).square(),
     }[kind](gate)
     return act if up is None else act * up
+
+
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    interleaved: bool = False,
+) -> None:
+    """Turn queries and keys by their positions, in place (Su et al. 2021, eq. 34), and store keys and values.
+
+    Args:
+        query: `[tokens, heads, key_dim]`, changed.
+        key: `[tokens, kv_heads, key_dim]`, changed.
+        value: `[tokens, kv_heads, value_dim]`.
+        cosine: `[tokens, rotated]`, `rotated <= key_dim`, or `None` for no rotation.
+        sine: Like `cosine`.
+        slots: Where each token goes, int64 `[tokens]`.
+        keys: `[slots, kv_heads, key_dim]`, changed.
+        values: `[slots, kv_heads, value_dim]`, changed.
+        interleaved: Pairs are neighbours (2i, 2i + 1) instead of halves (i, i + rotated / 2).
+    """
+    if cosine is not None and sine is not None:
+        for x in (query, key):
+            part = x[..., : cosine.shape[-1]]
+            if interleaved:
+                turned = torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
+            else:
+                low, high = part.chunk(2, dim=-1)
+                turned = torch.cat([-high, low], dim=-1)
+            part.copy_(part * cosine[:, None] + turned * sine[:, None])
+    keys[slots], values[slots] = key, value

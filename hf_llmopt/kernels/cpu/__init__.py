@@ -3,7 +3,20 @@
 They are built with the package where there is a compiler. Without them torch's operators serve; `why_not` says why.
 """
 
-from .ops import DTYPES, MAX_DIM, attention, available, gated, layer_norm, levels, linear, rms_norm, using, why_not
+from .ops import (
+    DTYPES,
+    MAX_DIM,
+    attention,
+    available,
+    gated,
+    layer_norm,
+    levels,
+    linear,
+    rms_norm,
+    rotary,
+    using,
+    why_not,
+)
 
 __all__ = [
     "DTYPES",

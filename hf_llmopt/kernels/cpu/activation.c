@@ -31,7 +31,7 @@ INLINE vec FN(act)(vec x, int kind) {
     }
 }
 
-void FN(activation)(const void *arguments, int threads) {
+int FN(activation)(const void *arguments, int threads) {
     const activation *a = arguments;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && a->rows * a->width > 65536)
     for (long row = 0; row < a->rows; row++) {
@@ -48,5 +48,6 @@ void FN(activation)(const void *arguments, int threads) {
                 FN(store_part)(y + i, v, n);
         }
     }
+    return 0;
 }
 #endif

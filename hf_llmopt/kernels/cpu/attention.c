@@ -14,6 +14,7 @@
 #ifndef LLMOPT_ATTENTION
 #define LLMOPT_ATTENTION
 #include "attention.h"
+#define SMALL 65536 /* multiplications below which waking a thread costs more than it saves */
 #define SELF "attention.c"
 #include "levels.h"
 #elif defined(FORMAT)
@@ -130,12 +131,14 @@ LOCAL long FN(parts_of)(const attention *a, long token) {
 }
 
 /* A job is a query token, a key head and up to MAX_GROUP of the query heads that share it. */
-void FN(attention)(const void *arguments, int threads) {
+int FN(attention)(const void *arguments, int threads) {
     const attention *a = arguments;
     long group = a->heads / a->kv_heads, blocks = (group + MAX_GROUP - 1) / MAX_GROUP;
     long jobs = a->tokens * a->kv_heads * blocks, most = a->most_parts;
-    long room = MAX_GROUP * (2 + a->value_dim); /* of a part's m, l and values in scratch */
-#pragma omp parallel num_threads(threads) if (threads > 1 && jobs * most > 1)
+    long room = MAX_GROUP * (2 + a->value_dim); /* of a part's m, l and values */
+    float *states = malloc((size_t)(jobs * most * room) * sizeof *states);
+    if (!states) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && jobs * most > 1 && a->tokens * a->heads * a->longest * a->key_dim > SMALL)
     {
 #pragma omp for schedule(dynamic, 1)
         for (long index = 0; index < jobs * most; index++) {
@@ -146,7 +149,7 @@ void FN(attention)(const void *arguments, int threads) {
             if (p >= FN(parts_of)(a, token)) continue;
             const int32_t *item = a->items + 3 * token;
             long from = item[1] + p * SPLIT, to = from + SPLIT < item[2] ? from + SPLIT : item[2];
-            float query[MAX_GROUP * MAX_DIM], *state = a->scratch + index * room;
+            float query[MAX_GROUP * MAX_DIM], *state = states + index * room;
             for (int g = 0; g < heads; g++) {
                 const E *q = (const E *)a->query + token * a->query_token + (first + g) * a->query_head;
                 for (long d = 0; d < a->key_dim; d++) query[g * a->key_dim + d] = FN(get)(q + d);
@@ -161,8 +164,10 @@ void FN(attention)(const void *arguments, int threads) {
             int heads = (int)((kv_head + 1) * group - first);
             if (heads > MAX_GROUP) heads = MAX_GROUP;
             E *output = (E *)a->output + (token * a->heads + first) * a->value_dim;
-            FN(join)(a, first, heads, FN(parts_of)(a, token), a->scratch + job * most * room, room, output);
+            FN(join)(a, first, heads, FN(parts_of)(a, token), states + job * most * room, room, output);
         }
     }
+    free(states);
+    return 0;
 }
 #endif

@@ -12,8 +12,8 @@ typedef struct {
     const int32_t *table, *items;
     const float *sinks; /* [heads], or NULL */
     void *output;
-    float *scratch; /* [tokens * kv_heads * blocks, most_parts, MAX_GROUP * (2 + value_dim)] */
-    long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head, most_parts;
+    long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head, most_parts,
+        longest; /* visible tokens of the longest item */
     float scaling, softcap; /* softcap 0: none */
 } attention;
 #endif

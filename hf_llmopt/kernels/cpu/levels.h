@@ -33,6 +33,15 @@
 #define LEVEL avx512bf16
 #define HAS_BF16_DOT 1
 #include "formats.h"
+#undef LEVEL
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#define LEVEL amx
+#define HAS_AMX 1
+#include "formats.h"
+#undef HAS_AMX
 #undef HAS_BF16_DOT
 #undef LEVEL
 #pragma GCC pop_options

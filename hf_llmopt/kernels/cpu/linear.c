@@ -14,6 +14,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#define SMALL 32768 /* weights below which waking a thread costs more than it saves */
 #define SELF "linear.c"
 #include "levels.h"
 #elif defined(FORMAT)
@@ -92,6 +93,16 @@ LOCAL void FN(finish)(const linear *a, long m, long n, long whole, float sum) {
     if (a->residual) FN(put)(y, FN(get)(y) + FN(get)((const E *)a->residual + m * a->outputs + n));
 }
 
+/* The sums of `count` neighbouring outputs of one row. */
+INLINE void FN(finish_all)(const linear *a, long m, long n, long whole, const float *sums, int count) {
+    if (whole == a->inputs && !a->bias && !a->residual) {
+        vec v = {0};
+        memcpy(&v, sums, (size_t)count * 4);
+        FN(store_part)((E *)a->y + m * a->outputs + n, v, count);
+    } else
+        for (int i = 0; i < count; i++) FN(finish)(a, m, n + i, whole, sums[i]);
+}
+
 /* One output: the same accumulator and the same order as in a tile. */
 LOCAL void FN(single)(const linear *a, const FN(element) * x, long m, long n, long whole) {
     vec sums[16];
@@ -114,8 +125,9 @@ LOCAL void FN(block)(const linear *a, const FN(element) * x, long n0, long n1) {
             vec sums;                                                                                                  \
             if (n + part + N <= n1) {                                                                                  \
                 FN(tile_##M##_##N)(x + m * inputs, (const E *)a->weight + (n + part) * inputs, inputs, whole, &sums);  \
-                for (int i = 0; i < M; i++)                                                                            \
-                    for (int j = 0; j < N; j++) FN(finish)(a, m + i, n + part + j, whole, sums[i * N + j]);            \
+                float lanes[WIDTH];                                                                                    \
+                memcpy(lanes, &sums, sizeof sums);                                                                     \
+                for (int i = 0; i < M; i++) FN(finish_all)(a, m + i, n + part, whole, lanes + i * N, N);               \
             } else                                                                                                     \
                 for (int i = 0; i < M; i++)                                                                            \
                     for (long j = n + part; j < n1; j++) FN(single)(a, x, m + i, j, whole);                            \
@@ -128,16 +140,91 @@ LOCAL void FN(block)(const linear *a, const FN(element) * x, long n0, long n1) {
     }
 }
 
-void FN(linear)(const void *arguments, int threads) {
+#if defined(HAS_AMX) && DTYPE == 1
+/* Tiles multiply 16 outputs x 32 inputs of the weight, as it lies, with 32 inputs x 16 rows of x, so that every weight is read
+ * once for up to 16 rows. x is laid out in pairs beforehand: packed[k / 2][row][2]. */
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} FN(tiles);
+
+LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long first, long rows, long from, long to) {
+    FN(tiles) shape = {.palette = 1};
+    for (int i = 0; i < 6; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+    long inputs = a->inputs, whole = inputs - inputs % 32;
+    const uint16_t *weight = a->weight;
+    for (long n = from; n < to; n += 32) { /* two blocks of outputs at a time hide the latency of a product */
+        int both = n + 32 <= to;
+        const uint16_t *low = weight + n * inputs, *high = both ? low + 16 * inputs : low;
+        float sums[2][16][16];
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long k = 0; k < whole; k += 32) {
+            _tile_loadd(2, packed + k * 16, 64);
+            _tile_loadd(3, low + k, inputs * 2);
+            _tile_dpbf16ps(0, 3, 2);
+            if (both) {
+                _tile_loadd(4, high + k, inputs * 2);
+                _tile_dpbf16ps(1, 4, 2);
+            }
+        }
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        for (int b = 0; b <= both; b++)
+            for (long m = 0; m < rows; m++) {
+                float line[16];
+                for (int i = 0; i < 16; i++) line[i] = sums[b][i][m];
+                FN(finish_all)(a, first + m, n + 16 * b, whole, line, 16);
+            }
+    }
+    _tile_release();
+}
+
+LOCAL int FN(linear_tiles)(const linear *a, int threads) {
+    long blocks = a->outputs / 16, rest = blocks * 16, whole = a->inputs - a->inputs % 32;
+    uint16_t *packed = calloc((size_t)((a->rows + 15) / 16 * 16 * whole), 2); /* [groups of 16 rows][inputs / 2][16][2] */
+    if (!packed) return 1;
+    const uint16_t *x = a->x;
+    for (long m = 0; m < a->rows; m++)
+        for (long k = 0; k < whole; k += 2)
+            memcpy(packed + (m / 16) * 16 * whole + k * 16 + m % 16 * 2, x + m * a->inputs + k, 4);
+#pragma omp parallel num_threads(threads) if (threads > 1 && a->outputs * a->inputs > SMALL)
+    {
+#ifdef _OPENMP
+        long t = omp_get_thread_num(), n = omp_get_num_threads();
+#else
+        long t = 0, n = 1;
+#endif
+        for (long m = 0; m < a->rows; m += 16)
+            FN(tile_blocks)(a, packed + m * whole, m, a->rows - m < 16 ? a->rows - m : 16, blocks * t / n * 16,
+                            blocks * (t + 1) / n * 16);
+        if (t == n - 1)
+            for (long m = 0; m < a->rows; m++)
+                for (long j = rest; j < a->outputs; j++) FN(single)(a, x, m, j, whole);
+    }
+    free(packed);
+    return 0;
+}
+#endif
+
+int FN(linear)(const void *arguments, int threads) {
     const linear *a = arguments;
-#if defined(HAS_BF16_DOT) && DTYPE == 1
+#if defined(HAS_AMX) && DTYPE == 1
+    if (a->inputs >= 32 && a->outputs >= 16) return FN(linear_tiles)(a, threads);
+#endif
+    float *wide = NULL;
+#if DTYPE == 0 || (defined(HAS_BF16_DOT) && DTYPE == 1)
     const FN(element) *x = a->x;
 #else
-    const FN(element) *x = a->scratch;
-    for (long i = 0; i < a->rows * a->inputs; i++) a->scratch[i] = FN(get)((const E *)a->x + i);
+    wide = malloc((size_t)(a->rows * a->inputs) * sizeof *wide);
+    if (!wide) return 1;
+    for (long i = 0; i < a->rows * a->inputs; i++) wide[i] = FN(get)((const E *)a->x + i);
+    const FN(element) *x = wide;
 #endif
     long blocks = (a->outputs + OUT - 1) / OUT;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && a->outputs * a->inputs > SMALL)
     {
 #ifdef _OPENMP
         long t = omp_get_thread_num(), n = omp_get_num_threads();
@@ -147,6 +234,8 @@ void FN(linear)(const void *arguments, int threads) {
         long from = blocks * t / n * OUT, to = blocks * (t + 1) / n * OUT;
         FN(block)(a, x, from, to < a->outputs ? to : a->outputs);
     }
+    free(wide);
+    return 0;
 }
 #undef OUT
 #undef CHUNK

@@ -5,7 +5,6 @@
 typedef struct {
     const void *x, *weight, *bias, *residual;
     void *y;
-    float *scratch; /* [rows, inputs] */
     long rows, outputs, inputs;
 } linear;
 #endif

@@ -5,20 +5,35 @@
 #include <Python.h>
 #include <stdint.h>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+#endif
+#endif
+
 #include "activation.h"
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"
+#include "rotary.h"
 
-typedef void kernel(const void *arguments, int threads);
+typedef int kernel(const void *arguments, int threads); /* not 0: no memory */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define X86_LEVELS 1
-#define LEVELS 4
+#define LEVELS 5
 #define DECLARE_LEVELS(op, format)                                                                                     \
-    extern kernel op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16;
+    extern kernel op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16,     \
+        op##_##format##_amx;
 #define LIST_LEVELS(op, format)                                                                                        \
-    { op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16 }
+    {                                                                                                                  \
+        op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16,            \
+            op##_##format##_amx                                                                                        \
+    }
 #else
 #define LEVELS 1
 #define DECLARE_LEVELS(op, format) extern kernel op##_##format##_portable;
@@ -31,8 +46,9 @@ TABLE(activation)
 TABLE(attention)
 TABLE(linear)
 TABLE(norm)
+TABLE(rotary)
 
-static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512bf16"};
+static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
 /* Numbers of a call, read one after the other. */
 typedef struct {
@@ -62,9 +78,11 @@ static PyObject *run(kernel *const table[3][LEVELS], const reader *r, long long 
         PyErr_SetString(PyExc_ValueError, "hf_llmopt: malformed kernel call");
         return NULL;
     }
+    int failed;
     Py_BEGIN_ALLOW_THREADS
-    table[format][level](filled, threads);
+    failed = table[format][level](filled, threads);
     Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -79,10 +97,9 @@ static PyObject *py_attention(PyObject *self, PyObject *const *items, Py_ssize_t
     attention a = {0};
     a.query = pointer(&r), a.keys = pointer(&r), a.values = pointer(&r);
     a.table = pointer(&r), a.items = pointer(&r), a.sinks = pointer(&r), a.output = pointer(&r);
-    a.scratch = pointer(&r);
     a.tokens = number(&r), a.heads = number(&r), a.kv_heads = number(&r), a.key_dim = number(&r);
     a.value_dim = number(&r), a.page_size = number(&r), a.table_width = number(&r), a.query_token = number(&r);
-    a.query_head = number(&r), a.most_parts = number(&r);
+    a.query_head = number(&r), a.most_parts = number(&r), a.longest = number(&r);
     a.scaling = real(&r), a.softcap = real(&r);
     return run(attention_table, &r, level, format, threads, &a);
 }
@@ -92,7 +109,6 @@ static PyObject *py_linear(PyObject *self, PyObject *const *items, Py_ssize_t co
     OPEN
     linear a = {0};
     a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.residual = pointer(&r), a.y = pointer(&r);
-    a.scratch = pointer(&r);
     a.rows = number(&r), a.outputs = number(&r), a.inputs = number(&r);
     return run(linear_table, &r, level, format, threads, &a);
 }
@@ -118,6 +134,31 @@ static PyObject *py_activation(PyObject *self, PyObject *const *items, Py_ssize_
     return run(activation_table, &r, level, format, threads, &a);
 }
 
+static PyObject *py_rotary(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    rotary a = {0};
+    a.query = pointer(&r), a.key = pointer(&r), a.value = pointer(&r), a.cosine = pointer(&r), a.sine = pointer(&r);
+    a.slots = pointer(&r), a.keys = pointer(&r), a.values = pointer(&r);
+    a.tokens = number(&r), a.heads = number(&r), a.kv_heads = number(&r), a.key_dim = number(&r);
+    a.value_dim = number(&r), a.rotated = number(&r);
+    a.interleaved = (int)number(&r);
+    return run(rotary_table, &r, level, format, threads, &a);
+}
+
+#ifdef X86_LEVELS
+/* AMX's tiles are 8 KiB of state that the kernel hands to a process on request. */
+static int has_amx(void) {
+#ifdef __linux__
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
 /* The levels that this machine can run, best last. */
 static PyObject *py_levels(PyObject *self, PyObject *none) {
     (void)self, (void)none;
@@ -129,6 +170,7 @@ static PyObject *py_levels(PyObject *self, PyObject *none) {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         best = 2;
     if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
+    if (best == 3 && has_amx()) best = 4;
 #endif
     PyObject *names = PyTuple_New(best + 1);
     for (int i = 0; names && i <= best; i++) {
@@ -147,6 +189,7 @@ static PyMethodDef methods[] = {
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
     {"activation", (PyCFunction)(void (*)(void))py_activation, METH_FASTCALL, "See activation.c."},
+    {"rotary", (PyCFunction)(void (*)(void))py_rotary, METH_FASTCALL, "See rotary.c."},
     {"levels", py_levels, METH_NOARGS, "Names of the instruction set levels this machine can run, best last."},
     {NULL, NULL, 0, NULL},
 };

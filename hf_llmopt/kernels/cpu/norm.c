@@ -54,10 +54,11 @@ LOCAL void FN(norm_row)(const norm *a, const E *x, E *y) {
     }
 }
 
-void FN(norm)(const void *arguments, int threads) {
+int FN(norm)(const void *arguments, int threads) {
     const norm *a = arguments;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && a->rows * a->width > 65536)
     for (long row = 0; row < a->rows; row++)
         FN(norm_row)(a, (const E *)a->x + row * a->width, (E *)a->y + row * a->width);
+    return 0;
 }
 #endif

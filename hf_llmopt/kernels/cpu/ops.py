@@ -56,7 +56,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-MAX_GROUP, MAX_DIM, SPLIT = 8, 512, 1024  # as in attention.h
+MAX_DIM, SPLIT = 512, 1024  # as in attention.h
 
 
 def attention(
@@ -77,15 +77,14 @@ def attention(
     if longest is None:
         longest = int((items[:, 2] - items[:, 1]).max())
     parts = max(1, -(-longest // SPLIT))
-    jobs = tokens * kv_heads * -(-heads // kv_heads // MAX_GROUP) * parts
     output = query.new_empty(tokens, heads, value_dim)
-    scratch = torch.empty(jobs * MAX_GROUP * (2 + value_dim))
     sinks = None if sinks is None else sinks.float().contiguous()
     _C.attention(
         _level, DTYPES[query.dtype], torch.get_num_threads(),
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), table.data_ptr(), items.data_ptr(), _address(sinks),
-        output.data_ptr(), scratch.data_ptr(),
+        output.data_ptr(),
         tokens, heads, kv_heads, key_dim, value_dim, page_size, table.shape[1], query.stride(0), query.stride(1), parts,
+        longest,
         scaling, softcap or 0.0,
     )  # fmt: skip
     return output
@@ -96,10 +95,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
     y = x.new_empty(*x.shape[:-1], outputs)
-    scratch = torch.empty(rows * inputs)
     _C.linear(
         _level, DTYPES[x.dtype], torch.get_num_threads(),
-        x.data_ptr(), weight.data_ptr(), _address(bias), _address(residual), y.data_ptr(), scratch.data_ptr(),
+        x.data_ptr(), weight.data_ptr(), _address(bias), _address(residual), y.data_ptr(),
         rows, outputs, inputs,
     )  # fmt: skip
     return y
@@ -136,3 +134,25 @@ def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
         gate.data_ptr(), _address(up), y.data_ptr(), gate.numel() // width, width, stride, ACTIVATIONS[kind],
     )  # fmt: skip
     return y
+
+
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    interleaved: bool = False,
+) -> None:
+    """See `reference.rotary`."""
+    tokens, heads, key_dim = query.shape
+    kv_heads, value_dim = value.shape[1:]
+    _C.rotary(
+        _level, DTYPES[query.dtype], 1,
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(cosine), _address(sine), slots.data_ptr(),
+        keys.data_ptr(), values.data_ptr(),
+        tokens, heads, kv_heads, key_dim, value_dim, 0 if cosine is None else cosine.shape[-1], int(interleaved),
+    )  # fmt: skip

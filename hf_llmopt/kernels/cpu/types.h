@@ -3,6 +3,7 @@
 #define LLMOPT_TYPES_H
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef __x86_64__

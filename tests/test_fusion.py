@@ -1,0 +1,502 @@
+"""Fused modules: recognised only where they prove themselves, gone when a step ends, and never in anybody's way."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from architectures import build
+from torch import nn
+
+from hf_llmopt.bench import compare
+from hf_llmopt.errors import RequestFailed
+from hf_llmopt.fusion import Fusion
+from hf_llmopt.kernels import cpu
+from hf_llmopt.kernels.cpu import ops
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+
+LEVELS = cpu.levels() or ("none",)
+LIMIT = 16  # rows up to which every product is ours: which one is faster must not decide what is tested
+GREEDY = {"max_new_tokens": 10, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {"lengths": (9,)},
+    "sampled": {"lengths": (9,), "do_sample": True, "temperature": 0.9, "top_k": 30},
+    "ragged": {"lengths": (4, 11, 7)},
+}
+# What has to be replaced at the least, by kind.
+ARCHITECTURES = {
+    "llama": {"decoder layer", "gated MLP", "product", "norm"},
+    "qwen2": {"decoder layer", "gated MLP", "product", "norm"},
+    "qwen3": {"decoder layer", "gated MLP", "product", "norm"},
+    "gemma": {"decoder layer", "gated MLP", "product", "norm"},
+    "gemma3_text": {"gated MLP", "product", "norm"},
+    "phi3": {"gated MLP", "product", "norm"},
+    "gpt_neox": {"product", "norm", "activation"},
+    "opt": {"product", "norm", "activation"},
+    "gpt2": {"product", "norm", "activation"},
+    "mixtral": {"product", "norm"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.fusion.modules.own_rows", lambda weights: LIMIT)
+
+
+class Watched:
+    """The extension, with every call noted.
+
+    Attributes:
+        calls: How often each kernel was called.
+        threads: Threads that called one.
+        before: Called before each call with the kernel's name.
+    """
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+        self.calls: Counter[str] = Counter()
+        self.threads: set[int] = set()
+        self.before: Callable[[str], None] = lambda name: None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        kernel = getattr(self._extension, name)
+
+        def call(*arguments: Any) -> Any:
+            self.calls[name] += 1
+            self.threads.add(threading.get_ident())
+            self.before(name)
+            return kernel(*arguments)
+
+        return call
+
+
+@contextmanager
+def watched() -> Iterator[Watched]:
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watched(ops._C)
+        patch.setattr(ops, "_C", watch)
+        yield watch
+
+
+def inputs(*lengths: int) -> dict[str, torch.Tensor]:
+    longest, generator = max(lengths), torch.Generator().manual_seed(0)
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(3, 112, (len(lengths), longest), generator=generator)
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generate(model: Any, llmopt: bool, lengths: tuple[int, ...] = (9,), **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    output = model.generate(**inputs(*lengths), llmopt=llmopt, **{**GREEDY, **arguments})
+    if llmopt:
+        assert model.llmopt.stats.served_by == "llmopt", model.llmopt.stats.reason
+        assert not held(model)
+    return output
+
+
+def held(model: nn.Module) -> list[str]:
+    """Modules that carry a replacement now; what others attached is no concern of ours."""
+    entries = [forward for _, forward in fusion(model)._entries]
+    return [name for name, module in model.named_modules() if module.__dict__.get("forward") in entries]
+
+
+def fusion(model: Any) -> Fusion:
+    found = model.llmopt.engine.runner.fusion
+    assert isinstance(found, Fusion)
+    return found
+
+
+def check_equal(ours: Any, theirs: Any) -> None:
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    for our, their in zip(ours.logits, theirs.logits, strict=True):
+        assert (our - their).abs().max() <= 1e-5 * their.abs().max().clamp(min=1)
+
+
+def check(model: Any, **arguments: Any) -> Counter[str]:
+    """Stock's tokens and logits; returns the kernels that ran."""
+    theirs = generate(model, False, **arguments)
+    with watched() as watch:
+        check_equal(generate(model, True, **arguments), theirs)
+    return watch.calls
+
+
+@cache
+def tiny(name: str) -> Any:
+    return build(name)
+
+
+@cache
+def stock(name: str, case: str) -> Any:
+    return generate(tiny(name), False, **CASES[case])
+
+
+# ------------------------------------------------------------------------------------------------------------ equality
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equal_at_every_level(name: str, level: str, case: str) -> None:
+    with cpu.using(level), watched() as watch:
+        ours = generate(tiny(name), True, **CASES[case])
+    check_equal(ours, stock(name, case))
+    assert fusion(tiny(name)).replaced.keys() >= ARCHITECTURES[name]
+    assert not fusion(tiny(name)).refused
+    assert watch.calls["attention"]
+    assert watch.calls["linear"]
+    assert watch.calls["norm"]
+
+
+@pytest.mark.parametrize("level", [LEVELS[0], LEVELS[-1]])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bfloat16_up_to_near_ties(name: str, level: str) -> None:
+    model, prompt = build(name, dtype=torch.bfloat16), inputs(4, 11, 7)
+    arguments = {**prompt, "max_new_tokens": 10, "eos_token_id": None}
+    theirs = model.generate(**arguments)
+    with cpu.using(level), watched() as watch:
+        ours = model.generate(**arguments, llmopt=True)
+    assert model.llmopt.stats.served_by == "llmopt"
+    assert watch.calls["linear"]
+    found = compare(model, prompt, theirs, ours)
+    assert found.same, found.differences
+
+
+def test_few_rows_only() -> None:
+    """Prompts and batches above the limit are torch's: nothing of them may depend on ours."""
+    model = build("llama")
+    check(model, lengths=(9,), max_new_tokens=2)
+    theirs = generate(model, False, lengths=(40,), max_new_tokens=1)
+    with watched() as watch:
+        check_equal(generate(model, True, lengths=(40,), max_new_tokens=1), theirs)
+    assert watch.calls["linear"] <= 1  # the head sees the last token only
+
+
+# ------------------------------------------------------------------------------------------------- entering and leaving
+
+
+def test_leaves_no_trace() -> None:
+    model = build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    keys = {name: set(vars(module)) for name, module in model.named_modules() if name}
+    seen: list[dict[str, torch.Tensor]] = []
+    with watched() as watch:
+        watch.before = lambda name: seen.append(model.state_dict()) if name == "attention" else None
+        generate(model, True)
+    assert seen, "looked while replacements were in place"
+    for state in (model.state_dict(), seen[0], seen[-1]):
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    assert {name: set(vars(module)) for name, module in model.named_modules() if name} == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any("forward" in vars(module) for module in other.modules())
+        check(other)
+
+
+def test_leaves_after_an_error() -> None:
+    model = build("llama")
+    check(model)
+
+    def fail(name: str) -> None:
+        if name == "attention":
+            assert held(model)
+            raise ZeroDivisionError("in the middle of a step")
+
+    with watched() as watch:
+        watch.before = fail
+        with pytest.raises(RequestFailed, match="in the middle"):
+            generate(model, True)
+    assert not held(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    check(model)
+
+
+def test_another_thread_never_meets_a_replacement() -> None:
+    model = build("llama")
+    theirs = generate(model, False)
+    ids = inputs(5)["input_ids"]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    found: list[torch.Tensor] = []
+    other = threading.Thread(target=torch.no_grad()(lambda: found.append(model(ids, use_cache=False).logits)))
+
+    def forward_elsewhere(name: str) -> None:
+        if name == "attention" and other.ident is None:
+            assert held(model)
+            other.start()
+            other.join(60)
+
+    with watched() as watch:
+        watch.before = forward_elsewhere
+        check_equal(generate(model, True), theirs)
+    assert not other.is_alive(), "a plain forward must not wait for the engine"
+    assert torch.equal(found[0], expected)
+    assert other.ident not in watch.threads
+
+
+def test_plain_forward_between_steps_is_stock() -> None:
+    model = build("llama")
+    generate(model, True)
+    with watched() as watch:
+        model(inputs(5)["input_ids"])
+    assert not watch.calls
+
+
+# ------------------------------------------------------------------------------------------------- what is left alone
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 0.9 * super().forward(input)
+
+
+class Adapted(nn.Module):
+    """As PEFT wraps a product."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, 4, bias=False)
+        self.lora_B = nn.Linear(4, base_layer.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class Halved(ModelHook):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return output / 2
+
+
+def with_subclass(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    for name in names:
+        model.get_submodule(name).__class__ = Scaled
+    return lambda: True
+
+
+def with_adapter(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapted(model.get_submodule(name)))
+    return lambda: True
+
+
+def with_hook(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    calls: list[str] = []
+
+    def hook(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append("called")
+        return output / 2
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(hook)
+    return lambda: bool(calls)
+
+
+def with_pre_hook(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(lambda module, arguments: (arguments[0] * 0.9,))
+    return lambda: True
+
+
+def with_accelerate(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    hooks = {name: Halved() for name in names}
+    for name, hook in hooks.items():
+        add_hook_to_module(model.get_submodule(name), hook)
+
+    def alive() -> bool:
+        kept = all("forward" in vars(model.get_submodule(name)) for name in names)
+        return kept and all(hook.calls for hook in hooks.values())
+
+    return alive
+
+
+def with_instance_forward(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    for name in names:
+        module = model.get_submodule(name)
+        module.forward = lambda x, eager=module.forward: 0.9 * eager(x)
+    return lambda: all("forward" in vars(model.get_submodule(name)) for name in names)
+
+
+def with_parametrization(model: Any, names: tuple[str, ...]) -> Callable[[], bool]:
+    for name in names:
+        torch.nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+        model.get_submodule(name).parametrizations.weight.original0.data.mul_(0.9)
+    return lambda: True
+
+
+WAYS = [
+    with_subclass, with_adapter, with_hook, with_pre_hook, with_accelerate, with_instance_forward, with_parametrization
+]  # fmt: skip
+# In a layer's attention, in its MLP, and behind all layers.
+PRODUCTS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj", "lm_head")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "between calls"])
+@pytest.mark.parametrize("change", WAYS)
+def test_changed_products(change: Callable[..., Callable[[], bool]], late: bool) -> None:
+    model = build("llama", tie_word_embeddings=False)
+    if late:
+        before = generate(model, True)
+    alive = change(model, PRODUCTS)
+    assert check(model)["linear"], "the others are still ours"
+    assert alive()
+    if late:
+        assert not torch.equal(generate(model, True).logits[0], before.logits[0])
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "between calls"])
+@pytest.mark.parametrize("change", [with_hook, with_accelerate, with_instance_forward])
+@pytest.mark.parametrize(
+    "name", ["model.norm", "model.layers.1.input_layernorm", "model.layers.1.mlp", "model.layers.1.mlp.act_fn"]
+)
+def test_changed_modules(name: str, change: Callable[..., Callable[[], bool]], late: bool) -> None:
+    model = build("llama")
+    if late:
+        generate(model, True)
+    alive = change(model, (name,))
+    check(model)
+    assert alive()
+
+
+def test_hook_of_a_layer_runs() -> None:
+    model, calls = build("llama"), []
+    model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(2))
+    check(model)
+    assert calls.count(1) == calls.count(2) == 2 * GREEDY["max_new_tokens"]
+
+
+def test_hook_removed() -> None:
+    model = build("llama")
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    fewer = check(model)["linear"]
+    hook.remove()
+    assert check(model)["linear"] > fewer
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@torch.no_grad()
+def changed_in_place(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(0.9)
+
+
+def changed_data(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9
+
+
+def exchanged_parameters(model: Any) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach() * 0.9))
+
+
+def exchanged_modules(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.up_proj = copy.deepcopy(layer.mlp.up_proj)
+        layer.self_attn.k_proj = copy.deepcopy(layer.self_attn.k_proj)
+        layer.input_layernorm = copy.deepcopy(layer.input_layernorm)
+        changed_in_place(layer)
+
+
+def exchanged_kinds(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.mlp.act_fn = nn.GELU()
+    layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
+    model.model.layers[2] = copy.deepcopy(layer)
+    model.model.layers[2].self_attn.layer_idx = 2
+
+
+@pytest.mark.parametrize(
+    "change", [changed_in_place, changed_data, exchanged_parameters, exchanged_modules, exchanged_kinds]
+)
+def test_changes_between_calls_are_seen(change: Callable[[Any], None]) -> None:
+    model = build("llama")
+    before = generate(model, True)
+    change(model)
+    check(model)
+    assert not torch.equal(generate(model, True).logits[0], before.logits[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- proofs
+
+
+def wrong(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is nearly right."""
+
+    def nearly(*arguments: Any, **named: Any) -> Any:
+        result = kernel(*arguments, **named)
+        for tensor in [result] if result is not None else arguments[:2]:
+            tensor.view(-1)[-1] += 0.01 * tensor.abs().max()
+        return result
+
+    return nearly
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kinds"),
+    [
+        ("linear", {"gated MLP", "product"}),
+        ("rms_norm", {"norm"}),
+        ("gated", {"gated MLP"}),
+        ("rotary", set()),
+    ],
+)
+def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str, kinds: set[str]) -> None:
+    model = build("llama")
+    monkeypatch.setattr(cpu, kernel, wrong(getattr(cpu, kernel)))
+    check(model)
+    found = fusion(model)
+    assert found.refused.keys() >= kinds
+    assert not found.replaced.keys() & kinds
+
+
+def test_a_kernel_that_raises_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+
+    def fail(*_: Any) -> None:
+        raise ValueError("malformed")
+
+    monkeypatch.setattr(cpu, "rms_norm", fail)
+    check(model)
+    assert "norm" not in fusion(model).replaced
+
+
+def test_a_norm_of_that_name_that_does_more_is_refused() -> None:
+    model = build("llama")
+
+    class OddRMSNorm(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states).clamp(-1, 1)
+
+    model.model.norm.__class__ = OddRMSNorm
+    check(model)
+    assert fusion(model).refused == {"norm": 1}
+
+
+def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    model = build("llama")
+    assert not check(model)
+    assert fusion(model).replaced == {}
