@@ -134,6 +134,8 @@ class LLMOptConfig:
         kv_cache: The paged KV cache, see `KVCacheConfig`.
         attention: How pages are read, see `AttentionConfig`.
         batching: How steps are filled, see `BatchingConfig`.
+        batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
+            and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
         strict: Raise `NotServed` where a call would otherwise run on transformers with a warning.
 
     Each section also takes `True`, a dict, or a string where it has a main field.
@@ -150,13 +152,15 @@ class LLMOptConfig:
     kv_cache: KVCacheConfig = KVCacheConfig()
     attention: AttentionConfig = AttentionConfig()
     batching: BatchingConfig = BatchingConfig()
+    batch_invariant: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
         for name, section in SECTIONS.items():
             object.__setattr__(self, name, section.parse(getattr(self, name)))
-        if not isinstance(self.strict, bool):
-            raise InvalidOption(f"strict is True or False, got {self.strict!r}.")
+        for name in ("batch_invariant", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")
 
     @classmethod
     def parse(cls, value: Any) -> LLMOptConfig | None:

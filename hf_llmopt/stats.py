@@ -24,6 +24,7 @@ class Stats:
         page_bytes: Bytes of those pages.
         preemptions: How often a row gave its pages back and was computed again.
         attention: Names of the attention paths that ran.
+        fused: Modules that C kernels stood in for, and those that were recognised and stayed eager.
 
     Example:
         >>> from hf_llmopt import Stats
@@ -44,6 +45,7 @@ class Stats:
     page_bytes: int = 0
     preemptions: int = 0
     attention: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,4 +74,5 @@ class Stats:
             f"{self.steps} steps, {self.overhead_ms_per_step:.2f} ms each outside the model; "
             f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens found; "
             f"{self.pages} pages ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
+            + (f"; fused: {', '.join(self.fused)}" if self.fused else "")
         )

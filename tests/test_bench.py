@@ -169,7 +169,7 @@ def test_bfloat16_allows_near_ties(monkeypatch: pytest.MonkeyPatch, gap: float, 
     model = build("llama", dtype=torch.bfloat16)
     seen = []
 
-    def logits(model: object, prefix: torch.Tensor, rows: int) -> list[torch.Tensor]:
+    def logits(model: object, exact: object, prefix: torch.Tensor, rows: int) -> list[torch.Tensor]:
         seen.append((prefix.tolist(), rows))
         alone = torch.zeros(112)
         alone[4], alone[9] = 1.0, 1.0 - gap
@@ -187,8 +187,8 @@ def test_bfloat16_allows_near_ties(monkeypatch: pytest.MonkeyPatch, gap: float, 
 
 def test_noise_is_measured() -> None:
     model = build("llama", dtype=torch.bfloat16)
-    forms = equality._logits(model, torch.tensor([5, 6, 7, 8]), 3)
-    assert len(forms) == 3
+    forms = equality._logits(model, lambda: build("llama"), torch.tensor([5, 6, 7, 8]), 3)
+    assert len(forms) == 4
     assert all(form.shape == (112,) and form.dtype == torch.float32 for form in forms)
     assert max(float((a - b).abs().max()) for a in forms for b in forms) < 0.5
 

@@ -7,6 +7,9 @@ that no mask is larger than `TILE` rows.
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,10 +49,11 @@ def cpu_paged(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    short: int = SHORT,
 ) -> Tensor:
-    """The C kernel where pages lie for spans of up to `SHORT` tokens, torch's attention for longer ones."""
+    """The C kernel where pages lie for spans of up to `short` tokens, torch's attention for longer ones."""
     store = step.store
-    shorts = step.leading(SHORT)
+    shorts = step.leading(short)
     if not shorts or key.dtype not in cpu.DTYPES or max(query.shape[3], value.shape[3]) > cpu.MAX_DIM:
         return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
     step.note("cpu")
@@ -151,8 +155,13 @@ def _extend(
 BACKENDS: dict[str, Attend] = {"cpu": cpu_paged, "sdpa": sdpa, "reference": reference_paged}
 
 
-def backend(name: str, device: torch.device) -> Attend:
+def backend(name: str, device: torch.device, batch_invariant: bool = False) -> Attend:
     """The backend for a configured name; `"auto"` takes the C kernels where they can run.
+
+    Args:
+        name: As in `AttentionConfig`.
+        device: Where the keys lie.
+        batch_invariant: Serve spans of any length query by query, in an order that no neighbour changes.
 
     Raises:
         InvalidOption: The backend cannot run here; the message says why.
@@ -162,4 +171,10 @@ def backend(name: str, device: torch.device) -> Attend:
     elif name == "cpu" and (device.type != "cpu" or not cpu.available()):
         reason = cpu.why_not() or f"the model's keys lie on {device}"
         raise InvalidOption(f"AttentionConfig(backend='cpu') cannot run: {reason}. Use 'auto' or 'sdpa'.")
+    if batch_invariant:
+        if name != "cpu":
+            raise InvalidOption(
+                f"batch_invariant=True needs the C kernels and a model on the CPU, not backend {name!r}."
+            )
+        return partial(cpu_paged, short=sys.maxsize)
     return BACKENDS[name]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,8 +45,8 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
 
     In bfloat16 and float16 a wider forward pass rounds differently, and after a near tie two runs go apart. There the
     outputs count as the same if in every row the first difference is such a tie: the model's own logits of the two
-    tokens are closer than the noise, which is how far the same logits move between a batch of rows, a single row and a
-    cached step.
+    tokens are closer than the noise, which is how far the same logits move between a batch of rows, a single row, a
+    cached step and float32.
 
     Args:
         model: The model.
@@ -60,17 +62,24 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
     if expected.shape[0] != got.shape[0]:
         return Equality(False, False, new)
     differences = []
+    exact = cache(lambda: copy.deepcopy(model).float())  # only once rows differ, and once for all of them
     for row in range(expected.shape[0]):
         width = min(expected.shape[1], got.shape[1])
         unequal = (expected[row, :width] != got[row, :width]).nonzero()[:, 0]
         if len(unequal):
-            differences.append(_difference(model, inputs, expected[row], got[row], row, int(unequal[0])))
+            differences.append(_difference(model, exact, inputs, expected[row], got[row], row, int(unequal[0])))
     close = [d["gap"] is not None and d["gap"] <= d["noise"] for d in differences]
     return Equality(bool(close) and all(close), False, new, tuple(differences))
 
 
 def _difference(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tensor, got: Tensor, row: int, column: int
+    model: PreTrainedModel,
+    exact: Callable[[], PreTrainedModel],
+    inputs: Mapping[str, Tensor],
+    expected: Tensor,
+    got: Tensor,
+    row: int,
+    column: int,
 ) -> dict[str, Any]:
     start = inputs["input_ids"].shape[1]
     ours, theirs = int(got[column]), int(expected[column])
@@ -86,19 +95,21 @@ def _difference(
         return found
     real = inputs["attention_mask"][row].bool().cpu()
     prefix = torch.cat([inputs["input_ids"][row].cpu()[real], expected[start:column]]).to(model.device)
-    forms = _logits(model, prefix, len(inputs["input_ids"]))
+    forms = _logits(model, exact, prefix, len(inputs["input_ids"]))
     found["gap"] = float((forms[0][theirs] - forms[0][ours]).abs())
     found["noise"] = max(float((a - b).abs().max()) for a in forms for b in forms)
     return found
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, prefix: Tensor, rows: int) -> list[Tensor]:
-    """The logits behind a prefix, float32 `[vocabulary]`, computed alone, among `rows` rows, and as a cached step."""
-    alone = model(input_ids=prefix[None], use_cache=False).logits[0, -1]
-    among = model(input_ids=prefix.expand(max(2, rows), -1), use_cache=False).logits[0, -1]
-    forms = [alone, among]
+def _logits(model: PreTrainedModel, exact: Callable[[], PreTrainedModel], prefix: Tensor, rows: int) -> list[Tensor]:
+    """The logits behind a prefix, float32 `[vocabulary]`: alone, among `rows` rows, in float32, and as a cached step."""
+    forms = [
+        model(input_ids=prefix[None], use_cache=False).logits[0, -1],
+        model(input_ids=prefix.expand(max(2, rows), -1), use_cache=False).logits[0, -1],
+        exact()(input_ids=prefix[None], use_cache=False).logits[0, -1],
+    ]
     if len(prefix) > 1:
-        cache = model(input_ids=prefix[None, :-1], use_cache=True).past_key_values
-        forms.append(model(input_ids=prefix[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1])
+        past = model(input_ids=prefix[None, :-1], use_cache=True).past_key_values
+        forms.append(model(input_ids=prefix[None, -1:], past_key_values=past, use_cache=True).logits[0, -1])
     return [logits.float() for logits in forms]

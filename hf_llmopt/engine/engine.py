@@ -58,7 +58,7 @@ class EngineLoop:
         self.lock = lock
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
-        self.runner = Runner(model, self.store, config.attention)
+        self.runner = Runner(model, self.store, config)
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
             config.batching.max_batch_tokens,
@@ -95,6 +95,7 @@ class EngineLoop:
             OutOfPages: It can never fit; the message says what does.
         """
         self.check_fits(group)
+        self.runner.refresh()
         capacity = self._capacity()
         wanted, members = self._outstanding(group.requests), group.requests
         protected = any(request.protected for request in members)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention import Span, StepInputs, backend, configs_of, serving
-from ..config import AttentionConfig
+from ..config import LLMOptConfig
 from ..fusion import Fusion
 from ..kv_cache import PagedStore, SpanCache
 from .probe import input_device
@@ -27,17 +27,23 @@ class Runner:
     Args:
         model: Kept weakly: an engine must not keep a model alive.
         store: The pages.
-        attention: Which backend reads them.
+        config: Which backend reads them, and whether results may depend on the batch.
+
+    Raises:
+        InvalidOption: The backend cannot run here.
+        UnsupportedModel: `batch_invariant` is asked for and the model has products that are torch's own.
     """
 
-    def __init__(self, model: PreTrainedModel, store: PagedStore, attention: AttentionConfig) -> None:
+    def __init__(self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig) -> None:
         self._model = weakref.ref(model)
         self._configs = configs_of(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = store
         self.cache = SpanCache(len(store.layers))
-        self.fusion = Fusion(model, store.layers) if store.layers[0].device.type == "cpu" else None
-        self.attend = backend(attention.backend, store.layers[0].device)
+        device = store.layers[0].device
+        self.attend = backend(config.attention.backend, device, config.batch_invariant)
+        on_cpu = device.type == "cpu"
+        self.fusion = Fusion(model, store.layers, config.batch_invariant) if on_cpu else None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -46,6 +52,16 @@ class Runner:
         if model is None:
             raise ReferenceError("The model of this engine was deleted; keep a reference to it while you generate.")
         return model
+
+    def refresh(self) -> None:
+        """Look at the model again: modules may have been exchanged, adapted or hooked since the last call."""
+        if self.fusion is not None:
+            self.fusion.refresh(self.model)
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """What runs in C instead of the model's own modules."""
+        return () if self.fusion is None else self.fusion.describe()
 
     def run(
         self, spans: Sequence[tuple[Request, int]], note: Callable[[str], None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
@@ -44,11 +44,12 @@ def own_rows(weights: Sequence[Tensor]) -> int:
 @torch.no_grad()
 def _wins(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether ours is as fast, taking turns and judging by the best of several rounds."""
-    best = {cpu.linear: float("inf"), torch.nn.functional.linear: float("inf")}
+    products: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (cpu.linear, torch.nn.functional.linear)
+    best = [float("inf")] * 2
     for _ in range(5):
-        for product in best:
+        for index, product in enumerate(products):
             began = perf_counter()
             for weight in weights:
                 product(x, weight)
-            best[product] = min(best[product], perf_counter() - began)
-    return best[cpu.linear] <= TIE * best[torch.nn.functional.linear]
+            best[index] = min(best[index], perf_counter() - began)
+    return best[0] <= TIE * best[1]

@@ -70,7 +70,7 @@ def linear(module: nn.Module, rows: Rows) -> Found | None:
     limit = rows(parameters["weight"])  # type: ignore[arg-type]
     if not limit:
         return None
-    inputs = module.in_features
+    inputs = int(module.in_features)  # type: ignore[arg-type]
 
     def forward(x: Tensor) -> Tensor:
         weight: Any = parameters["weight"]
@@ -94,13 +94,13 @@ def norm(module: nn.Module, rows: Rows) -> Found | None:
         return None
     if type(module) is nn.LayerNorm:
 
-        def forward(x: Tensor) -> Tensor:
+        def centred(x: Tensor) -> Tensor:
             weight, bias = parameters["weight"], parameters["bias"]
             if not _fits(x, weight):
                 return eager(x)
             return cpu.layer_norm(x if x.is_contiguous() else x.contiguous(), weight, bias, epsilon)
 
-        return forward, ()
+        return centred, ()
     if names != {"weight"} or not type(module).__name__.endswith("RMSNorm"):
         return None
     variant = rms_variant(module, weight, epsilon)
@@ -178,7 +178,7 @@ def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
     if not limit:
         return None
     eager: Forward = module.forward
-    by_name = dict(zip(products, (linear._parameters for linear in linears), strict=True))
+    by_name: dict[str, Any] = dict(zip(products, (linear._parameters for linear in linears), strict=True))
     down = by_name["down_proj"]
     first = by_name["gate_up_proj" if joined else "gate_proj"]
     second = None if joined else by_name["up_proj"]
@@ -188,12 +188,12 @@ def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
         if x.numel() > limit * inputs or not _fits(x, first["weight"]):
             return eager(x)
         x = x if x.is_contiguous() else x.contiguous()
-        gate = cpu.linear(x, first["weight"], first["bias"])  # type: ignore[arg-type]
+        gate = cpu.linear(x, first["weight"], first["bias"])
         if second is None:
             gate, up = gate.chunk(2, dim=-1)
         else:
-            up = cpu.linear(x, second["weight"], second["bias"])  # type: ignore[arg-type]
-        return cpu.linear(cpu.gated(gate, up, kind), down["weight"], down["bias"])  # type: ignore[arg-type]
+            up = cpu.linear(x, second["weight"], second["bias"])
+        return cpu.linear(cpu.gated(gate, up, kind), down["weight"], down["bias"])
 
     # Above the limit the eager forward runs, and its parts have no replacement: they would not be used there either.
     return forward, [*linears, children[act_name]]  # type: ignore[list-item,index]

@@ -1,10 +1,10 @@
 """A whole decoder layer as a dozen calls into C, without the modules between them.
 
-Recognised is the pre-norm layer of Llama and its many relatives: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with a gated
-MLP, with or without biases, with or without norms on queries and keys. How such a layer turns its queries differs (halves, neighbours, not
-at all) and cannot be seen from its modules, so each variant is tried. The one that gives the layer's own result on random input, in
-float32 and over real pages, is used; if none does, the layer stays eager. Layers that differ only in their weights are proved
-once.
+Recognised is the pre-norm layer of Llama and its many relatives: `x + attention(norm(x))`, then `x + mlp(norm(x))`,
+with a gated MLP, with or without biases, with or without norms on queries and keys. How such a layer turns its queries
+(halves, neighbours, not at all) cannot be seen from its modules, so each variant is tried. The one that gives the
+layer's own result on random input, in float32 and over real pages, is used; if none does, the layer stays eager.
+Layers that differ only in their weights are proved once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import SHORT, Span, StepInputs, backend, current_step, serving
 from ..config import KVCacheConfig
+from ..errors import LLMOptError
 from ..kernels import cpu
 from ..kv_cache import LayerSpec, PagedStore
 from .kinds import Rows, activation_kind, epsilon_of, inside, is_plain, plain_linear, rms_variant
@@ -44,7 +45,7 @@ class _Parts(NamedTuple):
     down: Parameters
     kind: str
     config: Any
-    index: int
+    layer: int
     scaling: float
 
 
@@ -55,7 +56,10 @@ def recognise(layer: nn.Module, rows: Rows) -> tuple[_Parts, int] | None:
     first, second = children.get("input_layernorm"), children.get("post_attention_layernorm")
     if len([c for c in children.values() if list(c.parameters())]) != 4 or None in (attention, mlp, first, second):
         return None
-    assert attention is not None and mlp is not None and first is not None and second is not None
+    assert attention is not None
+    assert mlp is not None
+    assert first is not None
+    assert second is not None
     own, feed = dict(attention.named_children()), dict(mlp.named_children())
     names = {name for name, child in own.items() if list(child.parameters())}
     if names not in (
@@ -64,7 +68,7 @@ def recognise(layer: nn.Module, rows: Rows) -> tuple[_Parts, int] | None:
     ):
         return None
     kind = next((k for k in map(activation_kind, feed.values()) if k), None)
-    products = [own[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    products: list[Any] = [own[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     products += [feed[name] for name in ("gate_proj", "up_proj", "down_proj") if name in feed]
     if kind is None or len(products) != 7 or not all(plain_linear(product) for product in products):
         return None
@@ -79,8 +83,7 @@ def recognise(layer: nn.Module, rows: Rows) -> tuple[_Parts, int] | None:
     if None in described or not isinstance(scaling, float) or config is None or not isinstance(index, int):
         return None
     # Of small products the call is what costs, and here are fewer of them.
-    limit = min(SHORT if product.weight.numel() < SMALL else rows(product.weight) for product in products)
-    limit = min(limit, SHORT)
+    limit = min(max(rows(p.weight), SHORT if p.weight.numel() < SMALL else 0) for p in products)
     parameters: list[Parameters] = [product._parameters for product in products]
     query, key, value, output, gate, up, down = parameters
     parts = _Parts(
@@ -122,13 +125,13 @@ def fused(
         if (
             tokens > limit
             or not isinstance(step, StepInputs)
-            or step.spans[-1].length > SHORT
+            or step.spans[-1].length > max(SHORT, limit)
             or hidden_states.dtype is not parts.query["weight"].dtype
             or args
         ):
             return eager(hidden_states, *args, **kwargs)
         if signature not in proofs:
-            proofs[signature] = _prove(layer, parts, hidden_states, specs[parts.index], kwargs)
+            proofs[signature] = _prove(layer, parts, hidden_states, specs[parts.layer], kwargs)
         rotation = proofs[signature]
         if rotation is None:
             return eager(hidden_states, **kwargs)
@@ -141,7 +144,7 @@ def run(
     parts: _Parts, hidden_states: Tensor, step: StepInputs, rotation: str, turns: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """The layer on `[1, tokens, hidden]`, over the pages of `step`."""
-    layer, store = parts.index, step.store
+    layer, store = parts.layer, step.store
     keys, values = store.keys[layer], store.values[layer]
     x = hidden_states[0]
     if not x.is_contiguous():
@@ -235,7 +238,7 @@ def _prove(layer: nn.Module, parts: _Parts, like: Tensor, spec: LayerSpec, kwarg
             ours = attempt(lambda step, how=rotation, turns=turns: run(own_parts, x, step, how, turns))  # type: ignore[misc]
             if ours is not None and truth is not None and all(map(_agree, ours, truth)):
                 return rotation
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+    except (LLMOptError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None  # another structure after all
     finally:
         inside.now = former

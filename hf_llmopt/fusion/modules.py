@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModel
 from ..kernels import cpu
 from ..kv_cache import LayerSpec
 from .choice import own_rows
@@ -32,6 +33,9 @@ class Fusion:
         specs: What each of its layers stores.
         batch_invariant: Use our products for any number of rows, so that a row's result never depends on others.
 
+    Raises:
+        UnsupportedModel: `batch_invariant` is asked for and the model has products that no kernel stands in for.
+
     Attributes:
         replaced: How many modules of each kind have a replacement.
         refused: How many were recognised but differed from their eager forward.
@@ -42,6 +46,7 @@ class Fusion:
         self.batch_invariant = batch_invariant
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
+        self._proofs: dict[Any, str | None] = {}
         self._entries: list[tuple[dict[str, object], Callable[..., object]]] = []
         self._mark: tuple[object, ...] = ()
         self.refresh(model)
@@ -49,7 +54,8 @@ class Fusion:
     def refresh(self, model: PreTrainedModel) -> None:
         """Recognise the modules again if any was exchanged or hooked since."""
         mark = tuple(
-            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward"))
+            for module in model.modules()
         )
         if mark == self._mark:
             return
@@ -58,10 +64,10 @@ class Fusion:
         if not cpu.available():
             return
         rows = self._rows(model)
-        proofs: dict[Any, str | None] = {}
+        self._proofs = {}
         for module in model.modules():
             if is_plain(module) and (layer := recognise(module, rows)) is not None:
-                self._entries.append((module.__dict__, fused(module, *layer, self.specs, proofs)))
+                self._entries.append((module.__dict__, fused(module, *layer, self.specs, self._proofs)))
                 self.replaced["decoder layer"] = self.replaced.get("decoder layer", 0) + 1
         covered: set[nn.Module] = set()
         for module in model.modules():  # parents come before their children
@@ -79,6 +85,28 @@ class Fusion:
                 self.replaced[kind] = self.replaced.get(kind, 0) + 1
                 covered.update(inner)
                 break
+        if self.batch_invariant:
+            self._require_all(model)
+
+    def describe(self) -> tuple[str, ...]:
+        """What runs in C, and what was recognised but stays eager."""
+        lines = [f"{count} x {kind}" for kind, count in self.replaced.items()]
+        lines += [f"{count} x {kind}: refused, differs from eager" for kind, count in self.refused.items()]
+        if None in self._proofs.values():
+            lines.append("decoder layer: eager, no variant gave its result")
+        return tuple(lines)
+
+    def _require_all(self, model: PreTrainedModel) -> None:
+        ours = {id(attributes) for attributes, _ in self._entries}
+        replaced = {id(child) for m in model.modules() if id(m.__dict__) in ours for child in m.modules()}
+        embeddings = {id(m) for m in model.modules() if isinstance(m, nn.Embedding)}
+        for name, module in model.named_modules():
+            products = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+            if products and id(module) not in replaced | embeddings:
+                raise UnsupportedModel(
+                    f"batch_invariant=True: the products of {name} ({type(module).__name__}) are torch's own, and "
+                    "depend on the batch. Leave batch_invariant out for this model."
+                )
 
     def _rows(self, model: PreTrainedModel) -> Callable[[Tensor], int]:
         """For a weight, the number of rows up to which our product is used."""

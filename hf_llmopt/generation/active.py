@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ class ModelHandle:
         """
         # Moved or cast weights change what pages hold; a new engine is made, old caches keep their old pages.
         weight = input_weight(model)
-        key = (config.kv_cache, config.attention, config.batching, weight.device, weight.dtype)
+        key = (replace(config, strict=False), weight.device, weight.dtype)
         with self._lock:
             if self._model is None or self._model() is not model:
                 self._model, self._engines = weakref.ref(model), {}
@@ -111,7 +111,6 @@ class ModelHandle:
 
 def handle_of(model: PreTrainedModel) -> ModelHandle:
     """The model's handle, made on first use."""
-    handle = model.__dict__.get("llmopt")
-    if handle is None:
-        handle = model.__dict__["llmopt"] = ModelHandle()
+    # setdefault is atomic: two threads that ask first at the same time must share one lock.
+    handle: ModelHandle = model.__dict__.get("llmopt") or model.__dict__.setdefault("llmopt", ModelHandle())
     return handle

@@ -227,3 +227,4 @@ class Group:
         self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)
         self.stats.preemptions = sum(request.preemptions for request in self.requests)
         self.stats.attention = tuple(sorted(self._paths))
+        self.stats.fused = self.engine.runner.fused

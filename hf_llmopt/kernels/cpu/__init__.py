@@ -28,6 +28,7 @@ __all__ = [
     "levels",
     "linear",
     "rms_norm",
+    "rotary",
     "using",
     "why_not",
 ]
