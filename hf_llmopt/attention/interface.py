@@ -66,17 +66,20 @@ def serving(configs: list[Any], step: Step) -> Iterator[None]:
     The configs are found beforehand, by `configs_of`: walking a model's modules costs more than a step may. Only one
     thread at a time may enter for the same model.
     """
-    outer = [_serving.get(id(config)) for config in configs]  # a fused layer proves itself inside a step
-    for config in configs:
-        _serving[id(config)] = _Serving(config._attn_implementation_internal, get_ident(), step)
+    # A fused layer proves itself inside a step, so blocks nest: the outer one is put back as it was.
+    outer = [(config, _serving.get(id(config)), config._attn_implementation_internal) for config in configs]
+    for config, before, name in outer:
+        _serving[id(config)] = _Serving(before.former if before else name, get_ident(), step)
         config._attn_implementation_internal = NAME
     try:
         yield
     finally:
-        for config, before in zip(configs, outer, strict=True):
-            config._attn_implementation_internal = _serving.pop(id(config)).former
-            if before is not None:
+        for config, before, name in outer:
+            config._attn_implementation_internal = name
+            if before:
                 _serving[id(config)] = before
+            else:
+                del _serving[id(config)]
 
 
 def current_step(config: Any) -> Step | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -72,6 +72,30 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
     return Equality(bool(close) and all(close), False, new, tuple(differences))
 
 
+def worst(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tensor, outputs: Iterable[Tensor]
+) -> Equality:
+    """The worst outcome of comparing several outputs with the expected one; each different output is compared once."""
+    seen: list[tuple[Tensor, Equality]] = []
+    for output in outputs:
+        if not any(torch.equal(output, other) for other, _ in seen):
+            seen.append((output, compare(model, inputs, expected, output)))
+    return min((outcome for _, outcome in seen), key=lambda o: (o.same, o.identical))
+
+
+def rounding_noise(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
+    """How far stock's own logits behind the first prompt move by rounding alone; 0 in float32.
+
+    Args:
+        model: The model.
+        inputs: The prompts, `[rows, length]`.
+    """
+    if model.dtype in (torch.float32, torch.float64):
+        return 0.0
+    prefix = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
+    return _spread(_logits(model, lambda: copy.deepcopy(model).float(), prefix, len(inputs["input_ids"])))
+
+
 def _difference(
     model: PreTrainedModel,
     exact: Callable[[], PreTrainedModel],
@@ -97,13 +121,17 @@ def _difference(
     prefix = torch.cat([inputs["input_ids"][row].cpu()[real], expected[start:column]]).to(model.device)
     forms = _logits(model, exact, prefix, len(inputs["input_ids"]))
     found["gap"] = float((forms[0][theirs] - forms[0][ours]).abs())
-    found["noise"] = max(float((a - b).abs().max()) for a in forms for b in forms)
+    found["noise"] = _spread(forms)
     return found
+
+
+def _spread(forms: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a in forms for b in forms)
 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, exact: Callable[[], PreTrainedModel], prefix: Tensor, rows: int) -> list[Tensor]:
-    """The logits behind a prefix, float32 `[vocabulary]`: alone, among `rows` rows, in float32, and as a cached step."""
+    """The logits behind a prefix, float32 `[vocabulary]`: alone, among `rows` rows, exactly, and as a cached step."""
     forms = [
         model(input_ids=prefix[None], use_cache=False).logits[0, -1],
         model(input_ids=prefix.expand(max(2, rows), -1), use_cache=False).logits[0, -1],

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .equality import Equality, compare
+from .equality import Equality, worst
 from .measure import Run, cache_bytes, environment, generate, interleave, paired_ratio, summary
 from .workloads import Workload, ragged_prompts
 
@@ -111,7 +110,8 @@ def _workload(
         repeats,
         lambda name: on_run(workload.name, name),
     )
-    equality = _equality(model, inputs, runs)
+    expected = runs[STOCK][0].output
+    equality = {name: worst(model, inputs, expected, (run.output for run in found)) for name, found in runs.items()}
     reasons = _objections(workload, inputs, runs, equality)
     return {
         "name": workload.name,
@@ -134,21 +134,6 @@ def _kv_bytes(model: PreTrainedModel, inputs: Mapping[str, Tensor], arguments: d
         return stats.page_bytes if stats is not None else 0
     output = model.generate(**inputs, **arguments, llmopt=False, return_dict_in_generate=True)  # type: ignore[operator]
     return cache_bytes(output.past_key_values)
-
-
-def _equality(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], runs: Mapping[str, list[Run]]
-) -> dict[str, Equality]:
-    """Per way, the worst outcome of comparing its runs with the first of stock."""
-    expected = runs[STOCK][0].output
-    outcomes = {}
-    for name, repeats in runs.items():
-        seen: list[tuple[Tensor, Equality]] = []
-        for run in repeats:
-            if not any(torch.equal(run.output, output) for output, _ in seen):
-                seen.append((run.output, compare(model, inputs, expected, run.output)))
-        outcomes[name] = min((outcome for _, outcome in seen), key=lambda o: (o.same, o.identical))
-    return outcomes
 
 
 def _objections(

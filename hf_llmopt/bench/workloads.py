@@ -23,6 +23,35 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    "1.2b-llama": {  # Llama-3.2-1B
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "opt-125m": {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": 768,
+    },
+    "gpt2-small": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 1024,
+    },
 }
 """Shapes of models that are too large to ship: the speed of a step does not depend on what the weights say."""
 
@@ -100,13 +129,18 @@ def held_out_ids(tokenizer: Any, texts: int = 24) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in held_out_texts()[:texts]]
 
 
-def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+# The same structure in miniature, to see that a benchmark runs; heads stay as many as they are.
+MINIATURE = {"vocab_size": 512, "num_hidden_layers": 2, "intermediate_size": 96, "ffn_dim": 96}
+
+
+def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0, miniature: bool = False) -> PreTrainedModel:
     """Make a model of a known shape with random weights.
 
     Args:
         shape: A name in `SHAPES`.
         dtype: The type of the weights.
         seed: Of the weights.
+        miniature: Narrow and with few layers, to see that something runs.
 
     Raises:
         InvalidOption: There is no such shape.
@@ -115,7 +149,12 @@ def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreT
         from ..errors import unknown
 
         raise unknown("shape", shape, SHAPES)
+    settings = dict(SHAPES[shape])
+    if miniature:
+        width = 16 * settings["num_attention_heads"]
+        small = {**MINIATURE, "hidden_size": width, "word_embed_proj_dim": width}
+        settings |= {name: value for name, value in small.items() if name in settings}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]), dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=dtype)
     return model.eval()
