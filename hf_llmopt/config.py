@@ -193,7 +193,7 @@ class LLMOptConfig:
         if not names:
             raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, PARTS))}, True or False.")
         for name in names:
-            if name not in PARTS:
+            if not isinstance(name, str) or name not in PARTS:
                 raise unknown("llmopt= option", name, PARTS)
         return cls._from_dict({PARTS[name]: True for name in names})
 

@@ -1,5 +1,7 @@
 """Every C kernel against its plain-torch twin: random shapes, formats, page orders, and each instruction set level."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from hf_llmopt.kernels import cpu, reference
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+COMPILER = shutil.which("cc") or shutil.which("gcc")
+# With a compiler these tests must run: an optional extension that fails to build would go unnoticed.
+pytestmark = pytest.mark.skipif(not cpu.available() and not COMPILER, reason=str(cpu.why_not()))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = cpu.levels() or ("none",)
@@ -23,6 +27,10 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, scale: 
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     assert error <= 1.5 * twin + BOUND[ours.dtype], (float(error), float(twin))
+
+
+def test_built_wherever_there_is_a_compiler() -> None:
+    assert cpu.available(), f"{COMPILER} is on the PATH, but {cpu.why_not()}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -79,6 +87,22 @@ def test_linear(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
     exact = reference.linear(*(None if t is None else t.double() for t in (x, weight, bias, residual)))
     # Sums that cancel are as inexact as their terms are large.
     close(ours, reference.linear(x, weight, bias, residual), exact, x.double().abs() @ weight.double().abs().T + 4)
+    assert torch.equal(ours, torch.cat(alone)), "a row must not depend on its neighbours"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 1, 1), (3, 50, 37), (16, 300, 129), (2, 16, 4)])
+def test_conv1d(dtype: torch.dtype, level: str, rows: int, outputs: int, inputs: int) -> None:
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, inputs), (inputs, outputs), (outputs,)))
+    with cpu.using(level):
+        ours = cpu.conv1d(x, weight, bias)
+        alone = [cpu.conv1d(x[row : row + 1], weight, bias) for row in range(rows)]
+        plain = cpu.conv1d(x, weight)
+    scale = x.double().abs() @ weight.double().abs() + 4
+    exact = reference.conv1d(x.double(), weight.double(), bias.double())
+    close(ours, reference.conv1d(x, weight, bias), exact, scale)
+    close(plain, reference.conv1d(x, weight), exact - bias.double(), scale)
     assert torch.equal(ours, torch.cat(alone)), "a row must not depend on its neighbours"
 
 

@@ -203,7 +203,7 @@ class StepInputs:
             ends = range(span.context - span.length + 1, span.context + 1)
             items += [(row, group.first_visible(end - 1), end) for end in ends]
         longest = max(end - first for _, first, end in items)
-        return Pages(torch.from_numpy(table), torch.tensor(items, dtype=torch.int32), longest)
+        return Pages(torch.from_numpy(table), torch.tensor(items, dtype=torch.int32, device="cpu"), longest)
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""
@@ -229,7 +229,9 @@ class StepInputs:
             keys = max(counts[low:high])
             part = DenseRows(high - low, keys, _bias(counts[low:high], keys), starts[low], stride)
             if stride < 0:
-                part.index = torch.zeros(high - low, keys, dtype=torch.int64)  # padding reads slot 0, under the mask
+                part.index = torch.zeros(
+                    high - low, keys, dtype=torch.int64, device="cpu"
+                )  # padding reads slot 0, under the mask
                 for row in range(low, high):
                     slots = self.store.slots(tables[row], firsts[row], contexts[row])
                     part.index[row - low, : counts[row]] = slots
@@ -270,5 +272,7 @@ def _split(starts: Sequence[int], counts: Sequence[int], reach: Sequence[int]) -
 def _bias(counts: Sequence[int], keys: int) -> Tensor | None:
     if min(counts) == keys:
         return None
-    unseen = torch.arange(keys) >= torch.tensor(counts)[:, None]
-    return torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None, None, :]
+    unseen = torch.arange(keys, device="cpu") >= torch.tensor(counts, device="cpu")[:, None]
+    return torch.zeros(unseen.shape, dtype=torch.float32, device="cpu").masked_fill_(unseen, float("-inf"))[
+        :, None, None, :
+    ]

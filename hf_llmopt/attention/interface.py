@@ -10,10 +10,12 @@ plainer, but some models (StableLM, Nemotron) drop keywords on the way to their 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +44,24 @@ class Step(Protocol):
         ...
 
 
-class _Serving(NamedTuple):
-    """A config that an engine step has set to NAME."""
+class _Switch:
+    """A config whose attention implementation engine steps set to NAME, and what it was before.
 
-    former: str
-    thread: int  # another thread's plain forward through the same model may run at the same moment
-    step: Step
+    Kept as long as the config lives: a plain forward of another thread may look its attention up during a step and call
+    it after the step has ended.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = weakref.ref(config, lambda _: _switches.pop(key, None))
+        self.former: str | None = None  # None: the user chose NAME
+        self.users = 0
+        self.steps: dict[int, Step] = {}  # by thread: threads may serve models that share a config
+        key = id(config)
 
 
-_serving: dict[int, _Serving] = {}  # by id(config)
+_switches: dict[int, _Switch] = {}  # by id(config)
+_lock = threading.Lock()
+_ATTRIBUTE = "_attn_implementation_internal"
 
 
 def register() -> None:
@@ -61,37 +72,47 @@ def register() -> None:
 
 @contextmanager
 def serving(configs: list[Any], step: Step) -> Iterator[None]:
-    """Let the attention of modules with these configs read `step` inside the block.
+    """Let the attention of modules with these configs read `step` inside the block, in this thread.
 
-    The configs are found beforehand, by `configs_of`: walking a model's modules costs more than a step may. Only one
-    thread at a time may enter for the same model.
+    The configs are found beforehand, by `configs_of`: walking a model's modules costs more than a step may. Blocks may
+    nest (a fused layer proves itself inside a step), and several threads may be in one for the same config.
     """
-    # A fused layer proves itself inside a step, so blocks nest: the outer one is put back as it was.
-    outer = [(config, _serving.get(id(config)), config._attn_implementation_internal) for config in configs]
-    for config, before, name in outer:
-        _serving[id(config)] = _Serving(before.former if before else name, get_ident(), step)
-        config._attn_implementation_internal = NAME
+    thread = get_ident()
+    entered: list[tuple[Any, _Switch, Step | None]] = []
     try:
+        for config in configs:
+            with _lock:
+                switch = _switches.get(id(config)) or _switches.setdefault(id(config), _Switch(config))
+                entered.append((config, switch, switch.steps.get(thread)))
+                # The attribute is written past the config's own __setattr__, which is slow enough to be interrupted in.
+                if not switch.users and vars(config)[_ATTRIBUTE] != NAME:
+                    switch.former = vars(config)[_ATTRIBUTE]
+                switch.users += 1
+                switch.steps[thread] = step
+                vars(config)[_ATTRIBUTE] = NAME
         yield
     finally:
-        for config, before, name in outer:
-            config._attn_implementation_internal = name
-            if before:
-                _serving[id(config)] = before
-            else:
-                del _serving[id(config)]
+        for config, switch, outer in entered:
+            with _lock:
+                switch.users -= 1
+                if outer is None:
+                    switch.steps.pop(thread, None)
+                else:
+                    switch.steps[thread] = outer
+                if not switch.users:
+                    vars(config)[_ATTRIBUTE] = switch.former or NAME
 
 
 def current_step(config: Any) -> Step | None:
     """The step that this thread runs through modules with this config, if any."""
-    serving = _serving.get(id(config))
-    return serving.step if serving is not None and serving.thread == get_ident() else None
+    switch = _switches.get(id(config))
+    return None if switch is None else switch.steps.get(get_ident())
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
     """Every config object that a module of the model reads its attention implementation from."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
+    return [config for config in configs.values() if _ATTRIBUTE in vars(config)]
 
 
 def forward(
@@ -109,13 +130,13 @@ def forward(
     if (step := current_step(config)) is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return step.read(module, query, key, value, scaling, kwargs), None
-    serving = _serving.get(id(config))
-    if serving is None:
+    switch = _switches.get(id(config))
+    if switch is None or switch.former is None:
         function = _dense
-    elif serving.former == "eager":
+    elif switch.former == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
-        function = ALL_ATTENTION_FUNCTIONS[serving.former]
+        function = ALL_ATTENTION_FUNCTIONS[switch.former]
     output: tuple[Tensor, Tensor | None] = function(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
@@ -124,12 +145,10 @@ def forward(
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     """The registered mask function: none for an engine step, else the former implementation's."""
-    serving = _serving.get(id(config))
-    if serving is None:
-        return sdpa_mask(*args, config=config, **kwargs)
-    if serving.thread == get_ident():
+    if current_step(config) is not None:
         return None
-    function = ALL_MASK_ATTENTION_FUNCTIONS[serving.former]
+    switch = _switches.get(id(config))
+    function = sdpa_mask if switch is None or switch.former is None else ALL_MASK_ATTENTION_FUNCTIONS[switch.former]
     return function(*args, config=config, **kwargs)
 
 
@@ -143,16 +162,19 @@ def _dense(
     dropout: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and s_aux is None:
-        causal = attention_mask is None and query.shape[2] > 1
+        causal = is_causal and attention_mask is None and query.shape[2] > 1
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True
         )
     else:
-        if attention_mask is None:
+        if attention_mask is None and is_causal:
             index = torch.arange(key.shape[2], device=query.device)
             attention_mask = reference.visible(index[-query.shape[2] :], index, "full", 0)[None, None]
         output = reference.attention(query, key, value, attention_mask, scaling, softcap, s_aux)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import queue
+import atexit
+import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any
@@ -14,11 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig
-from ..errors import EngineClosed, InvalidOption, InvalidRequest, LLMOptError, RequestCancelled
+from ..errors import EngineClosed, InvalidOption, InvalidRequest, LLMOptError, RequestCancelled, RequestFailed
 from ..generation import ACTIVE, Active, Group, handle_of
 from ..stats import Stats
 
-_END = object()
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside torch while the interpreter goes down would abort the process."""
+    for engine in list(_open):
+        engine.close()
 
 
 class RequestHandle:
@@ -36,10 +45,10 @@ class RequestHandle:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._finished = threading.Event()
+        self._news = threading.Condition()
         self._tokens: list[int] = []
         self._error: LLMOptError | None = None
+        self._done = False
         self._group: Group | None = None
 
     @property
@@ -51,23 +60,25 @@ class RequestHandle:
     @property
     def done(self) -> bool:
         """Whether the request finished, failed or was cancelled."""
-        return self._finished.is_set()
+        return self._done
 
     def __iter__(self) -> Iterator[int]:
-        """New tokens as they are sampled. May be iterated once.
+        """All new tokens from the first on, each as soon as it is sampled.
 
         Raises:
             LLMOptError: The request failed.
         """
-        while (item := self._queue.get()) is not _END:
-            yield item
-        self._raise()
+        index = 0
+        while (token := self._wait(index)) is not None:
+            index += 1
+            yield token
 
     async def __aiter__(self) -> AsyncIterator[int]:
-        """New tokens as they are sampled, for `async for`. May be iterated once."""
-        while (item := await asyncio.to_thread(self._queue.get)) is not _END:
-            yield item
-        self._raise()
+        """All new tokens from the first on, for `async for`."""
+        index = 0
+        while (token := await asyncio.to_thread(self._wait, index)) is not None:
+            index += 1
+            yield token
 
     def result(self, timeout: float | None = None) -> list[int]:
         """Wait for the end and return all new tokens, the EOS token included.
@@ -79,29 +90,37 @@ class RequestHandle:
             LLMOptError: The request failed.
             TimeoutError: It did not end in time; it goes on.
         """
-        if not self._finished.wait(timeout):
-            raise TimeoutError(f"The request did not end within {timeout} s; it goes on.")
-        self._raise()
-        return list(self._tokens)
+        with self._news:
+            if not self._news.wait_for(lambda: self._done, timeout):
+                raise TimeoutError(f"The request did not end within {timeout} s; it goes on.")
+            if self._error is not None:
+                raise self._error
+            return list(self._tokens)
 
     def cancel(self) -> None:
         """End the request now and give its pages back; harmless if it has ended."""
         self._engine._end(self, RequestCancelled("The request was cancelled."))
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _wait(self, index: int) -> int | None:
+        """Token `index` once it is there, or `None` if the request ended before."""
+        with self._news:
+            self._news.wait_for(lambda: self._done or len(self._tokens) > index)
+            if len(self._tokens) > index:
+                return self._tokens[index]
+            if self._error is not None:
+                raise self._error
+            return None
 
     def _put(self, tokens: list[int]) -> None:
-        self._tokens += tokens
-        for token in tokens:
-            self._queue.put(token)
+        with self._news:
+            self._tokens += tokens
+            self._news.notify_all()
 
     def _finish(self, error: LLMOptError | None) -> None:
-        if not self._finished.is_set():
-            self._error = error
-            self._finished.set()
-            self._queue.put(_END)
+        with self._news:
+            if not self._done:
+                self._error, self._done = error, True
+            self._news.notify_all()
 
 
 class Engine:
@@ -109,7 +128,8 @@ class Engine:
 
     Each request is what `generate` with one row would be: same arguments, same tokens, its own generator. Requests
     share
-    every forward pass with one another and with `generate` calls of other threads. One thread of the engine steps it.
+    every forward pass with one another and with `generate` calls of other threads. One thread of the engine steps it;
+    it ends when the engine is closed, collected, or the interpreter exits.
 
     Args:
         model: A causal language model.
@@ -135,10 +155,13 @@ class Engine:
         self.model = model
         self.config = config
         self.loop = handle_of(model).engine_for(model, config)
+        self.loop.owners += 1
         self._waiting: list[RequestHandle] = []
         self._running: list[RequestHandle] = []
         self._closed = False
+        self._process = os.getpid()
         self._thread: threading.Thread | None = None
+        _open.add(self)
 
     def __enter__(self) -> Engine:
         return self
@@ -158,24 +181,51 @@ class Engine:
                 `logits_processor`, `streamer`, ...
 
         Raises:
-            InvalidRequest: The prompt cannot be generated from.
+            InvalidRequest: The prompt cannot be generated from, or a processor, criterion or streamer of the user is in
+                use by another live request.
             NotServed: The arguments need transformers' own loop.
             OutOfPages: The request could never fit.
             EngineClosed: The engine was closed.
         """
+        handle = RequestHandle(self)
+        handle._group = group = self._prepare(handle, input_ids, seed, kwargs)
+        with self.loop.lock:
+            if self._closed or os.getpid() != self._process:
+                raise EngineClosed("The engine was closed, or belongs to the process this one was forked from.")
+            if group.engine is not self.loop:
+                self._move_to(group)
+            self._refuse_shared(group)
+            self.loop.check_fits(group)
+            self._waiting.append(handle)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_work, args=(weakref.ref(self),), name="hf_llmopt-engine", daemon=True
+                )
+                self._thread.start()
+            self.loop.lock.notify_all()
+        return handle
+
+    def _prepare(
+        self, handle: RequestHandle, input_ids: Tensor | list[int], seed: int | None, kwargs: dict[str, Any]
+    ) -> Group:
+        """Let transformers prepare the call as `generate` would, and take its group instead of running it."""
+        if "llmopt" in kwargs:
+            raise InvalidOption(
+                "llmopt= belongs to Engine(model, llmopt=...); submit takes generate's other arguments."
+            )
         ids = torch.as_tensor(input_ids)
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.dim() != 2 or ids.shape[0] != 1 or ids.is_floating_point():
             raise InvalidRequest(f"submit takes one prompt of token ids, got shape {list(ids.shape)}, {ids.dtype}.")
-        if ids.shape[1] == 0 and "inputs_embeds" not in kwargs:
-            raise InvalidRequest("submit got an empty prompt; give at least one token (the BOS token, say).")
-        handle = RequestHandle(self)
         generator = torch.Generator(ids.device)
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        token = ACTIVE.set(Active(self.model, self.config, {"generator": generator, "on_tokens": handle._put}))
+        # The handle refers to its group, whose callback must not refer back strongly.
+        put = weakref.WeakMethod(handle._put)
+        submit = {"generator": generator, "on_tokens": lambda tokens: (put() or (lambda _: None))(tokens)}
+        token = ACTIVE.set(Active(self.model, self.config, submit))
         try:
             generate: Any = self.model.generate
             group = generate(ids.to(torch.long), **kwargs)
@@ -183,21 +233,40 @@ class Engine:
             ACTIVE.reset(token)
         if not isinstance(group, Group):
             raise InvalidOption("hf_llmopt is not installed in transformers; call hf_llmopt.install() first.")
-        handle._group = group
-        with self.loop.lock:
-            if self._closed:
-                raise EngineClosed("The engine was closed.")
-            self.loop.check_fits(group)
-            self._waiting.append(handle)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="hf_llmopt-engine", daemon=True)
-                self._thread.start()
-            self.loop.lock.notify_all()
-        return handle
+        if len(group.requests) != 1:
+            raise InvalidRequest(
+                f"submit takes one row, the arguments make {len(group.requests)}; submit it that often."
+            )
+        return group
+
+    def _move_to(self, group: Group) -> None:
+        """The model's weights were moved, cast or exchanged since the last request: go on with its new loop."""
+        if self._running or self._waiting:
+            raise InvalidRequest(
+                "The model was moved, cast or changed while requests of this engine run; wait for them."
+            )
+        self.loop.owners -= 1
+        self.loop = group.engine
+        self.loop.owners += 1
+
+    def _refuse_shared(self, group: Group) -> None:
+        """Objects of the user may carry state: one in two live requests would mix them up."""
+        live = [h._group for h in (*self._waiting, *self._running) if h._group is not None]
+        used = {id(item) for other in live for item in other.users_objects()}
+        for item in group.users_objects():
+            if id(item) in used:
+                raise InvalidRequest(
+                    f"This {type(item).__name__} is in use by another live request and may carry its state; give each "
+                    "request its own."
+                )
 
     def close(self) -> None:
         """End what still runs with `EngineClosed`, and stop the thread. Harmless if closed already."""
+        if os.getpid() != self._process:
+            return
         with self.loop.lock:
+            if not self._closed:
+                self.loop.owners -= 1
             self._closed = True
             for handle in (*self._waiting, *self._running):
                 self._end(handle, EngineClosed("The engine was closed before the request finished."))
@@ -215,38 +284,32 @@ class Engine:
                 self.loop.remove(handle._group)
             handle._finish(error)
 
-    def _work(self) -> None:
-        """The engine's thread: admit, step, and let every request that has logits choose its token."""
+    def _turn(self) -> None:
+        """Admit, step, and let every request that has logits choose its token."""
         lock = self.loop.lock
-        while True:
-            with lock:
-                if self._closed:
-                    return
-                self._admit()
-                if not self._running:
-                    lock.wait()
-                    continue
-                if not any(self._ready(handle) for handle in self._running) and not self.loop.step():
-                    lock.wait(0.05)
-                ready = [handle for handle in self._running if self._ready(handle)]
-            for handle in ready:
-                self._advance(handle)
+        with lock:
+            self._admit()
+            if not self._running:
+                lock.wait(0.5)
+                return
+            if not any(map(_ready, self._running)) and not self.loop.step():
+                lock.wait(0.05)
+            ready = [handle for handle in self._running if _ready(handle)]
+        for handle in ready:
+            self._advance(handle)
 
     def _admit(self) -> None:
         while self._waiting:
             handle = self._waiting[0]
             assert handle._group is not None
+            handle._group.thread = threading.get_ident()
             try:
                 if not handle._group.start():
                     return
-            except LLMOptError as error:
-                self._end(handle, error)
+            except Exception as error:  # the thread must live on for the other requests
+                self._end(handle, _ours(error))
                 continue
             self._running.append(self._waiting.pop(0))
-
-    def _ready(self, handle: RequestHandle) -> bool:
-        assert handle._group is not None
-        return any(request.error for request in handle._group.requests) or handle._group.ready()
 
     def _advance(self, handle: RequestHandle) -> None:
         group = handle._group
@@ -254,12 +317,32 @@ class Engine:
         try:
             if group.ready():
                 group.advance()
-        except LLMOptError as error:
-            self._end(handle, error)
-        except BaseException as error:  # the thread must live on for the other requests
-            failed = LLMOptError(f"The request failed with {type(error).__name__}: {error}")
-            failed.__cause__ = error
-            self._end(handle, failed)
+        except Exception as error:  # as above
+            self._end(handle, _ours(error))
         else:
             if group.done:
                 self._end(handle, None)
+
+
+def _ready(handle: RequestHandle) -> bool:
+    group = handle._group
+    assert group is not None
+    return any(request.error for request in group.requests) or group.ready()
+
+
+def _ours(error: Exception) -> LLMOptError:
+    return error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
+
+
+def _work(reference: weakref.ref[Engine]) -> None:
+    """The engine's thread. It holds the engine only for a turn, so that one that is dropped can be collected."""
+    while True:
+        engine = reference()
+        if engine is None or engine._closed:
+            return
+        try:
+            engine._turn()
+        except Exception as error:
+            for handle in list(engine._running):
+                engine._end(handle, _ours(error))
+        del engine

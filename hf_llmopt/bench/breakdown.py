@@ -73,7 +73,9 @@ def instrumented() -> Iterator[dict[str, float]]:
 
 
 def _part(kernel: str) -> str:
-    return PRODUCTS if kernel.startswith("linear") else ATTENTION if kernel.startswith("attention") else SMALL
+    if kernel.startswith("attention"):
+        return ATTENTION
+    return SMALL if kernel in ("norm", "activation", "rotary") else PRODUCTS
 
 
 @contextmanager

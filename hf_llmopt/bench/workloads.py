@@ -51,6 +51,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": None,
     },
 }
 """Shapes of models that are too large to ship: the speed of a step does not depend on what the weights say."""

@@ -32,6 +32,7 @@ class Rows(Protocol):
     """What the engine needs of a group: its requests, and a place for figures."""
 
     requests: list[Request]
+    thread: int  # who waits for it
 
     def account(self, seconds: float, paths: set[str]) -> None:
         """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""
@@ -66,6 +67,7 @@ class EngineLoop:
             self.store.provide,
         )
         self.groups: list[Rows] = []
+        self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
 
     def rooms(self, prompt: int, total: int, keeps_passed: bool = False) -> list[int]:
@@ -105,7 +107,8 @@ class EngineLoop:
         spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
         self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
         if protected and any(a + b > c for a, b, c in zip(wanted, others, capacity, strict=True)):
-            if not running:  # what is held is held by the caller's own caches
+            # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
+            if all(other.thread == group.thread for other in self.groups):
                 raise self._does_not_fit(members)
             return False
         for request in members:
@@ -201,22 +204,33 @@ class EngineLoop:
                 self.store.wipe(index, wipes)
             if copies:
                 self.store.copy_pages(index, copies)
-        paths: set[str] = set()
         try:
-            results, seconds = self.runner.run(plan.spans, paths.add)
-        except Exception as error:
-            self._fail([request for request, _ in plan.spans], error)
-            return True
-        self._settle(plan.spans)
-        for request, logits in results:
-            request.logits = logits
-        members = {request for request, _ in plan.spans}
-        for group in self.groups:
-            if not members.isdisjoint(group.requests):
-                group.account(seconds, paths)
+            self._run(plan.spans)
+        except Exception:
+            # Whose fault it was shows when each group's spans run alone.
+            for group in list(self.groups):
+                own = [span for span in plan.spans if span[0] in group.requests]
+                try:
+                    self._run(own)
+                except Exception as error:
+                    self._fail(group.requests, error)
         self.steps += 1
         self.lock.notify_all()
         return True
+
+    def _run(self, spans: Sequence[tuple[Request, int]]) -> None:
+        """One pass over these spans, and what follows from it."""
+        if not spans:
+            return
+        paths: set[str] = set()
+        results, seconds = self.runner.run(spans, paths.add)
+        self._settle(spans)
+        for request, logits in results:
+            request.logits = logits
+        members = {request for request, _ in spans}
+        for group in self.groups:
+            if not members.isdisjoint(group.requests):
+                group.account(seconds, paths)
 
     def _starve(self) -> None:
         """Nobody could be scheduled: if nobody is about to go on by itself either, the newest group fails."""
@@ -247,6 +261,8 @@ class EngineLoop:
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """The forward pass raised: its requests fail, and the engine serves the next."""
         for request in requests:
+            if request.finished:
+                continue
             request.error = error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
             self._abandon(request)
         self.lock.notify_all()

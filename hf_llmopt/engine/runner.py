@@ -141,10 +141,10 @@ class Runner:
             for request, length in spans:
                 pages, start = request.tables[group].pages, request.computed
                 slots += [pages[i // size] * size + i % size for i in range(start, start + length)]
-            per_group.append(torch.tensor(slots))
+            per_group.append(torch.tensor(slots, device="cpu"))
         return per_group
 
     def _columns(self, spans: Sequence[tuple[Request, int]]) -> Tensor:
         """Padded column of each token, minus its place in the pass, `[tokens]`."""
         columns = [r.left_padding + i for r, length in spans for i in range(r.computed, r.computed + length)]
-        return torch.tensor(columns) - torch.arange(len(columns))
+        return torch.tensor(columns, device="cpu") - torch.arange(len(columns), device="cpu")

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ..kernels import cpu
+from ..kernels import cpu, reference
 
 Forward = Callable[[Tensor], Tensor]
-Rows = Callable[[Tensor], int]
+Rows = Callable[[nn.Module], int]
+Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 Found = tuple[Forward, Iterable[nn.Module]]
 
 
@@ -50,10 +52,10 @@ def _fits(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def plain_linear(module: Any) -> bool:
-    """`nn.Linear` itself, with nothing attached, where the C kernels can read its weight."""
+def plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """`nn.Linear` (or another kind) itself, with nothing attached, where the C kernels can read its weight."""
     return (
-        type(module) is nn.Linear
+        type(module) is kind
         and is_plain(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype in cpu.DTYPES
@@ -62,23 +64,31 @@ def plain_linear(module: Any) -> bool:
 
 
 def linear(module: nn.Module, rows: Rows) -> Found | None:
-    """`nn.Linear` itself, not a subclass: quantizers and adapters bring their own."""
-    if not plain_linear(module):
+    """`nn.Linear` or GPT-2's `Conv1D` itself, not a subclass: quantizers and adapters bring their own."""
+    if not plain_linear(module) and not plain_linear(module, Conv1D):
         return None
+    product = PRODUCTS[type(module)][0]
     eager: Forward = module.forward
     parameters = module._parameters
-    limit = rows(parameters["weight"])  # type: ignore[arg-type]
+    limit = rows(module)
     if not limit:
         return None
-    inputs = int(module.in_features)  # type: ignore[arg-type]
+    inputs = parameters["weight"].shape[type(module) is nn.Linear]  # type: ignore[union-attr]
 
     def forward(x: Tensor) -> Tensor:
         weight: Any = parameters["weight"]
         if x.numel() > limit * inputs or not _fits(x, weight):
             return eager(x)
-        return cpu.linear(x if x.is_contiguous() else x.contiguous(), weight, parameters["bias"])
+        return product(x if x.is_contiguous() else x.contiguous(), weight, parameters["bias"])
 
     return forward, ()
+
+
+# Modules whose weight multiplies their input: our product and torch's.
+PRODUCTS: dict[type[nn.Module], tuple[Product, Product]] = {
+    nn.Linear: (cpu.linear, nn.functional.linear),
+    Conv1D: (cpu.conv1d, reference.conv1d),
+}
 
 
 def norm(module: nn.Module, rows: Rows) -> Found | None:
@@ -122,7 +132,8 @@ def epsilon_of(module: nn.Module) -> float | None:
 
 def rms_variant(module: nn.Module, weight: Tensor, epsilon: float) -> int:
     """The variant of `reference.rms_norm` that is nearest to the module."""
-    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(1)
+    x = torch.randn(4, weight.shape[0], generator=generator, dtype=torch.float32, device="cpu").to(weight.dtype)
     with torch.no_grad():
         eager = module(x).float()
         errors = [(cpu.rms_norm(x, weight, epsilon, variant).float() - eager).abs().sum() for variant in range(3)]
@@ -174,7 +185,7 @@ def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
     linears: list[Any] = [children[name] for name in products]
     if not all(plain_linear(linear) for linear in linears):
         return None
-    limit = min(rows(linear.weight) for linear in linears)
+    limit = min(rows(linear) for linear in linears)
     if not limit:
         return None
     eager: Forward = module.forward

@@ -83,7 +83,7 @@ def recognise(layer: nn.Module, rows: Rows) -> tuple[_Parts, int] | None:
     if None in described or not isinstance(scaling, float) or config is None or not isinstance(index, int):
         return None
     # Of small products the call is what costs, and here are fewer of them.
-    limit = min(max(rows(p.weight), SHORT if p.weight.numel() < SMALL else 0) for p in products)
+    limit = min(max(rows(p), SHORT if p.weight.numel() < SMALL else 0) for p in products)
     parameters: list[Parameters] = [product._parameters for product in products]
     query, key, value, output, gate, up, down = parameters
     parts = _Parts(
@@ -200,22 +200,22 @@ def _prove(layer: nn.Module, parts: _Parts, like: Tensor, spec: LayerSpec, kwarg
         module.__dict__.pop("forward", None)
         if getattr(module, "layer_idx", None) is not None:
             module.layer_idx = 0  # type: ignore[assignment]
-    found = recognise(own, lambda weight: SHORT)
+    found = recognise(own, lambda module: SHORT)
     if found is None:
         return None
     own_parts = found[0]
     tokens = like.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(like.shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     full = replace(spec, kind="full", window=0, dtype=torch.float32)
     wide = {name: _widened(value) for name, value in kwargs.items()}
 
     def attempt(run_layer: Callable[[StepInputs], Any]) -> list[Tensor] | None:
         store = PagedStore([full], KVCacheConfig(page_size=4))
         store.provide([tokens])
-        filled = torch.Generator().manual_seed(1)
+        filled = torch.Generator("cpu").manual_seed(1)
         for slots in (store.keys[0], store.values[0]):
-            slots.copy_(torch.randn(slots.shape, generator=filled))
+            slots.copy_(torch.randn(slots.shape, generator=filled, dtype=torch.float32, device="cpu"))
         tables = [store.tables([1]) for _ in range(tokens)]
         for table in tables:
             table[0].reserve(0, 3)

@@ -9,11 +9,14 @@ carries a hook, an adapter or another quantizer is left alone.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,8 +24,30 @@ from ..errors import UnsupportedModel
 from ..kernels import cpu
 from ..kv_cache import LayerSpec
 from .choice import own_rows
-from .kinds import RECOGNISERS, Forward, inside, is_plain
+from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, epsilon_of, inside, is_plain
 from .layer import fused, recognise
+
+
+class _Replacement:
+    """A `forward` of one module instance that copies and pickles as the module's own."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = weakref.ref(module)
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = self.module()
+        return _own_forward(memo.get(id(module), module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_forward, (self.module(),)
+
+
+def _own_forward(module: Any) -> Any:
+    return MethodType(type(module).forward, module)
 
 
 class Fusion:
@@ -47,28 +72,24 @@ class Fusion:
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
         self._proofs: dict[Any, str | None] = {}
-        self._entries: list[tuple[dict[str, object], Callable[..., object]]] = []
+        self._entries: list[tuple[dict[str, Any], _Replacement]] = []
         self._mark: tuple[object, ...] = ()
         self.refresh(model)
 
     def refresh(self, model: PreTrainedModel) -> None:
         """Recognise the modules again if any was exchanged or hooked since."""
-        mark = tuple(
-            (id(module), len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward"))
-            for module in model.modules()
-        )
+        mark = (_global_hooks(), *map(_mark, model.modules()))
         if mark == self._mark:
             return
         self._mark = mark
         self._entries, self.replaced, self.refused = [], {}, {}
-        if not cpu.available():
+        if not cpu.available() or _global_hooks():
             return
         rows = self._rows(model)
         self._proofs = {}
         for module in model.modules():
             if is_plain(module) and (layer := recognise(module, rows)) is not None:
-                self._entries.append((module.__dict__, fused(module, *layer, self.specs, self._proofs)))
-                self.replaced["decoder layer"] = self.replaced.get("decoder layer", 0) + 1
+                self._add(module, "decoder layer", fused(module, *layer, self.specs, self._proofs))
         covered: set[nn.Module] = set()
         for module in model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
@@ -81,8 +102,7 @@ class Fusion:
                 if not _proves(module, forward):
                     self.refused[kind] = self.refused.get(kind, 0) + 1
                     continue
-                self._entries.append((module.__dict__, forward))
-                self.replaced[kind] = self.replaced.get(kind, 0) + 1
+                self._add(module, kind, forward)
                 covered.update(inner)
                 break
         if self.batch_invariant:
@@ -108,37 +128,59 @@ class Fusion:
                     "depend on the batch. Leave batch_invariant out for this model."
                 )
 
-    def _rows(self, model: PreTrainedModel) -> Callable[[Tensor], int]:
-        """For a weight, the number of rows up to which our product is used."""
+    def _add(self, module: nn.Module, kind: str, forward: Callable[..., Any]) -> None:
+        self._entries.append((module.__dict__, _Replacement(module, forward)))
+        self.replaced[kind] = self.replaced.get(kind, 0) + 1
+
+    def _rows(self, model: PreTrainedModel) -> Rows:
+        """For a product, the number of rows up to which ours is used."""
         if self.batch_invariant:
-            return lambda weight: 1 << 30
-        weights: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+            return lambda module: 1 << 30
+        alike: dict[tuple[object, ...], list[Tensor]] = {}
+
+        def key(module: Any) -> tuple[object, ...]:
+            return type(module), module.weight.shape, module.weight.dtype
+
+        module: Any
         for module in model.modules():
-            if type(module) is nn.Linear and module.weight.device.type == "cpu":
-                weights.setdefault((module.weight.shape, module.weight.dtype), []).append(module.weight.detach())
-        return lambda weight: own_rows(weights.get((weight.shape, weight.dtype), [weight]))
+            if type(module) in PRODUCTS and not module.weight.is_meta:
+                alike.setdefault(key(module), []).append(module.weight.detach())
+        return lambda module: own_rows(type(module), alike[key(module)])
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Let the replacements be the modules' forward inside the block."""
-        for attributes, forward in self._entries:
-            attributes["forward"] = forward
-        inside.now = True
         try:
+            for attributes, replacement in self._entries:
+                attributes["forward"] = replacement
+            inside.now = True
             yield
         finally:
             inside.now = False
             for attributes, _ in self._entries:
-                del attributes["forward"]
+                attributes.pop("forward", None)
+
+
+def _global_hooks() -> int:
+    """Hooks on every module, which would not be called for modules inside a replaced one."""
+    return len(torch_module._global_forward_hooks) + len(torch_module._global_forward_pre_hooks)
+
+
+def _mark(module: nn.Module) -> tuple[object, ...]:
+    """What recognition depended on, besides the class's code."""
+    weight = module._parameters.get("weight")
+    layout = None if weight is None else (weight.dtype, weight.stride())
+    attached = len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward")
+    return id(module), *attached, layout, epsilon_of(module)
 
 
 def _proves(module: nn.Module, forward: Forward) -> bool:
     """Whether the replacement's error against float64 is no larger than the eager module's, but for rounding."""
     weight = next(module.parameters(), None)
-    width = getattr(module, "in_features", None) or _width(module)
+    width = _width(module)
     dtype = torch.float32 if weight is None else weight.dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, width, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, 3, width, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     with torch.no_grad():
         eager = module(x)
         inside.now = True
@@ -154,8 +196,9 @@ def _proves(module: nn.Module, forward: Forward) -> bool:
 
 
 def _width(module: nn.Module) -> int:
+    child: Any
     for child in module.modules():
-        if isinstance(child, nn.Linear):
-            return child.in_features
+        if type(child) in PRODUCTS:
+            return int(child.weight.shape[type(child) is nn.Linear])
     weight = next(module.parameters(), None)
     return 64 if weight is None else int(weight.shape[-1])

@@ -22,7 +22,7 @@ class Active:
     Attributes:
         model: The model it was called on; nested calls on other models stay stock.
         config: What it asked for.
-        submit: Keyword arguments of `Group` if the prepared call is to be handed to the engine instead of run.
+        submit: Keyword arguments of `Group` if the prepared call is to be handed to an `Engine` instead of run.
         settled: The call was served, or its fall-through was reported.
     """
 
@@ -76,14 +76,14 @@ class ModelHandle:
         """
         # Moved or cast weights change what pages hold; a new engine is made, old caches keep their old pages.
         weight = input_weight(model)
-        key = (replace(config, strict=False), weight.device, weight.dtype)
+        key = (replace(config, strict=False), weight.device, weight.dtype, _structure(model))
         with self._lock:
             if self._model is None or self._model() is not model:
                 self._model, self._engines = weakref.ref(model), {}
             if key not in self._engines:
                 engine = EngineLoop(model, config, self._lock)
                 # Engines nobody is waiting for make way: their pages would only lie about.
-                self._engines = {k: e for k, e in self._engines.items() if e.groups or e.store.pages_used}
+                self._engines = {k: e for k, e in self._engines.items() if e.groups or e.owners or e.store.pages_used}
             else:
                 engine = self._engines.pop(key)
             self._engines[key] = engine
@@ -97,7 +97,7 @@ class ModelHandle:
     def release(self) -> None:
         """Give the memory of all pages back that no running call or returned cache needs."""
         with self._lock:
-            self._engines = {k: e for k, e in self._engines.items() if e.groups}
+            self._engines = {k: e for k, e in self._engines.items() if e.groups or e.owners}
 
     def __repr__(self) -> str:
         return f"ModelHandle(config={self.config!r}, stats={self.stats})"
@@ -107,6 +107,13 @@ class ModelHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelHandle, (self.config,)
+
+
+def _structure(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What decides which layers there are and how long their keys live; another structure needs another engine."""
+    config = model.config.get_text_config(decoder=True)
+    names = ("num_hidden_layers", "sliding_window", "attention_chunk_size", "layer_types")
+    return tuple(map(id, model.modules())), repr([getattr(config, name, None) for name in names])
 
 
 def handle_of(model: PreTrainedModel) -> ModelHandle:

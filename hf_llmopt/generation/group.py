@@ -9,6 +9,7 @@ user passed see exactly what stock's loop would show them, in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from time import perf_counter
 from typing import Any
 
@@ -73,6 +74,7 @@ class Group:
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.unfinished = torch.ones(len(requests), dtype=torch.long, device=input_ids.device)
         self.live = list(requests)
+        self.thread = get_ident()
         self._active = len(requests)
         self.done = False
         # Run with the engine's lock held: once the rows have tables, and before their pages go back.
@@ -103,6 +105,11 @@ class Group:
         finally:
             with lock:
                 self.engine.remove(self)
+
+    def users_objects(self) -> list[Any]:
+        """Processors, criteria and the streamer that are not transformers' own."""
+        items = (*self.processors, *self.criteria, *([self.streamer] if self.streamer is not None else []))
+        return [item for item in items if not type(item).__module__.startswith("transformers.generation")]
 
     def start(self) -> bool:
         """Join the engine, with its lock held; `False` if the group must wait for pages."""
@@ -181,6 +188,9 @@ class Group:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
+        if not isinstance(scores, Tensor) or scores.shape != logits.shape:
+            given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise CallbackFailed(f"The logits processors returned {given}, scores have shape {list(logits.shape)}.")
         tokens = sample(scores, draw(scores, self.generator)) if self.do_sample else greedy(scores)
         if self.pads:
             tokens = tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished)

@@ -80,7 +80,7 @@ def export_cache(engine: EngineLoop, requests: Sequence[Request], mask: Tensor, 
         mask: Which prompt columns are tokens, bool `[rows, prompt length]`.
         length: Columns of the cache.
     """
-    generated = torch.ones(len(requests), length - mask.shape[1], dtype=torch.bool)
+    generated = torch.ones(len(requests), length - mask.shape[1], dtype=torch.bool, device="cpu")
     tables = [[table.fork() for table in request.tables] for request in requests]
     return PagedCache(engine.store, tables, torch.cat([mask, generated], dim=1))
 

@@ -53,10 +53,15 @@ def translate(
     """
     model = active.model
     handle = handle_of(model)
-    device = input_ids.device if input_ids.numel() else kwargs["inputs_embeds"].device
+    embeds = kwargs.get("inputs_embeds")
+    if input_ids.shape[0] == 0 or (input_ids.shape[1] == 0 and embeds is None):
+        raise EmptyPrompt(f"input_ids has shape {list(input_ids.shape)}: there is no token to start from.")
+    device = input_ids.device if embeds is None else embeds.device
     reason = handle.reason_against(model) or reason_against(model, generation_config, synced_gpus, device, kwargs)
     if reason is not None:
         raise NotServed(reason)
+    if generation_config.prefill_chunk_size is not None and generation_config.prefill_chunk_size < 1:
+        raise InvalidRequest(f"prefill_chunk_size must be at least 1, got {generation_config.prefill_chunk_size}.")
     max_length = stopping_criteria.max_length
     if max_length is None:
         raise NotServed("no stopping criterion limits the length")
@@ -66,6 +71,7 @@ def translate(
         raise NotServed(str(error)) from error
     prompt = _Prompt(model, input_ids, generation_config, kwargs)
     total = prompt.mask.shape[1] + max_length - input_ids.shape[1]
+    _check_cache(engine, prompt)
     _check_lengths(model, engine, prompt, total)
     requests = [_request(engine, prompt, row, total, generation_config) for row in range(input_ids.shape[0])]
     _share_prompts(requests, prompt, generation_config)
@@ -84,11 +90,11 @@ def translate(
     if active.submit is not None and prompt.past is None:
         for request in requests:
             request.protected = request.masked_tail
-    _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate))
+    _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submit is not None)
     return group
 
 
-def _attach_caches(group: Group, prompt: _Prompt, returns: bool) -> None:
+def _attach_caches(group: Group, prompt: _Prompt, returns: bool, submitted: bool) -> None:
     """Fill the rows' pages from the caller's cache at the start, and keep them as a cache in the end."""
     engine, requests, past, length = group.engine, group.requests, prompt.past, group.input_ids.shape[1]
 
@@ -104,7 +110,7 @@ def _attach_caches(group: Group, prompt: _Prompt, returns: bool) -> None:
         group.cache = result if past is None else past
 
     group.on_start = on_start
-    if returns or past is not None:
+    if past is not None or (returns and not submitted):
         group.on_done = on_done
 
 
@@ -144,7 +150,7 @@ class _Prompt:
             )
         length = self.past_length + new
         if mask is None:
-            self.mask = torch.ones(rows, length, dtype=torch.bool)
+            self.mask = torch.ones(rows, length, dtype=torch.bool, device="cpu")
         else:
             if mask.shape != (rows, length):
                 raise InvalidRequest(
@@ -156,9 +162,13 @@ class _Prompt:
             positions = (self.mask.long().cumsum(-1) - 1).masked_fill(~self.mask, 0)
         if positions.dim() != 2:
             raise NotServed(f"position_ids have {positions.dim()} dimensions, not 2")
+        if positions.shape[1] < new or positions.shape[0] not in (1, rows):
+            raise InvalidRequest(f"position_ids has shape {list(positions.shape)}, {new} new tokens need one each.")
         self.positions = positions[:, -new:].expand(rows, -1).cpu()
         self.embeds = None if embeds is None else embeds[:, -new:]
-        self.ids = input_ids[:, -new:].cpu() if embeds is None else torch.zeros(rows, new, dtype=torch.long)
+        self._check_embeds(model)
+        no_ids = torch.zeros(rows, new, dtype=torch.long, device="cpu")
+        self.ids = input_ids[:, -new:].cpu() if embeds is None else no_ids
         self._check_ids(model)
 
     def _check_ids(self, model: PreTrainedModel) -> None:
@@ -170,6 +180,10 @@ class _Prompt:
             raise EmptyPrompt(
                 f"Row(s) {empty} have no unmasked token. Give each at least one token (the BOS token, say)."
             )
+        if self.embeds is not None:
+            return
+        real = real.clone()
+        real[:, -1] = True  # a masked last token is computed too
         size = input_weight(model).shape[0]
         bad = ((self.ids < 0) | (self.ids >= size)) & real
         if bad.any():
@@ -179,9 +193,35 @@ class _Prompt:
                 "Is the tokenizer the model's own?"
             )
 
+    def _check_embeds(self, model: PreTrainedModel) -> None:
+        weight = input_weight(model)
+        if self.embeds is not None and (self.embeds.shape[2], self.embeds.dtype) != (weight.shape[1], weight.dtype):
+            raise InvalidRequest(
+                f"inputs_embeds has width {self.embeds.shape[2]} and {self.embeds.dtype}, the model's embeddings have "
+                f"width {weight.shape[1]} and {weight.dtype}."
+            )
+
     def gaps(self) -> bool:
         """Whether a row has masked columns behind its first real one."""
         return bool((self.mask.long().diff(dim=1) < 0).any())
+
+
+def _check_cache(engine: EngineLoop, prompt: _Prompt) -> None:
+    """Refuse a cache that another model or batch made."""
+    past, layers = prompt.past, engine.store.layers
+    if past is None or not prompt.past_length:
+        return
+    if isinstance(past, PagedCache):
+        shapes = [(len(past.rows), spec.kv_heads, spec.key_dim) for spec in past.store.layers]
+    else:
+        stock: Any = past.layers
+        shapes = [tuple(layer.keys.shape[i] for i in (0, 1, 3)) for layer in stock]
+    wanted = [(prompt.mask.shape[0], spec.kv_heads, spec.key_dim) for spec in layers]
+    if shapes != wanted:
+        raise InvalidRequest(
+            f"past_key_values holds {len(shapes)} layers of (rows, key heads, width) {shapes[:1]}, the call needs "
+            f"{len(wanted)} of {wanted[:1]}. Was it made by another model or for another batch?"
+        )
 
 
 def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, total: int) -> None:
@@ -205,6 +245,10 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, 
         raise NotServed("the model hands compressed states to its cache, and pages hold the expanded keys")
     limit = position_limit(model)
     longest = int(prompt.positions.max()) + 1
+    if limit is not None and int(prompt.positions.min()) < 0:
+        raise InvalidRequest(
+            f"position_ids go down to {int(prompt.positions.min())}; the model's positions start at 0."
+        )
     if limit is not None and longest > limit:
         raise PromptTooLong(f"The prompt needs {longest} positions, the model has {limit}. Shorten the prompt.")
 
@@ -214,7 +258,7 @@ def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generati
     real = prompt.mask[row, past:].nonzero()[:, 0]
     masked_tail = not bool(prompt.mask[row, -1])
     if masked_tail:
-        real = torch.cat([real, torch.tensor([prompt.mask.shape[1] - past - 1])])
+        real = torch.cat([real, torch.tensor([prompt.mask.shape[1] - past - 1], device="cpu")])
     cached = int(prompt.mask[row, :past].sum())
     positions = prompt.positions[row]
     # A forked cache's last page may have to be copied: one page more.

@@ -113,7 +113,7 @@ def paged_attention(
     """
     outputs = []
     for token, (row, first, end) in zip(query, items.tolist(), strict=True):
-        index = torch.arange(first, end)
+        index = torch.arange(first, end, device="cpu")
         slots = (table[row].cpu().long()[index // page_size] * page_size + index % page_size).to(keys.device)
         seen_keys, seen_values = keys[slots][None].transpose(1, 2), values[slots][None].transpose(1, 2)
         outputs.append(attention(token[None, :, None], seen_keys, seen_values, None, scaling, softcap, sinks)[0, :, 0])
@@ -131,6 +131,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     """
     y = torch.nn.functional.linear(x, weight, bias)
     return y if residual is None else y + residual
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight + bias` with a weight kept as `[inputs, outputs]`, as GPT-2 does.
+
+    Args:
+        x: `[..., inputs]`.
+        weight: `[inputs, outputs]`.
+        bias: `[outputs]`, or `None`.
+    """
+    return torch.nn.functional.linear(x, weight.T, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variant: int = 0) -> Tensor:

@@ -161,13 +161,17 @@ class PagedCache(Cache):
                 "This model hands compressed states to its cache, and pages hold the expanded keys: only generate("
                 "llmopt=...) can go on from this PagedCache."
             )
+        spec = self.store.layers[layer_idx]
+        if key_states.dtype != spec.dtype:
+            raise InvalidRequest(f"This cache holds {spec.dtype}, the forward pass brings {key_states.dtype}.")
         if key_states.shape[0] != len(self.rows):
             raise InvalidRequest(f"This cache has {len(self.rows)} rows, the forward pass {key_states.shape[0]}.")
         if layer_idx not in self._pending:
             self._append(key_states.shape[2])
         for row, slots in enumerate(self._pending.pop(layer_idx)):
             slots = slots.to(key_states.device)
-            self.store.write(layer_idx, slots, key_states[row].transpose(0, 1), value_states[row].transpose(0, 1))
+            new = (states[row].detach().transpose(0, 1) for states in (key_states, value_states))
+            self.store.write(layer_idx, slots, *new)
         return self.dense(layer_idx)
 
     def _append(self, count: int) -> None:
@@ -186,7 +190,9 @@ class PagedCache(Cache):
                 slots = self.store.slots(table, start, start + count)
                 for layer in self.store.groups[group].layers:
                     self._pending[layer].append(slots)
-        self.columns = torch.cat([self.columns, torch.ones(len(self.rows), count, dtype=torch.bool)], dim=1)
+        self.columns = torch.cat(
+            [self.columns, torch.ones(len(self.rows), count, dtype=torch.bool, device="cpu")], dim=1
+        )
 
     def dense(self, layer_idx: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer from column `start` on, `[rows, kv_heads, columns, width]`, padding zero."""
@@ -219,7 +225,7 @@ class PagedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
-        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(len(self.rows), device="cpu").repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""

@@ -109,7 +109,8 @@ class PagedStore:
     def _slots(self, layer: LayerSpec, width: int, pages: int) -> Tensor:
         # Zeros, because slots that no token was written to are read under a mask, and 0 * NaN would be NaN.
         shape = (pages * self.page_size, layer.kv_heads, width)
-        return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+        with torch.inference_mode(False):  # pages outlive the call that made them
+            return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
 
     def page_bytes(self, group: int) -> int:
         """Bytes of one page in all layers of a group."""
@@ -186,8 +187,8 @@ class PagedStore:
 
     def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
         """Slots of tokens [start, stop), int64 on the CPU. Passed tokens lie in page 0."""
-        tokens = torch.arange(start, stop)
-        pages = torch.tensor(table.pages, dtype=torch.int64)
+        tokens = torch.arange(start, stop, device="cpu")
+        pages = torch.tensor(table.pages, dtype=torch.int64, device="cpu")
         return pages[tokens // self.page_size] * self.page_size + tokens % self.page_size
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -36,6 +36,8 @@ def cpu(
     Greedy, interleaved with stock, tokens compared in the same runs. Says nothing about speed and exits with 1 if
     tokens differ; a goal that is missed is shown.
     """
+    from transformers.utils import logging
+
     from hf_llmopt.bench import cpu as bench
     from hf_llmopt.bench import report as reports
     from hf_llmopt.errors import unknown
@@ -46,6 +48,8 @@ def cpu(
     for name in only or []:
         if name not in by_name:
             raise unknown("experiment", name, by_name)
+    if not ui.talks():
+        logging.disable_progress_bar()
     chosen = [item for item in bench.EXPERIMENTS if not only or item.name in only]
     with ui.progress("cpu", sum(bench.runs_of(item, repeat) for item in chosen)) as on_run:
         report = bench.bench(

@@ -17,6 +17,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "conv1d.h"
 #include "linear.h"
 #include "norm.h"
 #include "rotary.h"
@@ -44,6 +45,7 @@ typedef int kernel(const void *arguments, int threads); /* not 0: no memory */
     static kernel *const op##_table[3][LEVELS] = {LIST_LEVELS(op, f32), LIST_LEVELS(op, bf16), LIST_LEVELS(op, f16)};
 TABLE(activation)
 TABLE(attention)
+TABLE(conv1d)
 TABLE(linear)
 TABLE(norm)
 TABLE(rotary)
@@ -111,6 +113,15 @@ static PyObject *py_linear(PyObject *self, PyObject *const *items, Py_ssize_t co
     a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.residual = pointer(&r), a.y = pointer(&r);
     a.rows = number(&r), a.outputs = number(&r), a.inputs = number(&r);
     return run(linear_table, &r, level, format, threads, &a);
+}
+
+static PyObject *py_conv1d(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    conv1d a = {0};
+    a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.y = pointer(&r);
+    a.rows = number(&r), a.outputs = number(&r), a.inputs = number(&r);
+    return run(conv1d_table, &r, level, format, threads, &a);
 }
 
 static PyObject *py_norm(PyObject *self, PyObject *const *items, Py_ssize_t count) {
@@ -186,6 +197,7 @@ static PyObject *py_levels(PyObject *self, PyObject *none) {
 
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))py_attention, METH_FASTCALL, "See attention.c."},
+    {"conv1d", (PyCFunction)(void (*)(void))py_conv1d, METH_FASTCALL, "See conv1d.c."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
     {"activation", (PyCFunction)(void (*)(void))py_activation, METH_FASTCALL, "See activation.c."},

@@ -103,6 +103,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y
 
 
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `reference.conv1d`."""
+    inputs, outputs = weight.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
+    _C.conv1d(
+        _level, DTYPES[x.dtype], torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr(), x.numel() // inputs, outputs, inputs,
+    )  # fmt: skip
+    return y
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variant: int = 0) -> Tensor:
     """See `reference.rms_norm`."""
     return _norm(x, weight, None, epsilon, 0, variant)
@@ -126,7 +137,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float,
 
 def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """See `reference.gated`. `gate` and `up` may be halves of one tensor: rows `gate.stride(-2)` apart."""
-    y = torch.empty(gate.shape, dtype=gate.dtype)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
     width = gate.shape[-1]
     stride = gate.stride(-2) if gate.dim() > 1 else width
     _C.activation(
