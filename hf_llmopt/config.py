@@ -37,9 +37,11 @@ class Section:
             if value not in rule["choices"]:
                 raise unknown(f"{where}: value", value, rule["choices"])
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
-            raise InvalidOption(f"{where} takes a {rule['kind'].__name__}, got {value!r} ({type(value).__name__}).")
+            wanted = {int: "an int", float: "a number", str: "a string"}[rule["kind"]]
+            raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")
         elif not rule["low"] <= value <= rule["high"]:
-            raise InvalidOption(f"{where} must lie in [{rule['low']}, {rule['high']}], got {value!r}.")
+            above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
+            raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
 
     @classmethod
     def parse(cls: type[S], value: Any) -> S:
@@ -180,6 +182,9 @@ class LLMOptConfig:
             return cls()
         if isinstance(value, str):
             value = [name.strip() for name in value.split(",")]
+        if isinstance(value, Section):
+            home = next(name for name, section in SECTIONS.items() if type(value) is section)
+            return cls._from_dict({home: value})
         if isinstance(value, Mapping):
             return cls._from_dict(value)
         if isinstance(value, Iterable):
@@ -202,6 +207,9 @@ class LLMOptConfig:
         allowed = [option.name for option in fields(cls)]
         for name in sections:
             if name not in allowed:
+                home = next((s for s, section in SECTIONS.items() if name in (o.name for o in fields(section))), None)
+                if home is not None:
+                    raise InvalidOption(f"{name!r} belongs to a section: {{{home!r}: {{{name!r}: ...}}}}.")
                 raise unknown("llmopt= section", name, allowed)
         return cls(**sections)
 

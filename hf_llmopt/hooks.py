@@ -106,6 +106,11 @@ def optimize(model: PreTrainedModel, llmopt: Any = True) -> PreTrainedModel:
 
 
 def _require_stock_loop(model: PreTrainedModel) -> None:
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no generate(): it is a model without a language-model head. Load it with "
+            "AutoModelForCausalLM."
+        )
     for name in ("generate", "_sample"):
         if getattr(type(model), name, None) is not getattr(GenerationMixin, name):
             raise UnsupportedModel(
@@ -172,8 +177,6 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             group = translate(active, *args, **kwargs)
         except NotServed as reason:
-            if active.submit is not None:
-                raise
             _fall_through(active, str(reason))
             return original(self, *args, **kwargs)
         active.settled = True
@@ -207,7 +210,9 @@ def _fall_through(active: Active, reason: str) -> None:
     if active.settled:
         return
     active.settled = True
-    if active.config.strict or active.submit is not None:
+    if active.submit is not None:
+        raise NotServed(f"Engine.submit cannot serve this request: {reason}.")
+    if active.config.strict:
         raise NotServed(f"strict=True, and transformers would have to serve this call: {reason}.")
     handle_of(active.model).stats = Stats(served_by="transformers", reason=reason)
     warnings.warn(f"llmopt: transformers serves this call: {reason}.", UserWarning, stacklevel=_users_frame())

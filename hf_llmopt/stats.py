@@ -72,7 +72,7 @@ class Stats:
             f"served by llmopt: {self.generated_tokens} tokens in {self.seconds:.3f} s "
             f"({self.tokens_per_second:.1f} tokens/s), first after {self.time_to_first_token * 1e3:.1f} ms; "
             f"{self.steps} steps, {self.overhead_ms_per_step:.2f} ms each outside the model; "
-            f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens found; "
-            f"{self.pages} pages ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
+            f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens reused; "
+            f"{self.pages} page(s) ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
             + (f"; fused: {', '.join(self.fused)}" if self.fused else "")
         )

@@ -276,7 +276,7 @@ def test_handles_can_be_read_again_and_lose_nothing() -> None:
 
         async def impatient() -> list[int]:
             stream = aiter(handle)
-            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError, StopAsyncIteration):
                 while True:
                     await asyncio.wait_for(anext(stream), 0.003)
             return [token async for token in handle]

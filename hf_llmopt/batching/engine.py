@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from ..config import LLMOptConfig
-from ..errors import EngineClosed, InvalidOption, InvalidRequest, LLMOptError, RequestCancelled, RequestFailed
+from ..errors import (
+    EmptyPrompt,
+    EngineClosed,
+    InvalidOption,
+    InvalidRequest,
+    LLMOptError,
+    RequestCancelled,
+    RequestFailed,
+    UnsupportedModel,
+)
 from ..generation import ACTIVE, Active, Group, handle_of
 from ..stats import Stats
 
@@ -61,6 +70,10 @@ class RequestHandle:
     def done(self) -> bool:
         """Whether the request finished, failed or was cancelled."""
         return self._done
+
+    def __repr__(self) -> str:
+        state = f"failed: {self._error}" if self._error else "done" if self._done else "running"
+        return f"RequestHandle({len(self._tokens)} tokens, {state})"
 
     def __iter__(self) -> Iterator[int]:
         """All new tokens from the first on, each as soon as it is sampled.
@@ -150,6 +163,10 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, llmopt: Any = True) -> None:
         config = LLMOptConfig.parse(llmopt)
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModel(f"Engine serves a transformers PreTrainedModel, got {type(model).__name__}.")
+        if "llmopt" not in AttentionInterface().valid_keys():
+            raise InvalidOption("hf_llmopt is not installed in transformers; call hf_llmopt.install() first.")
         if config is None:
             raise InvalidOption("Engine(model, llmopt=...) needs True, a name, a dict or an LLMOptConfig, not False.")
         self.model = model
@@ -162,6 +179,10 @@ class Engine:
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
         _open.add(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._running)} running, {len(self._waiting)} waiting"
+        return f"Engine({type(self.model).__name__}, {self.config!r}, {state})"
 
     def __enter__(self) -> Engine:
         return self
@@ -213,10 +234,20 @@ class Engine:
             raise InvalidOption(
                 "llmopt= belongs to Engine(model, llmopt=...); submit takes generate's other arguments."
             )
-        ids = torch.as_tensor(input_ids)
+        try:
+            ids = torch.as_tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            given = type(input_ids).__name__
+            raise InvalidRequest(
+                f"submit takes the token ids of one prompt, got a {given}; tokenizer(text)['input_ids'] gives them."
+            ) from error
         ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() != 2 or ids.shape[0] != 1 or ids.is_floating_point():
+        if not ids.numel() and "inputs_embeds" not in kwargs:
+            raise EmptyPrompt("submit got an empty prompt; give at least one token (the BOS token, say).")
+        if ids.dim() != 2 or ids.shape[0] != 1 or (ids.is_floating_point() and ids.numel()):
             raise InvalidRequest(f"submit takes one prompt of token ids, got shape {list(ids.shape)}, {ids.dtype}.")
+        if seed is not None and not isinstance(seed, int):
+            raise InvalidRequest(f"seed is an int or None, got {seed!r}.")
         generator = torch.Generator(ids.device)
         if seed is None:
             generator.seed()
