@@ -10,9 +10,16 @@ DEMO_ARGS   ?=
 PYTEST_ARGS ?=
 
 SETTINGS := pyproject.toml setup.cfg constraints.txt
+KERNELS  := $(wildcard hf_llmopt/kernels/cpu/*.c hf_llmopt/kernels/cpu/*.h)
+
+# The tests' kernels are compiled with warnings as errors. A build that failed is found by the tests: the extension is
+# optional, so that setuptools only warns.
+TEST_CFLAGS ?= -Werror
+# Read and write only what was allocated, and do nothing that the language leaves undefined.
+SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types dist clean
+.PHONY: help demo test test-all sanitize lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,11 +27,16 @@ help:  ## show this list
 demo: $(DEMO_ENV)/.made  ## run the demonstration: stock beside llmopt, the same tokens
 	$(DEMO_ENV)/bin/hf-llmopt demo $(DEMO_ARGS)
 
-test: $(TEST_ENV)/.made  ## run the tests, one process, under 12 minutes on two cores
+test: $(TEST_ENV)/.built  ## run the tests, one process, under 12 minutes on two cores
 	$(TEST_ENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(TEST_ENV)/.made  ## run the tests with the slow ones
+test-all: $(TEST_ENV)/.built  ## run the tests with the slow ones
 	$(TEST_ENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+sanitize: build/sanitize/.built  ## run the kernels' tests under the address and undefined-behaviour sanitizers
+	cd build/sanitize && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HF_HUB_OFFLINE=1 \
+		$(abspath $(TEST_ENV))/bin/python -m pytest -p no:cacheprovider $(CURDIR)/tests/test_cpu_kernels.py $(PYTEST_ARGS)
 
 lint: $(TEST_ENV)/.made  ## check style and format
 	$(TEST_ENV)/bin/ruff check .
@@ -44,16 +56,31 @@ clean:  ## remove the environments and everything that was built
 	rm -rf .venv .venv-test build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hf_llmopt tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(1): the environment's folder, $(2): what to install.
+# $(1): the environment's folder, $(2): what to install, $(3): variables of the build.
 define make-environment
 	@echo "making $(1): this takes a few minutes the first time"
 	$(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e "$(2)"
+	$(3) $(1)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e "$(2)"
 	@touch $@
 endef
+
+# $(1): variables of the build, $(2): arguments of setuptools.
+build-kernels = $(1) $(TEST_ENV)/bin/python -c "import setuptools; setuptools.setup()" -q $(2)
 
 $(DEMO_ENV)/.made: $(SETTINGS)
 	$(call make-environment,$(DEMO_ENV),.)
 
 $(TEST_ENV)/.made: $(SETTINGS)
-	$(call make-environment,$(TEST_ENV),.[dev])
+	$(call make-environment,$(TEST_ENV),.[dev],CFLAGS="$(TEST_CFLAGS)")
+
+# The package is installed from its sources and the kernels lie among them: they are built again if a file of theirs is
+# newer.
+$(TEST_ENV)/.built: $(TEST_ENV)/.made $(KERNELS)
+	$(call build-kernels,CFLAGS="$(TEST_CFLAGS)",build_ext --inplace)
+	@touch $@
+
+# A copy of the package with its own kernels, which only `make sanitize` imports.
+build/sanitize/.built: $(TEST_ENV)/.made $(KERNELS) $(wildcard hf_llmopt/kernels/*.py hf_llmopt/kernels/cpu/*.py)
+	rm -rf build/sanitize
+	$(call build-kernels,CC="$(CC)" CFLAGS="$(SANITIZE) $(TEST_CFLAGS)",build --build-base build/sanitize/objects --build-lib build/sanitize)
+	@touch $@

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 import hf_llmopt
 from hf_llmopt import demo
 from hf_llmopt.cli import app, ui
-from hf_llmopt.cli.command import with_value
 from hf_llmopt.demo.train import train_tokenizer
+from hf_llmopt.kernels import cpu
 
 needs_weights = pytest.mark.skipif(
     not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
@@ -70,7 +70,16 @@ def test_version() -> None:
     assert ok("--version").stdout == f"hf_llmopt {hf_llmopt.__version__}\n"
 
 
-@pytest.mark.parametrize("args", [("generate",), ("nonsense",), ("generate", "demo", "x", "--max-new-tokens", "0")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate",),
+        ("nonsense",),
+        ("generate", "demo", "x", "--max-new-tokens", "0"),
+        ("generate", "demo", "x", "--llmopt"),
+        ("bench", "kv_cache", "--model", "demo", "--shape", "0.5b"),
+    ],
+)
 def test_usage_errors(args: tuple[str, ...]) -> None:
     assert run(*args).exit_code == 2
 
@@ -90,6 +99,20 @@ def test_as_module() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_installs_the_keyword_itself(folder: Path) -> None:
+    """`HF_LLMOPT_INSTALL=0` is meant for programs that import the package, not for its own commands."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_llmopt", "generate", str(folder), "def f(", "--max-new-tokens", "2", "--json"],
+        env={**os.environ, "HF_LLMOPT_INSTALL": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["served_by"] == "llmopt"
+
+
 # ------------------------------------------------------------------------------------------------------------ generate
 
 
@@ -100,7 +123,7 @@ def expected(folder: Path, prompt: str, **arguments: object) -> list[int]:
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("llmopt", ["--llmopt", "--llmopt=kv_cache", "--llmopt=false"])
+@pytest.mark.parametrize("llmopt", ["--llmopt=true", "--llmopt=kv_cache", "--llmopt=false"])
 def test_generate(folder: Path, llmopt: str) -> None:
     result = ok("generate", folder, llmopt, "def f(", "--max-new-tokens", 9, "--json")
     report = json.loads(result.stdout)
@@ -149,6 +172,8 @@ def test_generate_stops(folder: Path) -> None:
         (("no-such/model", "x"), "cannot load 'no-such/model'"),
         (("{empty}", "x"), "has no config.json"),
         (("{folder}", "x", "--llmopt=kv_cach"), "Did you mean 'kv_cache'?"),
+        (("{folder}", "x", "--llmopt", "kv_cahce"), "Did you mean 'kv_cache'?"),
+        (("{folder}", "--llmopt", "ture", "x"), "Allowed: 'false', 'kv_cache', 'true'"),
         (("{folder}", "x", "--dtype", "float31"), "Allowed: auto, float32"),
         (("{folder}", "x", "--device", "abacus"), "cannot use device 'abacus'"),
         (("{folder}", ""), "the prompt is empty"),
@@ -164,14 +189,6 @@ def test_user_errors(
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("Loading weights")]
     assert line.startswith("error: ")
     assert says in line
-
-
-def test_llmopt_may_stand_alone() -> None:
-    assert with_value(["m", "--llmopt"]) == ["m", "--llmopt=true"]
-    assert with_value(["m", "--llmopt", "def f("]) == ["m", "--llmopt=true", "def f("]
-    assert with_value(["m", "--llmopt", "kv_cache", "p"]) == ["m", "--llmopt", "kv_cache", "p"]
-    assert with_value(["m", "--llmopt", "--json"]) == ["m", "--llmopt=true", "--json"]
-    assert with_value(["m", "--", "--llmopt"]) == ["m", "--", "--llmopt"]
 
 
 def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +214,11 @@ def test_chat(folder: Path) -> None:
     assert "served by llmopt: 4 tokens" in result.stderr
     assert "the conversation is forgotten" in result.stderr
     assert "no command /what" in result.stderr
+
+
+def test_chat_help_lists_its_commands() -> None:
+    text = ok("chat", "--help").stdout
+    assert all(command in text for command in ("/exit", "/reset", "/stats", "Ctrl-C"))
 
 
 def test_chat_streams_text(folder: Path) -> None:
@@ -238,6 +260,20 @@ def test_env_json() -> None:
     assert features["keyword llmopt="]["available"]
     assert features["CUDA"]["available"] == torch.cuda.is_available()
     assert all(feature["why"] for feature in features.values() if not feature["available"])
+    assert not [name for name in features if name.startswith("extra") and name != "extra 'bench'"]
+    kernels = features["C kernels for the CPU"]
+    assert kernels["available"] == features["attention backend 'cpu'"]["available"] == cpu.available()
+    assert (cpu.levels()[-1] if cpu.available() else cpu.why_not()) in kernels["why"]
+
+
+def test_env_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu, "why_not", lambda: "no compiler")
+    features = {feature["name"]: feature for feature in json.loads(ok("env", "--json").stdout)["features"]}
+    assert not features["attention backend 'cpu'"]["available"]
+    assert features["C kernels for the CPU"] == {
+        "name": "C kernels for the CPU", "available": False, "why": "no compiler"
+    }  # fmt: skip
 
 
 def test_env_without_hooks() -> None:
@@ -254,6 +290,16 @@ def test_env_plain() -> None:
     assert hf_llmopt.__version__ in text
     assert "\x1b" not in text
     assert not set(text) & set("│┃╭━")
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+
+@needs_weights
+def test_bench_quick_says_that_it_does_not_count() -> None:
+    result = ok("bench", "kv_cache", "--quick", "--workload", "batch-1", "--repeat", 1, "--json")
+    assert json.loads(result.stdout)["quick"]
+    assert "none of these figures counts" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import bench, chat, demo, env, generate
-from .command import Command
+from .command import Command, ModelCommand
 
 app = typer.Typer(
     name="hf-llmopt",
@@ -19,9 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-app.command("demo", cls=Command)(demo.demo)
-app.command("generate", cls=Command)(generate.generate)
-app.command("chat", cls=Command)(chat.chat)
+app.command("demo", cls=ModelCommand)(demo.demo)
+app.command("generate", cls=ModelCommand)(generate.generate)
+app.command("chat", cls=ModelCommand)(chat.chat)
 app.command("env", cls=Command)(env.env)
 app.add_typer(bench.app, name="bench")
 

@@ -48,6 +48,9 @@ def chat(
 
     Uses the tokenizer's chat template; without one the messages follow one another as plain text. With --json every
     reply is one line of JSON.
+
+    Lines that begin with / are commands: /exit ends, /reset forgets the conversation, /stats shows the last reply's
+    figures. Ctrl-C ends a reply.
     """
     wanted = keyword(llmopt)
 

@@ -1,4 +1,4 @@
-"""What all commands share: errors that a user can mend become one line, and `--llmopt` may stand alone."""
+"""What all commands share: errors that a user can mend become one line, and options that several have."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ class UserError(Exception):
 class Command(TyperCommand):
     """A command that ends in one line and exit code 1 where the user can mend what went wrong."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Let `--llmopt` stand without a value, as the keyword may be just `True`."""
-        return super().parse_args(ctx, with_value(args))
-
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         from hf_llmopt.errors import LLMOptError
@@ -40,25 +36,15 @@ class Command(TyperCommand):
                 raise typer.Exit(1) from error
 
 
-def with_value(args: list[str]) -> list[str]:
-    """Write every bare `--llmopt` as `--llmopt=true`.
+class ModelCommand(Command):
+    """A command that generates: it needs the keyword, also where `import hf_llmopt` was told not to add it."""
 
-    A word behind it is its value only if it is one: in `generate MODEL --llmopt "def f("` it is the prompt.
-    """
-    filled: list[str] = []
-    for index, word in enumerate(args):
-        if word == "--":
-            return filled + args[index:]
-        bare = word == "--llmopt" and not (index + 1 < len(args) and is_keyword(args[index + 1]))
-        filled.append("--llmopt=true" if bare else word)
-    return filled
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command with the keyword installed."""
+        import hf_llmopt
 
-
-def is_keyword(word: str) -> bool:
-    """Whether a word is a form of the keyword."""
-    from hf_llmopt.config import PARTS
-
-    return all(name.strip() in {*PARTS, "true", "false"} for name in word.lower().split(","))
+        hf_llmopt.install()
+        return super().invoke(ctx)
 
 
 def keyword(value: str) -> Any:
@@ -67,12 +53,16 @@ def keyword(value: str) -> Any:
     Raises:
         InvalidOption: It names something that does not exist.
     """
-    from hf_llmopt import LLMOptConfig
+    from hf_llmopt.config import PARTS
+    from hf_llmopt.errors import unknown
 
     known = {"true": True, "false": False}
-    wanted = known.get(value.lower(), value)
-    LLMOptConfig.parse(wanted)  # before a model is loaded
-    return wanted
+    if value.lower() in known:
+        return known[value.lower()]
+    for name in value.split(","):
+        if name.strip() not in PARTS:
+            raise unknown("--llmopt value", name.strip(), [*known, *PARTS])
+    return value
 
 
 # Options that several commands have.
@@ -81,7 +71,7 @@ Llmopt = Annotated[
     str,
     typer.Option(
         "--llmopt",
-        metavar="[true|false|NAMES]",
+        metavar="true|false|NAMES",
         help="The keyword: true, false for stock transformers, or names such as kv_cache.",
     ),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from . import ui
 from .command import Json
 
-EXTRAS = {"bench": ("matplotlib",), "quant": ("optimum",), "ray": ("ray",), "serve": ("fastapi", "uvicorn")}
+EXTRAS = {"bench": ("matplotlib",)}  # the others of pyproject.toml have no feature yet
 
 
 def env(json: Json = False) -> None:
@@ -65,7 +65,8 @@ def _features(gpu: bool) -> list[tuple[str, bool, str]]:
     return [
         ("keyword llmopt=", *_hooks()),
         *((f"llmopt={part!r}", True, "exact") for part in PARTS),
-        *((f"attention backend {name!r}", True, _backend(name)) for name in BACKENDS),
+        ("C kernels for the CPU", *_kernels()),
+        *((f"attention backend {name!r}", *_backend(name)) for name in BACKENDS),
         ("CUDA", *_cuda()),
         ("Triton", *_triton(gpu)),
         ("Apple GPU (mps)", *_mps()),
@@ -80,17 +81,30 @@ def _hooks() -> tuple[bool, str]:
     if GenerationMixin.generate.__globals__["__name__"] == "hf_llmopt.hooks":
         return True, "installed by import hf_llmopt"
     if os.environ.get("HF_LLMOPT_INSTALL", "1") == "0":
-        return False, "HF_LLMOPT_INSTALL=0 is set; call hf_llmopt.install()"
+        return False, "HF_LLMOPT_INSTALL=0 is set; call hf_llmopt.install() (hf-llmopt does)"
     return False, "uninstalled, or another library patched generate afterwards"
 
 
-def _backend(name: str) -> str:
+def _kernels() -> tuple[bool, str]:
+    from hf_llmopt.kernels import cpu
+
+    if not cpu.available():
+        return False, cpu.why_not() or ""
+    *others, used = cpu.levels()
+    return True, f"level {used}" + (f"; this machine also runs {', '.join(others)}" if others else "")
+
+
+def _backend(name: str) -> tuple[bool, str]:
+    from hf_llmopt.kernels import cpu
+
+    if name == "cpu" and not cpu.available():
+        return False, "needs the C kernels"
     reasons = {
-        "auto": "chooses for model and device",
+        "cpu": "C kernels that read pages where they lie",
         "sdpa": "torch's scaled dot product attention over pages",
         "reference": "plain torch, slow: the definition of correct",
     }
-    return reasons.get(name, "")
+    return True, reasons.get(name, "")
 
 
 def _cuda() -> tuple[bool, str]:
@@ -124,5 +138,5 @@ def _mps() -> tuple[bool, str]:
 def _extra(name: str, modules: tuple[str, ...]) -> tuple[bool, str]:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        return False, f"{', '.join(missing)} not installed; pip install 'hf-llmopt[{name}]'"
+        return False, f"{', '.join(missing)} not installed; pip install '.[{name}]' in the checkout"
     return True, ", ".join(modules)

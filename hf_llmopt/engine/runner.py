@@ -43,7 +43,8 @@ class Runner:
         device = store.layers[0].device
         self.attend = backend(config.attention.backend, device, config.batch_invariant)
         on_cpu = device.type == "cpu"
-        self.fusion = Fusion(model, store.layers, config.batch_invariant) if on_cpu else None
+        layers = config.attention.backend in ("auto", "cpu")
+        self.fusion = Fusion(model, store.layers, layers, config.batch_invariant) if on_cpu else None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -55,6 +56,7 @@ class Runner:
 
     def refresh(self) -> None:
         """Look at the model again: modules may have been exchanged, adapted or hooked since the last call."""
+        self._configs = configs_of(self.model)
         if self.fusion is not None:
             self.fusion.refresh(self.model)
 

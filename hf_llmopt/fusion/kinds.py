@@ -183,7 +183,7 @@ def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
     if kind is None or not (joined or sorted(products) == ["down_proj", "gate_proj", "up_proj"]):
         return None
     linears: list[Any] = [children[name] for name in products]
-    if not all(plain_linear(linear) for linear in linears):
+    if not all(map(plain_linear, linears)) or len({linear.weight.dtype for linear in linears}) != 1:
         return None
     limit = min(rows(linear) for linear in linears)
     if not limit:

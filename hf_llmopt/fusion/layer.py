@@ -83,6 +83,8 @@ def recognise(layer: nn.Module, rows: Rows) -> tuple[_Parts, int] | None:
     if None in described or not isinstance(scaling, float) or config is None or not isinstance(index, int):
         return None
     # Of small products the call is what costs, and here are fewer of them.
+    if len({parameter.dtype for parameter in layer.parameters()}) != 1:
+        return None  # norms kept in float32 beside half precision products, say
     limit = min(max(rows(p), SHORT if p.weight.numel() < SMALL else 0) for p in products)
     parameters: list[Parameters] = [product._parameters for product in products]
     query, key, value, output, gate, up, down = parameters

@@ -56,6 +56,7 @@ class Fusion:
     Args:
         model: A model on the CPU.
         specs: What each of its layers stores.
+        layers: Join whole decoder layers, whose attention is then the C kernel's.
         batch_invariant: Use our products for any number of rows, so that a row's result never depends on others.
 
     Raises:
@@ -66,8 +67,11 @@ class Fusion:
         refused: How many were recognised but differed from their eager forward.
     """
 
-    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec], batch_invariant: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, specs: list[LayerSpec], layers: bool = True, batch_invariant: bool = False
+    ) -> None:
         self.specs = specs
+        self.layers = layers
         self.batch_invariant = batch_invariant
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
@@ -87,15 +91,16 @@ class Fusion:
             return
         rows = self._rows(model)
         self._proofs = {}
-        for module in model.modules():
-            if is_plain(module) and (layer := recognise(module, rows)) is not None:
-                self._add(module, "decoder layer", fused(module, *layer, self.specs, self._proofs))
+        for module in model.modules() if self.layers else ():
+            layer = self._try("decoder layer", recognise, module, rows) if is_plain(module) else None
+            if layer is not None:
+                self._add(module, "decoder layer", fused(module, layer[0], layer[1], self.specs, self._proofs))
         covered: set[nn.Module] = set()
         for module in model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
                 continue
             for kind, recognise_as in RECOGNISERS.items():
-                found = recognise_as(module, rows)
+                found = self._try(kind, recognise_as, module, rows)
                 if found is None:
                     continue
                 forward, inner = found
@@ -127,6 +132,14 @@ class Fusion:
                     f"batch_invariant=True: the products of {name} ({type(module).__name__}) are torch's own, and "
                     "depend on the batch. Leave batch_invariant out for this model."
                 )
+
+    def _try(self, kind: str, recognise_as: Callable[..., Any], module: nn.Module, rows: Rows) -> Any:
+        """What a recogniser says; a kernel that raises while it is tried is refused."""
+        try:
+            return recognise_as(module, rows)
+        except Exception:
+            self.refused[kind] = self.refused.get(kind, 0) + 1
+            return None
 
     def _add(self, module: nn.Module, kind: str, forward: Callable[..., Any]) -> None:
         self._entries.append((module.__dict__, _Replacement(module, forward)))
@@ -171,7 +184,7 @@ def _mark(module: nn.Module) -> tuple[object, ...]:
     weight = module._parameters.get("weight")
     layout = None if weight is None else (weight.dtype, weight.stride())
     attached = len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward")
-    return id(module), *attached, layout, epsilon_of(module)
+    return id(module), type(module), *attached, layout, epsilon_of(module)
 
 
 def _proves(module: nn.Module, forward: Forward) -> bool:
@@ -181,10 +194,14 @@ def _proves(module: nn.Module, forward: Forward) -> bool:
     dtype = torch.float32 if weight is None else weight.dtype
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(1, 3, width, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-    with torch.no_grad():
-        eager = module(x)
-        inside.now = True
-        ours = forward(x)
+    try:
+        with torch.no_grad():
+            eager = module(x)
+            inside.now = True
+            ours = forward(x)
+    except Exception:  # a kernel or a module that cannot take this input stays out of the way
+        return False
+    finally:
         inside.now = False
     scale = eager.abs().max().clamp_min(1e-6).float()
     # Twice the format's spacing at the largest value: two roundings of the same number differ by one spacing at most.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from ..command import Command
+from ..command import ModelCommand
 from .cpu import cpu
 from .kv_cache import kv_cache
 
 app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
-app.command("kv_cache", cls=Command)(kv_cache)
-app.command("cpu", cls=Command)(cpu)
+app.command("kv_cache", cls=ModelCommand)(kv_cache)
+app.command("cpu", cls=ModelCommand)(cpu)
 
 
 @app.callback()

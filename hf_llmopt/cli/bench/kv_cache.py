@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def kv_cache(
-    model: Annotated[str, typer.Option(help="A folder, a name on the hub, or `demo`, the embedded model.")] = "demo",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder, a name on the hub, or `demo`, the embedded model, which is the default."),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(metavar="0.5b", help="Instead of a model: this shape with random weights.")
     ] = None,
@@ -47,6 +50,11 @@ def kv_cache(
     from hf_llmopt.bench import kv_cache as kv
     from hf_llmopt.bench import report as reports
 
+    if model is not None and shape is not None:
+        raise typer.BadParameter(
+            "a shape stands for a model with random weights; give --model or --shape, not both", param_hint="--shape"
+        )
+    model = "demo" if model is None else model
     if output is not None and not output.parent.is_dir():
         raise UserError(f"there is no folder {str(output.parent)!r} to write the report to")
     chosen = _workloads(
@@ -64,6 +72,7 @@ def kv_cache(
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
     report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
+    report["quick"] = quick
     report["model"]["name"] = f"shape {shape}, random weights" if shape else model
     if output is not None:
         ui.save(output, report)
@@ -74,6 +83,8 @@ def kv_cache(
     else:
         view = reports.table(report)
         ui.table(view.title, view.columns, view.rows, view.names, view.caption)
+    if quick:
+        ui.talk("--quick: a few short prompts, to see that it works; none of these figures counts")
     if not report["passed"]:
         for line in reports.failures(report):
             ui.fail(f"FAILED: {line}")
