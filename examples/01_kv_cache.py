@@ -10,7 +10,7 @@ from hf_llmopt import demo
 NEW_TOKENS = 128
 
 model, tokenizer = demo.load()
-inputs = tokenizer(demo.PROMPTS[0], return_tensors="pt")
+inputs = tokenizer(demo.PROMPTS[3], return_tensors="pt")
 ways = {
     "no cache": {"use_cache": False},
     "stock cache": {},

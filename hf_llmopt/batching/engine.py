@@ -140,9 +140,8 @@ class Engine:
     """A model that serves requests which come and go.
 
     Each request is what `generate` with one row would be: same arguments, same tokens, its own generator. Requests
-    share
-    every forward pass with one another and with `generate` calls of other threads. One thread of the engine steps it;
-    it ends when the engine is closed, collected, or the interpreter exits.
+    share every forward pass with one another and with `generate` calls of other threads. One thread of the engine
+    steps it; it ends when the engine is closed, collected, or the interpreter exits.
 
     Args:
         model: A causal language model.
@@ -156,8 +155,9 @@ class Engine:
         >>> from hf_llmopt import Engine, demo
         >>> model, tokenizer = demo.load()
         >>> with Engine(model) as engine:
-        ...     handles = [engine.submit(tokenizer(text)["input_ids"], max_new_tokens=4) for text in ("import",
-        "class")] ...     [len(handle.result()) for handle in handles]
+        ...     prompts = [tokenizer(text)["input_ids"] for text in ("import", "class")]
+        ...     handles = [engine.submit(prompt, max_new_tokens=4) for prompt in prompts]
+        ...     [len(handle.result()) for handle in handles]
         [4, 4]
     """
 
@@ -367,6 +367,7 @@ def _ours(error: Exception) -> LLMOptError:
 
 def _work(reference: weakref.ref[Engine]) -> None:
     """The engine's thread. It holds the engine only for a turn, so that one that is dropped can be collected."""
+    torch.set_grad_enabled(False)  # of this thread
     while True:
         engine = reference()
         if engine is None or engine._closed:

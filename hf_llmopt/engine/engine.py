@@ -14,7 +14,6 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig
@@ -191,9 +190,8 @@ class EngineLoop:
                 self.store.wipe(index, pages)
         self.scheduler.remove(request)
 
-    @torch.no_grad()
     def step(self) -> bool:
-        """Compute one step for whoever has missing tokens; `False` if nobody can be served now."""
+        """Compute one step for whoever has missing tokens; `False` if nobody can be served now. Call without grad."""
         self.store.reclaim()
         plan = self.scheduler.schedule()
         if not plan.spans:

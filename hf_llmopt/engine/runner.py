@@ -37,6 +37,7 @@ class Runner:
     def __init__(self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig) -> None:
         self._model = weakref.ref(model)
         self._configs = configs_of(model)
+        self._device = input_device(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = store
         self.cache = SpanCache(len(store.layers))
@@ -57,6 +58,7 @@ class Runner:
     def refresh(self) -> None:
         """Look at the model again: modules may have been exchanged, adapted or hooked since the last call."""
         self._configs = configs_of(self.model)
+        self._device = input_device(self.model)
         if self.fusion is not None:
             self.fusion.refresh(self.model)
 
@@ -97,7 +99,7 @@ class Runner:
         note: Callable[[str], None],
         embeds: bool,
     ) -> tuple[Tensor, list[Request], float]:
-        device = input_device(model)
+        device = self._device
         positions: list[int] = []
         ends: list[int] = []  # place of each span's last token
         placed: list[Span] = []

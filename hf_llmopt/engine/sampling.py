@@ -53,9 +53,9 @@ def sample(scores: Tensor, noise: Tensor) -> Tensor:
 
 def _checked_argmax(scores: Tensor) -> Tensor:
     tokens = scores.argmax(dim=-1)
-    bad = scores.gather(-1, tokens[:, None]).isnan()[:, 0]  # argmax takes NaN for the largest number
-    if bad.any():
-        rows = bad.nonzero()[:, 0].tolist()
+    best = scores.gather(-1, tokens[:, None])[:, 0].tolist()  # argmax takes NaN for the largest number
+    rows = [row for row, score in enumerate(best) if score != score]
+    if rows:
         raise InvalidLogits(
             f"The scores of row(s) {rows} contain NaN. The model's weights or inputs are broken, or its number format "
             "overflows (try bfloat16 or float32), or a logits processor divided by zero."

@@ -173,7 +173,6 @@ class Group:
         if self.on_tokens is not None:
             self.on_tokens(chosen)
 
-    @torch.no_grad()
     def _next_logits(self) -> Tensor:
         """float32 `[rows, vocabulary]` on the prompt's device; zeros for rows that are no longer computed."""
         some = self.live[0].logits
@@ -181,7 +180,6 @@ class Group:
         rows = [missing if request.finished else request.logits for request in self.requests]
         return torch.stack(rows).to(device=self.input_ids.device, dtype=torch.float32)
 
-    @torch.no_grad()
     def _choose(self, logits: Tensor) -> Tensor:
         scores: Tensor = self._call("logits processor", self.processors, self.input_ids, logits)
         if self.scores is not None:

@@ -68,6 +68,8 @@ def translate(
     try:
         engine = handle.engine_for(model, active.config)
     except UnsupportedModel as error:
+        if active.config.batch_invariant:
+            raise  # stock would not keep the promise
         raise NotServed(str(error)) from error
     prompt = _Prompt(model, input_ids, generation_config, kwargs)
     total = prompt.mask.shape[1] + max_length - input_ids.shape[1]
