@@ -97,7 +97,6 @@ class EngineLoop:
         """
         self.check_fits(group)
         self.runner.refresh()
-        capacity = self._capacity()
         wanted, members = self._outstanding(group.requests), group.requests
         protected = any(request.protected for request in members)
         running = self.scheduler.requests
@@ -105,7 +104,7 @@ class EngineLoop:
         # Rows of one group get equal room, so that their runs of pages lie at equal distances.
         spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
         self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
-        if protected and any(a + b > c for a, b, c in zip(wanted, others, capacity, strict=True)):
+        if protected and any(a + b > c for a, b, c in zip(wanted, others, self._capacity(), strict=True)):
             # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
             if all(other.thread == group.thread for other in self.groups):
                 raise self._does_not_fit(members)
@@ -126,6 +125,8 @@ class EngineLoop:
             OutOfPages: It can never fit; the message says what does.
         """
         members = group.requests
+        if all(n <= pool.free for n, pool in zip(self._outstanding(members), self.scheduler.pools, strict=True)):
+            return
         for together in [members] if any(r.protected for r in members) else [[request] for request in members]:
             if any(n > limit for n, limit in zip(self._outstanding(together), self.store.limits(), strict=True)):
                 raise self._does_not_fit(together)
