@@ -126,7 +126,7 @@ class Runner:
             inputs["logits_to_keep"] = keep if last else keep.new_zeros(1)
         slots = [slots.to(device) for slots in self._slots(spans)]
         step = StepInputs(self.store, placed, slots, self.attend, note)
-        fused = nullcontext() if self.fusion is None else self.fusion.entered()
+        fused = nullcontext() if self.fusion is None else self.fusion.entered(len(positions))
         with serving(self._configs, step), fused:
             began = perf_counter()
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)

@@ -77,6 +77,8 @@ class Fusion:
         self.refused: dict[str, int] = {}
         self._proofs: dict[Any, str | None] = {}
         self._entries: list[tuple[dict[str, Any], _Replacement]] = []
+        self._outer = self._entries  # those that are not inside a joined layer
+        self._limit = 0  # tokens up to which joined layers serve
         self._mark: tuple[object, ...] = ()
         self.refresh(model)
 
@@ -87,14 +89,17 @@ class Fusion:
             return
         self._mark = mark
         self._entries, self.replaced, self.refused = [], {}, {}
+        self._outer, self._limit = self._entries, 0
         if not cpu.available() or _global_hooks():
             return
         rows = self._rows(model)
-        self._proofs = {}
+        self._proofs, inner = {}, set[int]()
         for module in model.modules() if self.layers else ():
             layer = self._try("decoder layer", recognise, module, rows) if is_plain(module) else None
             if layer is not None:
                 self._add(module, "decoder layer", fused(module, layer[0], layer[1], self.specs, self._proofs))
+                self._limit = min(self._limit, layer[1]) if inner else layer[1]
+                inner.update(id(child.__dict__) for child in module.modules() if child is not module)
         covered: set[nn.Module] = set()
         for module in model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
@@ -110,6 +115,7 @@ class Fusion:
                 self._add(module, kind, forward)
                 covered.update(inner)
                 break
+        self._outer = [entry for entry in self._entries if id(entry[0]) not in inner]
         if self.batch_invariant:
             self._require_all(model)
 
@@ -161,16 +167,19 @@ class Fusion:
         return lambda module: own_rows(type(module), alike[key(module)])
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Let the replacements be the modules' forward inside the block."""
+    def entered(self, tokens: int) -> Iterator[None]:
+        """Let the replacements be the modules' forward inside the block, for a pass of `tokens` tokens."""
+        # Where joined layers serve the pass, nothing inside them is called.
+        joined = tokens <= self._limit and self._proofs and None not in self._proofs.values()
+        entries = self._outer if joined else self._entries
         try:
-            for attributes, replacement in self._entries:
+            for attributes, replacement in entries:
                 attributes["forward"] = replacement
             inside.now = True
             yield
         finally:
             inside.now = False
-            for attributes, _ in self._entries:
+            for attributes, _ in entries:
                 attributes.pop("forward", None)
 
 
