@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import build
+from architectures import ARCHITECTURES, build
 from compare import (
     SMALL_PAGES,
     assert_equal,
@@ -406,3 +406,41 @@ def test_device_map(name, place, tmp_path):
         theirs = stock(tiny(name), **arguments)
         assert_same(stock(placed, llmopt=False, **arguments), theirs)
         assert_same(served(placed, llmopt=None, **arguments), theirs)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_through_an_engine(name):
+    """Ragged requests that share their steps, greedy and sampled, against stock one by one."""
+    own = tiny(name)
+    rows = [prompts(length)["input_ids"] for length in (9, 4, 13)]
+    with counted_updates() as updates, Engine(own, SMALL_PAGES) as engine:
+        handles = [engine.submit(ids, **NEVER, max_new_tokens=NEW) for ids in rows]
+        handles.append(engine.submit(rows[0], **NEVER, **SAMPLED, max_new_tokens=NEW, seed=7))
+        ours = [handle.result(60) for handle in handles]
+        figures = [handle.stats for handle in handles]
+    assert not updates
+    for stats in figures:
+        check_served(stats)
+    theirs = [own.generate(ids, **NEVER, max_new_tokens=NEW)[0, ids.shape[1] :].tolist() for ids in rows]
+    torch.manual_seed(7)
+    theirs.append(own.generate(rows[0], **NEVER, **SAMPLED, max_new_tokens=NEW)[0, rows[0].shape[1] :].tolist())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_through_the_pipeline(name):
+    """Greedy, and sampled, which is the pipeline's own default."""
+    own = build(name)
+    plain = pipeline("text-generation", model=own, tokenizer=tokenizer())
+    arguments = {**NEVER, "max_new_tokens": NEW, "return_tensors": True}
+
+    def both(pipe):
+        torch.manual_seed(3)
+        return [pipe(TEXTS, batch_size=2, do_sample=sampling, **arguments) for sampling in (False, True)]
+
+    theirs = both(plain)
+    fast = pipeline("text-generation", model=own, tokenizer=tokenizer(), llmopt={"strict": True})
+    with counted_updates() as updates:
+        assert both(fast) == theirs
+    assert not updates
+    check_served(own.llmopt.stats)
