@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..kernels.arguments import Seen
 from ..kv_cache import BlockTable, CacheGroup, PagedStore
 
 
@@ -30,20 +31,6 @@ class Span(NamedTuple):
     offset: int
     length: int
     context: int
-
-
-class Pages(NamedTuple):
-    """Queries over block tables, as the paged kernels take them.
-
-    Attributes:
-        table: Page ids of each span's request, int32 `[spans, pages]`.
-        items: Per query (row of `table`, first visible token, end of the visible tokens), int32 `[queries, 3]`.
-        longest: Most tokens a query sees.
-    """
-
-    table: Tensor
-    items: Tensor
-    longest: int
 
 
 @dataclass
@@ -133,9 +120,10 @@ class StepInputs:
         self._slots = [{tensor.device: tensor} for tensor in slots]
         self.attend = attend
         self.note = note
+        self.ahead: Any = None  # what joined layers keep for one another, theirs alone
         self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
-        self._pages: list[Pages | None] = [None] * len(store.groups)
+        self._pages: list[tuple[Tensor, Tensor, int] | None] = [None] * len(store.groups)
 
     def read(
         self,
@@ -186,15 +174,19 @@ class StepInputs:
             rows = self._dense[index] = self._find_rows(index)
         return rows
 
-    def pages(self, layer: int, spans: int) -> Pages:
-        """The first `spans` spans as single queries over block tables, for this layer's group; made once a step."""
+    def seen(
+        self, layer: int, spans: int, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Seen:
+        """The tokens of the first `spans` spans as single queries over block tables."""
         index = self.store.group_of[layer]
         pages = self._pages[index]
-        if pages is None:
+        if pages is None:  # made once a step for the layers of a group
             pages = self._pages[index] = self._list_pages(self.store.groups[index], index, spans)
-        return pages
+        table, items, longest = pages
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        return Seen(keys, values, table, items, self.store.page_size, longest, scaling, softcap, sinks)
 
-    def _list_pages(self, group: CacheGroup, index: int, spans: int) -> Pages:
+    def _list_pages(self, group: CacheGroup, index: int, spans: int) -> tuple[Tensor, Tensor, int]:
         tables = [span.tables[index].pages for span in self.spans[:spans]]
         table = numpy.zeros((spans, max(map(len, tables))), dtype=numpy.int32)
         items: list[tuple[int, int, int]] = []
@@ -203,7 +195,7 @@ class StepInputs:
             ends = range(span.context - span.length + 1, span.context + 1)
             items += [(row, group.first_visible(end - 1), end) for end in ends]
         longest = max(end - first for _, first, end in items)
-        return Pages(torch.from_numpy(table), torch.tensor(items, dtype=torch.int32, device="cpu"), longest)
+        return torch.from_numpy(table), torch.tensor(items, dtype=torch.int32, device="cpu"), longest
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""

@@ -34,10 +34,8 @@ def reference_paged(
 ) -> Tensor:
     """The plain-torch definition, query by query."""
     step.note("reference")
-    store, pages = step.store, step.pages(layer, len(step.spans))
-    tokens, keys, values = query[0].transpose(0, 1), store.keys[layer], store.values[layer]
-    table, items, _ = pages
-    return reference.paged_attention(tokens, keys, values, table, items, store.page_size, scaling, softcap, sinks)[None]
+    seen = step.seen(layer, len(step.spans), scaling, softcap, sinks)
+    return reference.paged_attention(query[0].transpose(0, 1), seen)[None]
 
 
 def cpu_paged(
@@ -52,16 +50,13 @@ def cpu_paged(
     short: int = SHORT,
 ) -> Tensor:
     """The C kernel where pages lie for spans of up to `short` tokens, torch's attention for longer ones."""
-    store = step.store
     shorts = step.leading(short)
     if not shorts or key.dtype not in cpu.DTYPES or max(query.shape[3], value.shape[3]) > cpu.MAX_DIM:
         return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
     step.note("cpu")
-    table, items, longest = step.pages(layer, shorts)
-    count, keys, values = len(items), store.keys[layer], store.values[layer]
-    tokens = query[0, :, :count].transpose(0, 1)
-    arguments = (table, items, store.page_size, scaling, softcap, sinks, longest)
-    parts = [cpu.attention(tokens, keys, values, *arguments)[None]]
+    seen = step.seen(layer, shorts, scaling, softcap, sinks)
+    tokens = query[0, :, : len(seen.items)].transpose(0, 1)
+    parts = [cpu.attention(tokens, seen)[None]]
     for span in step.spans[shorts:]:
         parts.append(_extend(step, layer, span, query, key, value, scaling, softcap, sinks))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

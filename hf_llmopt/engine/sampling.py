@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidLogits
+from ..kernels import cpu, reference
 
 
 def greedy(scores: Tensor) -> Tensor:
-    """The best token of each row of `[rows, vocabulary]`.
+    """The best token of each row of `[rows, vocabulary]`, in any float format.
 
     Raises:
         InvalidLogits: A row contains NaN.
@@ -52,9 +53,11 @@ def sample(scores: Tensor, noise: Tensor) -> Tensor:
 
 
 def _checked_argmax(scores: Tensor) -> Tensor:
-    tokens = scores.argmax(dim=-1)
-    best = scores.gather(-1, tokens[:, None])[:, 0].tolist()  # argmax takes NaN for the largest number
-    rows = [row for row, score in enumerate(best) if score != score]
+    if scores.device.type == "cpu" and cpu.available() and scores.dtype in cpu.DTYPES and scores.stride(-1) == 1:
+        tokens = cpu.argmax(scores)
+    else:
+        tokens = reference.argmax(scores)
+    rows = [row for row, token in enumerate(tokens.tolist()) if token < 0]
     if rows:
         raise InvalidLogits(
             f"The scores of row(s) {rows} contain NaN. The model's weights or inputs are broken, or its number format "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels import cpu, reference
+from ..kernels.arguments import Norm
 
 Forward = Callable[[Tensor], Tensor]
 Rows = Callable[[nn.Module], int]
@@ -92,52 +93,48 @@ PRODUCTS: dict[type[nn.Module], tuple[Product, Product]] = {
 
 
 def norm(module: nn.Module, rows: Rows) -> Found | None:
-    """`nn.LayerNorm`, and whatever is named RMSNorm and has one weight: which rounding it uses, it must prove."""
-    names = set(module._parameters)
-    epsilon = epsilon_of(module)
-    if epsilon is None:
+    """LayerNorm or RMSNorm by any name: which of their variants it is, it must prove."""
+    how = norm_of(module)
+    if how is None or epsilon_of(module) is None:
         return None
     eager: Forward = module.forward
     parameters = module._parameters
-    weight = parameters.get("weight")
-    if weight is None or weight.dim() != 1 or weight.device.type != "cpu" or weight.dtype not in cpu.DTYPES:
-        return None
-    if type(module) is nn.LayerNorm:
-
-        def centred(x: Tensor) -> Tensor:
-            weight, bias = parameters["weight"], parameters["bias"]
-            if not _fits(x, weight):
-                return eager(x)
-            return cpu.layer_norm(x if x.is_contiguous() else x.contiguous(), weight, bias, epsilon)
-
-        return centred, ()
-    if names != {"weight"} or not type(module).__name__.endswith("RMSNorm"):
-        return None
-    variant = rms_variant(module, weight, epsilon)
 
     def forward(x: Tensor) -> Tensor:
-        weight = parameters["weight"]
-        if not _fits(x, weight) or x.shape[-1] != weight.shape[0]:  # type: ignore[union-attr]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if not _fits(x, weight) or x.shape[-1] != how.width:
             return eager(x)
-        return cpu.rms_norm(x if x.is_contiguous() else x.contiguous(), weight, epsilon, variant)
+        return cpu.norm(x if x.is_contiguous() else x.contiguous(), how._replace(weight=weight, bias=bias))
 
     return forward, ()
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that is nearest to what a module computes; `None` if it has other parameters than one."""
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    shape: Any = getattr(module, "normalized_shape", ()) if weight is None else weight.shape
+    if len(shape) != 1 or list(module.children()) or set(parameters) - {"weight", "bias"}:
+        return None
+    dtype = torch.float32 if weight is None else weight.dtype
+    if dtype not in cpu.DTYPES or (weight is not None and weight.device.type != "cpu"):
+        return None
+    epsilon = epsilon_of(module)
+    found = Norm(weight, bias, shape[0], 1e-5 if epsilon is None else epsilon)  # OLMo writes it into its forward
+    generator = torch.Generator("cpu").manual_seed(1)
+    x = torch.randn(4, found.width, generator=generator, dtype=torch.float32, device="cpu").to(dtype) + 1
+    with torch.no_grad():
+        eager = module(x).float()
+        kinds = ((False, 0), (False, 1), (False, 2), (True, 0), (True, 1))
+        variants = [found._replace(centre=centre, variant=variant) for centre, variant in kinds]
+        errors = [(cpu.norm(x, variant).float() - eager).abs().sum() for variant in variants]
+    return variants[int(torch.stack(errors).argmin())]
 
 
 def epsilon_of(module: nn.Module) -> float | None:
     """The epsilon of a norm module, by the names that transformers gives it; `None` for other modules."""
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     return epsilon if isinstance(epsilon, float) and not list(module.children()) else None
-
-
-def rms_variant(module: nn.Module, weight: Tensor, epsilon: float) -> int:
-    """The variant of `reference.rms_norm` that is nearest to the module."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    x = torch.randn(4, weight.shape[0], generator=generator, dtype=torch.float32, device="cpu").to(weight.dtype)
-    with torch.no_grad():
-        eager = module(x).float()
-        errors = [(cpu.rms_norm(x, weight, epsilon, variant).float() - eager).abs().sum() for variant in range(3)]
-    return int(torch.stack(errors).argmin())
 
 
 def activation(module: nn.Module, rows: Rows) -> Found | None:

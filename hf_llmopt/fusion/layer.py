@@ -1,15 +1,17 @@
-"""A whole decoder layer as a dozen calls into C, without the modules between them.
+"""A whole decoder layer as one call into C.
 
-Recognised is the pre-norm layer of Llama and its many relatives: `x + attention(norm(x))`, then `x + mlp(norm(x))`,
-with a gated MLP, with or without biases, with or without norms on queries and keys. How such a layer turns its queries
-(halves, neighbours, not at all) cannot be seen from its modules, so each variant is tried. The one that gives the
-layer's own result on random input, in float32 and over real pages, is used; if none does, the layer stays eager.
-Layers that differ only in their weights are proved once.
+What a layer computes is found by watching it: a float32 copy runs once over real pages, and every module inside it
+notes what it reads and what it gives. Where a tensor came from says which norm stands before which product, whether
+the MLP reads the sum or the input, and so on; names do not matter. What cannot be seen (how queries turn, how a joined
+product orders its heads) is tried. The description that gives the layer's own result is used; if none does, the layer
+stays eager. Layers that differ only in their weights are watched once.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,156 +23,189 @@ from ..attention import SHORT, Span, StepInputs, backend, current_step, serving
 from ..config import KVCacheConfig
 from ..errors import LLMOptError
 from ..kernels import cpu
+from ..kernels.arguments import Layer, Product, Stage, Turns
 from ..kv_cache import LayerSpec, PagedStore
-from .kinds import Rows, activation_kind, epsilon_of, inside, is_plain, plain_linear, rms_variant
+from .kinds import Rows, activation_kind, inside, is_plain, norm_of, plain_linear
 
 LayerForward = Callable[..., Any]
 SMALL = 1 << 18  # elements of a weight
-ROTATIONS = ("halves", "neighbours", "none")
-Parameters = dict[str, Any]
+ROTATIONS = ("halves", "neighbours", "repeated", "none")  # see rotary.c
 
 
-class _Parts(NamedTuple):
-    """What a layer consists of; parameters are looked up at every call, so that weight updates are seen."""
+class Candidate(NamedTuple):
+    """A module that may be a decoder layer.
 
-    norms: tuple[tuple[Parameters, float, int], tuple[Parameters, float, int]]  # weight, epsilon, variant
-    query: Parameters
-    key: Parameters
-    value: Parameters
-    output: Parameters
-    query_norm: tuple[Parameters, float, int] | None
-    key_norm: tuple[Parameters, float, int] | None
-    gate: Parameters
-    up: Parameters
-    down: Parameters
-    kind: str
+    Attributes:
+        config: By which a step is found.
+        layer: Its index.
+        limit: Tokens of a pass up to which C is the faster way.
+    """
+
     config: Any
     layer: int
-    scaling: float
+    limit: int
 
 
-def recognise(layer: nn.Module, rows: Rows) -> tuple[_Parts, int] | None:
-    """The layer's parts and the number of tokens up to which C serves it, or `None` for another structure."""
-    children = dict(layer.named_children())
-    attention, mlp = children.get("self_attn"), children.get("mlp")
-    first, second = children.get("input_layernorm"), children.get("post_attention_layernorm")
-    if len([c for c in children.values() if list(c.parameters())]) != 4 or None in (attention, mlp, first, second):
+def recognise(layer: nn.Module, rows: Rows) -> Candidate | None:
+    """Whether a module may be a decoder layer of products, norms and activations around one attention."""
+    attentions = [m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "config") and m is not layer]
+    if len(attentions) != 1 or not all(map(is_plain, layer.modules())):
         return None
-    assert attention is not None
-    assert mlp is not None
-    assert first is not None
-    assert second is not None
-    own, feed = dict(attention.named_children()), dict(mlp.named_children())
-    names = {name for name, child in own.items() if list(child.parameters())}
-    if names not in (
-        {"q_proj", "k_proj", "v_proj", "o_proj"},
-        {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
-    ):
+    owners = [module for module in layer.modules() if module._parameters]
+    products = [module for module in owners if plain_linear(module)]
+    norms = [module for module in owners if module not in products]
+    if not 4 <= len(products) <= 7 or len(norms) > 6 or any(list(norm.children()) for norm in norms):
         return None
-    kind = next((k for k in map(activation_kind, feed.values()) if k), None)
-    products: list[Any] = [own[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    products += [feed[name] for name in ("gate_proj", "up_proj", "down_proj") if name in feed]
-    if kind is None or len(products) != 7 or not all(plain_linear(product) for product in products):
-        return None
-    norms = [first, second, *(own[name] for name in ("q_norm", "k_norm") if name in own)]
-    modules = (layer, attention, mlp, *norms)
-    if not all(is_plain(module) for module in modules) or list(attention.parameters(recurse=False)):
-        return None
-    described = [_norm_parts(norm) for norm in norms]
-    scaling = getattr(attention, "scaling", None)
-    config: Any = getattr(attention, "config", None)
-    index = getattr(attention, "layer_idx", None)
-    if None in described or not isinstance(scaling, float) or config is None or not isinstance(index, int):
-        return None
-    # Of small products the call is what costs, and here are fewer of them.
     if len({parameter.dtype for parameter in layer.parameters()}) != 1:
         return None  # norms kept in float32 beside half precision products, say
-    limit = min(max(rows(p), SHORT if p.weight.numel() < SMALL else 0) for p in products)
-    parameters: list[Parameters] = [product._parameters for product in products]
-    query, key, value, output, gate, up, down = parameters
-    parts = _Parts(
-        (described[0], described[1]),  # type: ignore[arg-type]
-        query, key, value, output,
-        described[2] if len(described) > 2 else None,
-        described[3] if len(described) > 2 else None,
-        gate, up, down, kind, config, index, scaling,
-    )  # fmt: skip
-    return (parts, limit) if limit else None
+    # Of small products the calls are what costs, and here is only one.
+    limit = min(max(rows(p), SHORT if p.weight.numel() < SMALL else 0) for p in products)  # type: ignore[operator]
+    index = attentions[0].layer_idx
+    return Candidate(attentions[0].config, index, limit) if limit and isinstance(index, int) else None
 
 
-def _norm_parts(norm: nn.Module) -> tuple[Parameters, float, int] | None:
-    epsilon = epsilon_of(norm)
-    weight = norm._parameters.get("weight")
-    if epsilon is None or set(norm._parameters) != {"weight"} or weight is None or weight.dim() != 1:
-        return None
-    return norm._parameters, epsilon, rms_variant(norm, weight, epsilon)
+class _Role(NamedTuple):
+    """A module of a layer, by name, and which of its rows are meant."""
+
+    name: str
+    rows: slice = slice(None)
 
 
-def fused(
-    layer: nn.Module, parts: _Parts, limit: int, specs: list[LayerSpec], proofs: dict[Any, str | None]
-) -> LayerForward:
-    """The layer's replacement. It proves itself at its first call, with the arguments of a real pass.
+class Structure(NamedTuple):
+    """What every layer of one kind computes, in the order of `Layer`."""
+
+    norms: tuple[str | None, ...]
+    products: tuple[_Role | None, ...]
+    kind: str
+    parallel: int
+    heads: int
+    scaling: float
+    softcap: float | None
+    factors: tuple[float, float]  # on queries, and on what is added to the residual
+    rotation: str = "none"
+
+    def bind(self, layer: nn.Module) -> Layer:
+        """The structure with a layer's parameters."""
+        products: list[Product | None] = []
+        for place, role in enumerate(self.products):
+            module: Any = None if role is None else layer.get_submodule(role.name)
+            if role is None:
+                products.append(None)
+                continue
+            weight, bias = module.weight, module.bias
+            if role.rows != slice(None):
+                weight, bias = weight[role.rows], None if bias is None else bias[role.rows]
+            products.append(
+                Product(weight, bias, {0: self.factors[0], 3: self.factors[1], 6: self.factors[1]}.get(place, 1.0))
+            )
+        norms = [None if name is None else norm_of(layer.get_submodule(name)) for name in self.norms]
+        return Layer(tuple(norms), tuple(products), self.kind, self.parallel)  # type: ignore[arg-type]
+
+    def stage(self, bound: Layer, layer: int, step: StepInputs, turns: tuple[Tensor, Tensor] | None) -> Stage:
+        """A layer of a pass, over the pages of `step`."""
+        slots = step.slots(layer, torch.device("cpu"))
+        how = Turns(None, None, slots)
+        if self.rotation != "none" and turns is not None:
+            how = Turns(turns[0][0], turns[1][0], slots, ROTATIONS.index(self.rotation))
+        seen = step.seen(layer, len(step.spans), self.scaling, self.softcap)
+        return Stage(bound, seen, how, self.heads)
+
+
+class Joined:
+    """A decoder layer's replacement. It proves itself at its first call, with the arguments of a real pass.
+
+    Where a pass has shown that the next layer reads what this one gives, both run in one call of the pass that
+    follows: the next one's turn then only hands on what it is given.
 
     Args:
         layer: The eager layer.
-        parts: From `recognise`.
-        limit: Tokens of a pass up to which it is used.
+        found: From `recognise`.
         specs: What each layer of the model stores.
-        proofs: Rotation that a layer of this signature was proved with, `None` if with none; filled here.
+        proofs: Structure of each signature of layers, `None` where none gave its result; filled here.
+        before: The layer before it.
     """
-    eager: LayerForward = layer.forward
-    signature = _signature(layer)
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        step: Any = current_step(parts.config) if inside.now else None
-        tokens = hidden_states.shape[1]
+    def __init__(
+        self,
+        layer: nn.Module,
+        found: Candidate,
+        specs: list[LayerSpec],
+        proofs: dict[Any, Structure | None],
+        before: Joined | None,
+    ) -> None:
+        self.found = found
+        self._layer = weakref.ref(layer)
+        self._eager: LayerForward = layer.forward
+        self._dtype = next(layer.parameters()).dtype
+        self._signature = _signature(layer)
+        self._specs = specs
+        self._proofs = proofs
+        self._bound: Layer | None = None
+        self._before = before
+        self._next: Joined | None = None
+        self._order: int = 0 if before is None else before._order + 1
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer on `[1, tokens, hidden]`; the eager layer where C does not serve."""
+        step: Any = current_step(self.found.config) if inside.now else None
+        limit = self.found.limit
         if (
-            tokens > limit
+            hidden_states.shape[1] > limit
             or not isinstance(step, StepInputs)
             or step.spans[-1].length > max(SHORT, limit)
-            or hidden_states.dtype is not parts.query["weight"].dtype
+            or hidden_states.dtype is not self._dtype
             or args
         ):
-            return eager(hidden_states, *args, **kwargs)
-        if signature not in proofs:
-            proofs[signature] = _prove(layer, parts, hidden_states, specs[parts.layer], kwargs)
-        rotation = proofs[signature]
-        if rotation is None:
-            return eager(hidden_states, **kwargs)
-        return run(parts, hidden_states, step, rotation, kwargs.get("position_embeddings"))
+            return self._eager(hidden_states, *args, **kwargs)
+        turns = kwargs.get("position_embeddings")
+        ahead: _Ahead | None = step.ahead
+        follows = ahead is not None and hidden_states is ahead.gave and turns is ahead.turns
+        if ahead is not None and self._order <= ahead.order:
+            if not follows:
+                raise LLMOptError(
+                    "The model changed its hidden states between two decoder layers that were joined. Choose "
+                    "AttentionConfig(backend='sdpa'), which joins none, and report the model."
+                )
+            return hidden_states
+        if self._signature not in self._proofs:
+            self._proofs[self._signature] = _prove(
+                self._own(), self.found, hidden_states, self._specs[self.found.layer], kwargs
+            )
+        if self._proofs[self._signature] is None:
+            return self._eager(hidden_states, **kwargs)
+        if self._before is not None:
+            joined = follows and ahead is not None and ahead.order == self._before._order
+            self._before._next = self if joined else None
+        stages, last = [self._stage(step, turns)], self
+        while last._next is not None and last._next.found.limit >= hidden_states.shape[1]:
+            last = last._next
+            stages.append(last._stage(step, turns))
+        step.note("cpu")
+        x = hidden_states[0]
+        gave = cpu.layers(x if x.is_contiguous() else x.contiguous(), stages)[None]
+        step.ahead = _Ahead(gave, turns, last._order)
+        return gave
 
-    return forward
+    def _own(self) -> nn.Module:
+        layer = self._layer()
+        assert layer is not None  # it is running
+        return layer
+
+    def _stage(self, step: StepInputs, turns: Any) -> Stage:
+        structure = self._proofs[self._signature]
+        assert structure is not None
+        if self._bound is None:
+            self._bound = structure.bind(self._own())
+        return structure.stage(self._bound, self.found.layer, step, turns)
 
 
-def run(
-    parts: _Parts, hidden_states: Tensor, step: StepInputs, rotation: str, turns: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """The layer on `[1, tokens, hidden]`, over the pages of `step`."""
-    layer, store = parts.layer, step.store
-    keys, values = store.keys[layer], store.values[layer]
-    x = hidden_states[0]
-    if not x.is_contiguous():
-        x = x.contiguous()
-    tokens = x.shape[0]
-    (norm, epsilon, variant), (second, second_epsilon, second_variant) = parts.norms
-    y = cpu.rms_norm(x, norm["weight"], epsilon, variant)
-    query = cpu.linear(y, parts.query["weight"], parts.query["bias"]).view(tokens, -1, keys.shape[2])
-    key = cpu.linear(y, parts.key["weight"], parts.key["bias"]).view(tokens, -1, keys.shape[2])
-    value = cpu.linear(y, parts.value["weight"], parts.value["bias"]).view(tokens, -1, values.shape[2])
-    if parts.query_norm is not None and parts.key_norm is not None:
-        query = cpu.rms_norm(query, parts.query_norm[0]["weight"], *parts.query_norm[1:])
-        key = cpu.rms_norm(key, parts.key_norm[0]["weight"], *parts.key_norm[1:])
-    cosine, sine = (None, None) if rotation == "none" or turns is None else (turns[0][0], turns[1][0])
-    cpu.rotary(query, key, value, cosine, sine, step.slots(layer, x.device), keys, values, rotation == "neighbours")
-    step.note("cpu")
-    table, items, longest = step.pages(layer, len(step.spans))
-    seen = cpu.attention(query, keys, values, table, items, store.page_size, parts.scaling, None, None, longest)
-    x = cpu.linear(seen.view(tokens, -1), parts.output["weight"], parts.output["bias"], x)
-    y = cpu.rms_norm(x, second["weight"], second_epsilon, second_variant)
-    gate = cpu.linear(y, parts.gate["weight"], parts.gate["bias"])
-    up = cpu.linear(y, parts.up["weight"], parts.up["bias"])
-    x = cpu.linear(cpu.gated(gate, up, parts.kind), parts.down["weight"], parts.down["bias"], x)
-    return x[None]
+class _Ahead(NamedTuple):
+    """What layers of a pass have computed, with which rotary embedding, and the last of them."""
+
+    gave: Tensor
+    turns: Any
+    order: int
 
 
 def _signature(layer: nn.Module) -> Any:
@@ -190,29 +225,59 @@ def _signature(layer: nn.Module) -> Any:
     )
 
 
-@torch.no_grad()
-def _prove(layer: nn.Module, parts: _Parts, like: Tensor, spec: LayerSpec, kwargs: dict[str, Any]) -> str | None:
-    """The rotation with which the replacement gives the layer's own result, or `None`.
+class _Watched(NamedTuple):
+    """A module that was called: what it read and what it gave."""
 
-    A float32 copy of the layer and its replacement each compute one token of several requests that have two tokens
-    already, from random input; outputs and pages must agree.
+    name: str
+    module: nn.Module
+    read: Tensor
+    gave: Tensor
+
+
+class _Attended(NamedTuple):
+    """The layer's attention: after how many other calls, and with what."""
+
+    place: int
+    query: Tensor
+    gave: Tensor
+    scaling: float
+    options: dict[str, Any]
+
+
+class _Watching(StepInputs):
+    """A step that remembers the attention it served."""
+
+    calls: list[_Watched]
+    attended: list[_Attended]
+
+    def read(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
+    ) -> Tensor:
+        gave = super().read(module, query, key, value, scaling, options)
+        self.attended.append(_Attended(len(self.calls), query, gave, scaling, options))
+        return gave
+
+
+def _prove(
+    layer: nn.Module, found: Candidate, like: Tensor, spec: LayerSpec, kwargs: dict[str, Any]
+) -> Structure | None:
+    """The structure with which C gives the layer's own result, or `None`.
+
+    A float32 copy of the layer and C each compute one token of several requests that have two tokens already, from
+    random input; outputs and pages must agree.
     """
-    own = copy.deepcopy(layer, {id(parts.config): parts.config}).float()  # the config is what a step is found by
+    own = copy.deepcopy(layer, {id(found.config): found.config}).float()  # the config is what a step is found by
     for module in own.modules():
         module.__dict__.pop("forward", None)
         if getattr(module, "layer_idx", None) is not None:
             module.layer_idx = 0  # type: ignore[assignment]
-    found = recognise(own, lambda module: SHORT)
-    if found is None:
-        return None
-    own_parts = found[0]
     tokens = like.shape[1]
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     full = replace(spec, kind="full", window=0, dtype=torch.float32)
     wide = {name: _widened(value) for name, value in kwargs.items()}
 
-    def attempt(run_layer: Callable[[StepInputs], Any]) -> list[Tensor] | None:
+    def attempt(run_layer: Callable[[_Watching], Any]) -> tuple[list[Tensor], _Watching] | None:
         store = PagedStore([full], KVCacheConfig(page_size=4))
         store.provide([tokens])
         filled = torch.Generator("cpu").manual_seed(1)
@@ -223,23 +288,41 @@ def _prove(layer: nn.Module, parts: _Parts, like: Tensor, spec: LayerSpec, kwarg
             table[0].reserve(0, 3)
         spans = [Span(table, row, 1, 3) for row, table in enumerate(tables)]
         slots = torch.cat([store.slots(table[0], 2, 3) for table in tables])
-        step = StepInputs(store, spans, [slots], backend("cpu", like.device), lambda name: None)
+        step = _Watching(store, spans, [slots], backend("cpu", like.device), lambda name: None)
+        step.calls, step.attended = [], []
         output = run_layer(step)
-        return [output - x, store.keys[0], store.values[0]] if isinstance(output, Tensor) else None
+        return ([output - x, store.keys[0], store.values[0]], step) if isinstance(output, Tensor) else None
 
-    def eagerly(step: StepInputs) -> Any:
-        with serving([parts.config], step):
-            return own(x, **wide)
+    def eagerly(step: _Watching, **changed: Any) -> Any:
+        hooks = [
+            module.register_forward_hook(
+                lambda module, args, gave, name=name: step.calls.append(_Watched(name, module, args[0], gave))
+            )
+            for name, module in own.named_modules()
+            if not list(module.children())
+        ]
+        try:
+            with serving([found.config], step):
+                return own(x, **wide | changed)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     former = inside.now
     inside.now = False  # the copy's own products must be torch's
     try:
         truth = attempt(eagerly)
-        for rotation in ROTATIONS if truth is not None else ():
+        # Whatever depends on the position beyond the embeddings given (a scale of late queries) is not seen here.
+        later = {name: value + 100_003 for name, value in kwargs.items() if _is_index(value)}
+        elsewhere = attempt(lambda step: eagerly(step, **later))
+        if truth is None or elsewhere is None or not all(map(torch.equal, truth[0], elsewhere[0])):
+            return None
+        for structure in _structures(own, x, truth[1]):
+            bound = structure.bind(own)
             turns = wide.get("position_embeddings")
-            ours = attempt(lambda step, how=rotation, turns=turns: run(own_parts, x, step, how, turns))  # type: ignore[misc]
-            if ours is not None and truth is not None and all(map(_agree, ours, truth)):
-                return rotation
+            ours = attempt(lambda step, s=structure, b=bound, t=turns: cpu.layers(x[0], [s.stage(b, 0, step, t)])[None])  # type: ignore[misc]
+            if ours is not None and all(map(_agree, ours[0], truth[0])):
+                return structure
     except (LLMOptError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None  # another structure after all
     finally:
@@ -247,8 +330,74 @@ def _prove(layer: nn.Module, parts: _Parts, like: Tensor, spec: LayerSpec, kwarg
     return None
 
 
+def _structures(own: nn.Module, x: Tensor, step: _Watching) -> list[Structure]:
+    """What the layer may be, from the calls of one pass; empty if it is something else."""
+    if len(step.attended) != 1:
+        return []
+    place, query, seen, scaling, options = step.attended[0]
+    products = [call for call in step.calls if plain_linear(call.module)]
+    first, last = [c for c in products if c in step.calls[:place]], [c for c in products if c in step.calls[place:]]
+    acts = [call for call in step.calls if activation_kind(call.module)]
+    # Dropouts give what they read.
+    norms = [c for c in step.calls if c not in products and c not in acts and not _same(c.read, c.gave)]
+    if len(first) not in (1, 3) or len(last) not in (3, 4) or len(acts) != 1 or options.get("s_aux") is not None:
+        return []
+    output, *mlp, down = last
+    entry, act = first[0].read, acts[0]
+    gate = next((c for c in mlp if _same(c.gave, act.read)), mlp[0])
+    up = next((_Role(c.name) for c in mlp if c is not gate), None)
+    gate_role = _Role(gate.name)
+    if gate.gave.numel() == 2 * act.read.numel():  # gate and up are one product
+        half = gate.gave.shape[-1] // 2
+        gate_role, up = _Role(gate.name, slice(half)), _Role(gate.name, slice(half, None))
+
+    def norm(reads: Tensor | None = None, gives: Tensor | None = None) -> _Watched | None:
+        return next(
+            (c for c in norms if (reads is None or _same(c.read, reads)) and (gives is None or _same(c.gave, gives))),
+            None,
+        )
+
+    before, before_mlp = norm(gives=entry), norm(gives=gate.read)
+    around = (before, norm(reads=output.gave), before_mlp, norm(reads=down.gave))
+    heads = [c for c in norms if c in step.calls[:place] and c not in around]
+    if not _same(output.read, seen) or len(heads) not in (0, 2):
+        return []
+    if _same(gate.read, entry):
+        parallel, around = 2, (*around[:2], None, around[3])
+    else:
+        parallel = int(before_mlp is not None and _same(before_mlp.read, x))
+    turned = 1.0  # a rotation keeps lengths, OPT scales its queries
+    if len(first) == 3 and not heads:
+        ratio = float(query.norm() / first[0].gave.norm())
+        turned = turned if abs(ratio - 1) < 1e-3 else ratio
+    names = [None if call is None else call.name for call in (around[0], *(heads or (None, None)), *around[1:])]
+    orders: list[tuple[_Role | None, ...]] = [tuple(_Role(call.name) for call in first)]
+    if len(first) == 1:
+        name, keys, values = first[0].name, step.store.keys[0], step.store.values[0]
+        ends = [0, *itertools.accumulate((query[0, :, 0].numel(), keys[0].numel(), values[0].numel()))]
+        stacked = tuple(_Role(name, slice(*pair)) for pair in itertools.pairwise(ends))
+        orders = [stacked, (_Role(name), None, None)]
+    return [
+        Structure(
+            tuple(names), (*order, _Role(output.name), gate_role, up, _Role(down.name)),
+            str(activation_kind(act.module)), parallel, query.shape[1], scaling, options.get("softcap"),
+            (turned, float(getattr(own, "residual_multiplier", 1.0))), rotation,
+        )
+        for order in orders
+        for rotation in ROTATIONS
+    ]  # fmt: skip
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+
+
 def _agree(ours: Tensor, truth: Tensor) -> bool:
     return ours.shape == truth.shape and bool((ours - truth).abs().max() <= 1e-4 * truth.abs().max().clamp_min(1e-6))
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _widened(value: Any) -> Any:

@@ -25,7 +25,7 @@ from ..kernels import cpu
 from ..kv_cache import LayerSpec
 from .choice import own_rows
 from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, epsilon_of, inside, is_plain
-from .layer import fused, recognise
+from .layer import Joined, Structure, recognise
 
 
 class _Replacement:
@@ -75,7 +75,7 @@ class Fusion:
         self.batch_invariant = batch_invariant
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
-        self._proofs: dict[Any, str | None] = {}
+        self._proofs: dict[Any, Structure | None] = {}
         self._entries: list[tuple[dict[str, Any], _Replacement]] = []
         self._outer = self._entries  # those that are not inside a joined layer
         self._limit = 0  # tokens up to which joined layers serve
@@ -94,11 +94,13 @@ class Fusion:
             return
         rows = self._rows(model)
         self._proofs, inner = {}, set[int]()
+        last: Joined | None = None
         for module in model.modules() if self.layers else ():
-            layer = self._try("decoder layer", recognise, module, rows) if is_plain(module) else None
-            if layer is not None:
-                self._add(module, "decoder layer", fused(module, layer[0], layer[1], self.specs, self._proofs))
-                self._limit = min(self._limit, layer[1]) if inner else layer[1]
+            found = self._try("decoder layer", recognise, module, rows) if is_plain(module) else None
+            if found is not None:
+                last = Joined(module, found, self.specs, self._proofs, last)
+                self._add(module, "decoder layer", last)
+                self._limit = min(self._limit, found.limit) if inner else found.limit
                 inner.update(id(child.__dict__) for child in module.modules() if child is not module)
         covered: set[nn.Module] = set()
         for module in model.modules():  # parents come before their children
@@ -190,10 +192,9 @@ def _global_hooks() -> int:
 
 def _mark(module: nn.Module) -> tuple[object, ...]:
     """What recognition depended on, besides the class's code."""
-    weight = module._parameters.get("weight")
-    layout = None if weight is None else (weight.dtype, weight.stride())
+    weights = [(id(p), p.data_ptr(), p.dtype, p.stride()) for p in module._parameters.values() if p is not None]
     attached = len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward")
-    return id(module), type(module), *attached, layout, epsilon_of(module)
+    return id(module), type(module), *attached, *weights, epsilon_of(module)
 
 
 def _proves(module: nn.Module, forward: Forward) -> bool:

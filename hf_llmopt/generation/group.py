@@ -70,6 +70,9 @@ class Group:
         self.returns_dict = returns = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if returns and generation_config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if returns and generation_config.output_logits else None
+        # Whether anybody is shown float32 scores. A GPU finds the best of all rows at once.
+        self._looks = bool(processors) or self.do_sample or self.scores is not None or self.logits is not None
+        self._looks |= input_ids.device.type != "cpu"
         self.pad: Any = generation_config._pad_token_tensor
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.unfinished = torch.ones(len(requests), dtype=torch.long, device=input_ids.device)
@@ -153,7 +156,7 @@ class Group:
 
     def advance(self) -> None:
         """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
-        tokens = self._choose(self._next_logits())
+        tokens = self._choose(self._next_logits()) if self._looks else self._best()
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self._call(
             "stopping criterion", self.criteria, self.input_ids, self.scores
@@ -180,6 +183,14 @@ class Group:
         rows = [missing if request.finished else request.logits for request in self.requests]
         return torch.stack(rows).to(device=self.input_ids.device, dtype=torch.float32)
 
+    def _best(self) -> Tensor:
+        """The best tokens, straight from the model's own logits: nobody looks at or changes the scores."""
+        best = [0 if request.finished else int(greedy(request.logits[None])) for request in self.requests]
+        return self._padded(torch.tensor(best, device=self.input_ids.device))
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        return tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished) if self.pads else tokens
+
     def _choose(self, logits: Tensor) -> Tensor:
         scores: Tensor = self._call("logits processor", self.processors, self.input_ids, logits)
         if self.scores is not None:
@@ -189,10 +200,7 @@ class Group:
         if not isinstance(scores, Tensor) or scores.shape != logits.shape:
             given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise CallbackFailed(f"The logits processors returned {given}, scores have shape {list(logits.shape)}.")
-        tokens = sample(scores, draw(scores, self.generator)) if self.do_sample else greedy(scores)
-        if self.pads:
-            tokens = tokens * self.unfinished + self.pad.to(tokens.device) * (1 - self.unfinished)
-        return tokens
+        return self._padded(sample(scores, draw(scores, self.generator)) if self.do_sample else greedy(scores))
 
     def _call(self, what: str, function: Any, *args: Any) -> Any:
         try:

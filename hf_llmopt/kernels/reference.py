@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import Norm, Product, Seen, Stage, Turns
+
 
 def visible(queries: Tensor, keys: Tensor, kind: str, window: int) -> Tensor:
     """Which keys a query may see.
@@ -84,39 +86,24 @@ def attention(
     return torch.matmul(weights, value.unsqueeze(2)).reshape(batch, heads, queries, -1)
 
 
-def paged_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    items: Tensor,
-    page_size: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def paged_attention(query: Tensor, seen: Seen) -> Tensor:
     """Attention of single query tokens, each over the pages of its own request.
 
     Args:
         query: `[tokens, heads, key_dim]`.
-        keys: All slots of the layer, `[slots, kv_heads, key_dim]`.
-        values: `[slots, kv_heads, value_dim]`.
-        table: Page ids of each request, int32 `[requests, pages]`.
-        items: Per query token (row of `table`, first visible token, end of the visible tokens), int32 `[tokens, 3]`.
-        page_size: Tokens per page.
-        scaling: Factor on the dot products.
-        softcap: See `attention`.
-        sinks: See `attention`.
+        seen: What they attend to.
 
     Returns:
         `[tokens, heads, value_dim]`.
     """
     outputs = []
-    for token, (row, first, end) in zip(query, items.tolist(), strict=True):
+    size = seen.page_size
+    for token, (row, first, end) in zip(query, seen.items.tolist(), strict=True):
         index = torch.arange(first, end, device="cpu")
-        slots = (table[row].cpu().long()[index // page_size] * page_size + index % page_size).to(keys.device)
-        seen_keys, seen_values = keys[slots][None].transpose(1, 2), values[slots][None].transpose(1, 2)
-        outputs.append(attention(token[None, :, None], seen_keys, seen_values, None, scaling, softcap, sinks)[0, :, 0])
+        slots = (seen.table[row].cpu().long()[index // size] * size + index % size).to(seen.keys.device)
+        keys, values = (slotted[slots][None].transpose(1, 2) for slotted in (seen.keys, seen.values))
+        output = attention(token[None, :, None], keys, values, None, seen.scaling, seen.softcap, seen.sinks)
+        outputs.append(output[0, :, 0])
     return torch.stack(outputs)
 
 
@@ -144,28 +131,17 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight.T, bias)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variant: int = 0) -> Tensor:
-    """Root mean square normalisation of the last axis (Zhang and Sennrich 2019, eq. 4).
-
-    Args:
-        x: `[..., width]`.
-        weight: `[width]`, or `None` for none.
-        epsilon: Added to the mean square.
-        variant: Where models round: 0 weight times the rounded quotient (Llama), 1 one plus weight, in float32 (Gemma),
-            2 weight in float32 (OLMo 2, gpt-oss).
-    """
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    if weight is None:
-        return wide.to(x.dtype)
-    if variant == 0:
-        return weight * wide.to(x.dtype)
-    return (wide * (weight.float() + (variant == 1))).to(x.dtype)
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    """Layer normalisation of the last axis (Ba et al. 2016)."""
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+def norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm or RMSNorm of the last axis, `[..., width]`."""
+    wide, weight = x.float(), None if norm.weight is None else norm.weight.float()
+    if norm.centre:
+        weight = weight + 1 if weight is not None and norm.variant == 1 else weight
+        bias = None if norm.bias is None else norm.bias.float()
+        return torch.nn.functional.layer_norm(wide, wide.shape[-1:], weight, bias, norm.epsilon).to(x.dtype)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+    if weight is not None:
+        wide = wide.to(x.dtype).float() * weight if norm.variant == 0 else wide * (weight + (norm.variant == 1))
+    return wide.to(x.dtype)
 
 
 def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
@@ -187,37 +163,55 @@ def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     return act if up is None else act * up
 
 
-def rotary(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    interleaved: bool = False,
-) -> None:
-    """Turn queries and keys by their positions, in place (Su et al. 2021, eq. 34), and store keys and values.
+def rotate(x: Tensor, turns: Turns) -> Tensor:
+    """Queries or keys `[tokens, heads, width]` turned by their positions."""
+    if turns.cosine is None or turns.sine is None:
+        return x
+    cosine, sine = turns.cosine[:, None], turns.sine[:, None]
+    part, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
+    if turns.pairs == 2:
+        cosine, sine = (t[..., : t.shape[-1] // 2].repeat_interleave(2, dim=-1) for t in (cosine, sine))
+    if turns.pairs:
+        turned = torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
+    else:
+        low, high = part.chunk(2, dim=-1)
+        turned = torch.cat([-high, low], dim=-1)
+    return torch.cat([part * cosine + turned * sine, rest], dim=-1)
 
-    Args:
-        query: `[tokens, heads, key_dim]`, changed.
-        key: `[tokens, kv_heads, key_dim]`, changed.
-        value: `[tokens, kv_heads, value_dim]`.
-        cosine: `[tokens, rotated]`, `rotated <= key_dim`, or `None` for no rotation.
-        sine: Like `cosine`.
-        slots: Where each token goes, int64 `[tokens]`.
-        keys: `[slots, kv_heads, key_dim]`, changed.
-        values: `[slots, kv_heads, value_dim]`, changed.
-        interleaved: Pairs are neighbours (2i, 2i + 1) instead of halves (i, i + rotated / 2).
+
+def layer(x: Tensor, stage: Stage) -> Tensor:
+    """A decoder layer on single tokens `[tokens, hidden]`, each over the pages of its own request.
+
+    The tokens' keys and values are stored first: the queries see them too.
     """
-    if cosine is not None and sine is not None:
-        for x in (query, key):
-            part = x[..., : cosine.shape[-1]]
-            if interleaved:
-                turned = torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
-            else:
-                low, high = part.chunk(2, dim=-1)
-                turned = torch.cat([-high, low], dim=-1)
-            part.copy_(part * cosine[:, None] + turned * sine[:, None])
-    keys[slots], values[slots] = key, value
+    layer, seen, turns, heads = stage
+    before, query_norm, key_norm, after, before_mlp, after_mlp = layer.norms
+    query_product, key_product, value_product, output, gate, up, down = layer.products
+    tokens, (kv_heads, key_dim), value_dim = len(x), seen.keys.shape[1:], seen.values.shape[2]
+
+    def normed(x: Tensor, how: Norm | None) -> Tensor:
+        return x if how is None else norm(x.reshape(*x.shape[:-1], -1, how.width), how).reshape(x.shape)
+
+    def product(x: Tensor, of: Product) -> Tensor:
+        y = linear(x, of.weight, of.bias)
+        return y if of.factor == 1 else y * of.factor
+
+    entry = normed(x, before)
+    query = product(entry, query_product)
+    if key_product is None or value_product is None:
+        query, key, value = query.view(tokens, heads, -1).split([key_dim, key_dim, value_dim], dim=-1)
+    else:
+        key, value = product(entry, key_product), product(entry, value_product)
+    query = rotate(normed(query.reshape(tokens, -1), query_norm).view(tokens, heads, key_dim), turns)
+    seen.keys[turns.slots] = rotate(normed(key.reshape(tokens, -1), key_norm).view(tokens, kv_heads, key_dim), turns)
+    seen.values[turns.slots] = value.reshape(tokens, kv_heads, value_dim)
+    attended = normed(product(paged_attention(query, seen).reshape(tokens, -1), output), after)
+    total = x + attended
+    read = entry if layer.parallel == 2 else normed(x if layer.parallel else total, before_mlp)
+    made = gated(product(read, gate), None if up is None else product(read, up), layer.kind)
+    return total + normed(product(made, down), after_mlp)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The first of the largest elements of each row of `[rows, width]`, int64; -1 for a row that contains NaN."""
+    return x.float().argmax(dim=-1).masked_fill(x.isnan().any(dim=-1), -1)

@@ -31,23 +31,27 @@ INLINE vec FN(act)(vec x, int kind) {
     }
 }
 
+/* `count` neighbouring elements of one row; y may be gate or up itself. */
+void FN(activation_part)(const void *gates, const void *ups, void *to, long count, int kind) {
+    const E *gate = gates, *up = ups;
+    E *y = to;
+    for (long i = 0; i < count; i += WIDTH) {
+        long n = count - i < WIDTH ? count - i : WIDTH;
+        vec v = FN(rounded)(FN(act)(n == WIDTH ? FN(load)(gate + i) : FN(load_part)(gate + i, n), kind));
+        if (up) v *= n == WIDTH ? FN(load)(up + i) : FN(load_part)(up + i, n);
+        if (n == WIDTH)
+            FN(store)(y + i, v);
+        else
+            FN(store_part)(y + i, v, n);
+    }
+}
+
 int FN(activation)(const void *arguments, int threads) {
     const activation *a = arguments;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && a->rows * a->width > 65536)
-    for (long row = 0; row < a->rows; row++) {
-        const E *gate = (const E *)a->gate + row * a->stride;
-        const E *up = a->up ? (const E *)a->up + row * a->stride : 0;
-        E *y = (E *)a->y + row * a->width;
-        for (long i = 0; i < a->width; i += WIDTH) {
-            long n = a->width - i < WIDTH ? a->width - i : WIDTH;
-            vec v = FN(rounded)(FN(act)(n == WIDTH ? FN(load)(gate + i) : FN(load_part)(gate + i, n), a->kind));
-            if (up) v *= n == WIDTH ? FN(load)(up + i) : FN(load_part)(up + i, n);
-            if (n == WIDTH)
-                FN(store)(y + i, v);
-            else
-                FN(store_part)(y + i, v, n);
-        }
-    }
+    for (long row = 0; row < a->rows; row++)
+        FN(activation_part)((const E *)a->gate + row * a->stride, a->up ? (const E *)a->up + row * a->stride : 0,
+                            (E *)a->y + row * a->width, a->width, a->kind);
     return 0;
 }
 #endif

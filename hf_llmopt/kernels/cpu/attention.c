@@ -1,7 +1,7 @@
 /* Attention of short spans over pages: single tokens, or the tokens of one request that are verified together.
  *
  * One work item is a query token and a key head with the query heads that share it. Keys stream through once, in blocks
- * of WIDTH tokens, with the online softmax of Milakov and Gimelshein (2018): running maximum m, sum l and weighted values.
+ * of BLOCK tokens, with the online softmax of Milakov and Gimelshein (2018): running maximum m, sum l and weighted values.
  * A long context is split into parts of SPLIT tokens, so that all threads have work; the split depends on the context's
  * length alone, so a request's result does not depend on its neighbours.
  *
@@ -14,160 +14,189 @@
 #ifndef LLMOPT_ATTENTION
 #define LLMOPT_ATTENTION
 #include "attention.h"
+#include "types.h"
 #define SMALL 65536 /* multiplications below which waking a thread costs more than it saves */
+#define BLOCK 64    /* tokens between two looks at the maximum */
 #define SELF "attention.c"
 #include "levels.h"
 #elif defined(FORMAT)
 
-/* Scores of up to WIDTH tokens against `heads` queries: each sum has one accumulator and one order. */
-INLINE void FN(scores)(const attention *a, const float *query, int heads, const E *const *key, int count,
-                       float (*score)[WIDTH]) {
-    long dim = a->key_dim, tail = dim % WIDTH;
-    for (int t = 0; t < count; t++) {
-        vec sums[MAX_GROUP];
-        for (int g = 0; g < heads; g++) sums[g] = FN(splat)(0);
-        for (long d = 0; d + WIDTH <= dim; d += WIDTH) {
-            vec k = FN(load)(key[t] + d);
-            for (int g = 0; g < heads; g++) {
-                vec q;
-                memcpy(&q, query + g * dim + d, sizeof q);
-                sums[g] += k * q;
-            }
-        }
-        if (tail) {
-            vec k = FN(load_part)(key[t] + dim - tail, tail);
-            for (int g = 0; g < heads; g++) {
-                vec q = {0};
-                memcpy(&q, query + g * dim + dim - tail, (size_t)tail * 4);
-                sums[g] += k * q;
-            }
-        }
-        for (int g = 0; g < heads; g++) score[g][t] = FN(sum)(sums[g]);
+/* Dot products of one query with WIDTH keys, a lane each. */
+INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
+    vec a[WIDTH];
+    _Pragma("GCC unroll 16") for (int t = 0; t < WIDTH; t++) a[t] = FN(splat)(0);
+    long d = 0;
+    WEIGHTS q;
+    for (; d + CHUNK <= dim; d += CHUNK) {
+        memcpy(&q, query + d, sizeof q);
+        _Pragma("GCC unroll 16") for (int t = 0; t < WIDTH; t++) a[t] = DOT(a[t], q, FETCH(key[t] + d));
     }
+    if (d < dim) { /* the query is padded with zeros */
+        memcpy(&q, query + d, sizeof q);
+        for (int t = 0; t < WIDTH; t++) a[t] = DOT(a[t], q, FETCH_PART(key[t] + d, dim - d));
+    }
+    return FN(sums)(a);
 }
 
-/* Tokens [from, to) of one item: m, l and unnormalised values of each head into `state`. */
-LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, const float *query, int heads, long from,
-                    long to, float *m, float *l, float *acc) {
-    const E *keys = (const E *)a->keys + kv_head * a->key_dim, *values = (const E *)a->values + kv_head * a->value_dim;
-    long key_stride = a->kv_heads * a->key_dim, value_stride = a->kv_heads * a->value_dim, dim = a->value_dim;
-    for (int g = 0; g < heads; g++) m[g] = -INFINITY, l[g] = 0;
-    memset(acc, 0, (size_t)(heads * dim) * 4);
-    for (long start = from; start < to; start += WIDTH) {
-        int count = (int)(to - start < WIDTH ? to - start : WIDTH);
-        const E *key[WIDTH], *value[WIDTH];
-        float score[MAX_GROUP][WIDTH];
-        for (int t = 0; t < count; t++) {
-            long token = start + t, slot = (long)pages[token / a->page_size] * a->page_size + token % a->page_size;
-            key[t] = keys + slot * key_stride;
-            value[t] = values + slot * value_stride;
-        }
-        FN(scores)(a, query, heads, key, count, score);
-        for (int g = 0; g < heads; g++) {
-            float best = m[g];
-            for (int t = 0; t < count; t++) {
-                float s = score[g][t] * a->scaling;
-                if (a->softcap > 0) s = tanhf(s / a->softcap) * a->softcap;
-                score[g][t] = s;
-                if (s > best) best = s;
-            }
-            for (int t = count; t < WIDTH; t++) score[g][t] = -INFINITY;
-            vec s;
-            memcpy(&s, score[g], sizeof s);
-            vec weights = FN(exp)(s - best);
-            memcpy(score[g], &weights, sizeof weights);
-            for (int t = count; t < WIDTH; t++) score[g][t] = 0; /* the clamp in exp leaves 1e-38 there */
-            memcpy(&weights, score[g], sizeof weights);
-            float shrink = m[g] == best ? 1.0f : expf(m[g] - best);
-            m[g] = best;
-            l[g] = l[g] * shrink + FN(sum)(weights);
-            if (shrink != 1.0f)
-                for (long d = 0; d < dim; d++) acc[g * dim + d] *= shrink;
-        }
-        long d = 0;
-        for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) /* four vectors of a value row serve all heads */
-            for (int g = 0; g < heads; g++) {
-                vec sum[4];
-                memcpy(sum, acc + g * dim + d, sizeof sum);
-                for (int t = 0; t < count; t++)
-                    for (int j = 0; j < 4; j++) sum[j] += FN(load)(value[t] + d + j * WIDTH) * score[g][t];
-                memcpy(acc + g * dim + d, sum, sizeof sum);
-            }
-        for (; d < dim; d += WIDTH) {
-            long n = dim - d < WIDTH ? dim - d : WIDTH;
-            for (int g = 0; g < heads; g++) {
-                vec sum = {0};
-                memcpy(&sum, acc + g * dim + d, (size_t)n * 4);
-                for (int t = 0; t < count; t++) {
-                    vec v = n == WIDTH ? FN(load)(value[t] + d) : FN(load_part)(value[t] + d, n);
-                    sum += v * score[g][t];
-                }
-                memcpy(acc + g * dim + d, &sum, (size_t)n * 4);
-            }
-        }
+/* acc[head][dim] += weight[head][token] value[token][dim], for H heads and J vectors at a time. */
+#define HEADS_BY_VECTORS(H, J)                                                                                         \
+    INLINE void FN(values_##H)(float *acc, long room, const float (*weight)[BLOCK], const E **value, int count,        \
+                               long dim) {                                                                             \
+        long d = 0;                                                                                                    \
+        for (; d + J * WIDTH <= dim; d += J * WIDTH) {                                                                 \
+            vec sum[H][J];                                                                                             \
+            _Pragma("GCC unroll 8") for (int g = 0; g < H; g++) memcpy(sum[g], acc + g * room + d, sizeof sum[g]);     \
+            for (int t = 0; t < count; t++)                                                                            \
+                _Pragma("GCC unroll 4") for (int j = 0; j < J; j++) {                                                  \
+                    vec v = FN(load)(value[t] + d + j * WIDTH);                                                        \
+                    _Pragma("GCC unroll 8") for (int g = 0; g < H; g++) sum[g][j] += v * weight[g][t];                 \
+                }                                                                                                      \
+            _Pragma("GCC unroll 8") for (int g = 0; g < H; g++) memcpy(acc + g * room + d, sum[g], sizeof sum[g]);     \
+        }                                                                                                              \
+        for (; d < dim; d += WIDTH) {                                                                                  \
+            long n = dim - d < WIDTH ? dim - d : WIDTH;                                                                \
+            for (int t = 0; t < count; t++) {                                                                          \
+                vec v = n == WIDTH ? FN(load)(value[t] + d) : FN(load_part)(value[t] + d, n), sum;                     \
+                for (int g = 0; g < H; g++) {                                                                          \
+                    memcpy(&sum, acc + g * room + d, sizeof sum);                                                      \
+                    sum += v * weight[g][t];                                                                           \
+                    memcpy(acc + g * room + d, &sum, sizeof sum);                                                      \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
     }
+HEADS_BY_VECTORS(1, 4)
+HEADS_BY_VECTORS(2, 4)
+HEADS_BY_VECTORS(4, 2)
+HEADS_BY_VECTORS(8, 1)
+#undef HEADS_BY_VECTORS
+
+/* Tokens [from, to) of one item: maximum, sum and unnormalised values of each head. `query` and `acc` have rows of whole
+ * vectors, `acc` a power of two of them. */
+LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, const FN(element) * query, long query_room,
+                    int heads, long from, long to, float *m, float *l, float *acc) {
+    const E *keys = (const E *)a->keys + kv_head * a->key_dim, *values = (const E *)a->values + kv_head * a->value_dim;
+    long key_stride = a->kv_heads * a->key_dim, value_stride = a->kv_heads * a->value_dim;
+    long room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH, page = from / a->page_size, place = from % a->page_size;
+    float weight[MAX_GROUP][BLOCK] = {0};
+    vec sum[MAX_GROUP], lane;
+    for (int i = 0; i < WIDTH; i++) lane[i] = (float)i;
+    for (int g = 0; g < MAX_GROUP; g++) m[g] = -INFINITY, sum[g] = FN(splat)(0);
+    memset(acc, 0, (size_t)(MAX_GROUP * room) * 4);
+    const E *found[2][2][BLOCK]; /* keys and values of this block, and of the next, which is fetched meanwhile */
+    for (long start = from, next = from, turn = 0; start < to; start += BLOCK, turn ^= 1) {
+        int count = (int)(to - start < BLOCK ? to - start : BLOCK), full = (count + WIDTH - 1) / WIDTH * WIDTH;
+        for (; next < to && next < start + 2 * BLOCK; next++) {
+            long slot = (long)pages[page] * a->page_size + place, t = (next - from) % BLOCK;
+            const E **pair[2] = {found[(next - from) / BLOCK % 2][0] + t, found[(next - from) / BLOCK % 2][1] + t};
+            *pair[0] = keys + slot * key_stride, *pair[1] = values + slot * value_stride;
+            for (long d = 0; d < a->key_dim; d += 64 / (long)sizeof(E)) __builtin_prefetch(*pair[0] + d);
+            for (long d = 0; d < a->value_dim; d += 64 / (long)sizeof(E)) __builtin_prefetch(*pair[1] + d);
+            if (++place == a->page_size) place = 0, page++;
+        }
+        const E **key = found[turn][0], **value = found[turn][1];
+        for (int t = count; t < full; t++) key[t] = key[0]; /* read, and weighted with 0 */
+        for (int g = 0; g < heads; g++) {
+            vec score[BLOCK / WIDTH], best = FN(splat)(m[g]);
+            for (int b = 0; b * WIDTH < full; b++) {
+                vec s = FN(scores)(query + g * query_room, key + b * WIDTH, a->key_dim) * a->scaling;
+                if (a->softcap > 0) /* tanh(u) = 1 - 2 / (e^2u + 1) */
+                    s = (1.0f - 2.0f / (FN(exp)(s * (2.0f / a->softcap)) + 1.0f)) * a->softcap;
+                ivec seen = lane < (float)(count - b * WIDTH);
+                score[b] = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
+                best = FN(max)(best, score[b]);
+            }
+            float top = FN(top)(best), shrink = m[g] == top ? 1.0f : expf(m[g] - top);
+            sum[g] *= shrink;
+            for (int b = 0; b * WIDTH < full; b++) {
+                ivec seen = lane < (float)(count - b * WIDTH);
+                vec w = (vec)((ivec)FN(exp)(score[b] - top) & seen);
+                memcpy(weight[g] + b * WIDTH, &w, sizeof w);
+                sum[g] += w;
+            }
+            m[g] = top;
+            if (shrink != 1.0f)
+                for (long d = 0; d < room; d++) acc[g * room + d] *= shrink;
+        }
+        if (heads > 4)
+            FN(values_8)(acc, room, weight, value, count, a->value_dim);
+        else if (heads > 2)
+            FN(values_4)(acc, room, weight, value, count, a->value_dim);
+        else if (heads > 1)
+            FN(values_2)(acc, room, weight, value, count, a->value_dim);
+        else
+            FN(values_1)(acc, room, weight, value, count, a->value_dim);
+    }
+    for (int g = 0; g < heads; g++) l[g] = FN(sum)(sum[g]);
 }
 
 /* Joins the parts of one job and writes its heads. A sink takes part in the softmax and has no value. */
-LOCAL void FN(join)(const attention *a, long first_head, int heads, long parts, const float *state, long size,
-                    E *output) {
-    long dim = a->value_dim;
+LOCAL void FN(join)(const attention *a, long first_head, int heads, long parts, float *state, E *output) {
+    long size = attention_room(a), room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH;
     for (int g = 0; g < heads; g++) {
         float best = a->sinks ? a->sinks[first_head + g] : -INFINITY;
         for (long p = 0; p < parts; p++) best = fmaxf(best, state[p * size + g]);
         float total = a->sinks ? expf(a->sinks[first_head + g] - best) : 0.0f;
-        for (long p = 0; p < parts; p++) total += state[p * size + heads + g] * expf(state[p * size + g] - best);
-        for (long d = 0; d < dim; d++) {
-            float sum = 0;
-            for (long p = 0; p < parts; p++)
-                sum += state[p * size + 2 * heads + g * dim + d] * expf(state[p * size + g] - best);
-            FN(put)(output + g * dim + d, sum / total);
+        for (long p = 0; p < parts; p++) {
+            state[p * size + g] = expf(state[p * size + g] - best); /* now the part's weight */
+            total += state[p * size + MAX_GROUP + g] * state[p * size + g];
         }
-    }
-}
-
-LOCAL long FN(parts_of)(const attention *a, long token) {
-    return (a->items[3 * token + 2] - a->items[3 * token + 1] + SPLIT - 1) / SPLIT;
-}
-
-/* A job is a query token, a key head and up to MAX_GROUP of the query heads that share it. */
-int FN(attention)(const void *arguments, int threads) {
-    const attention *a = arguments;
-    long group = a->heads / a->kv_heads, blocks = (group + MAX_GROUP - 1) / MAX_GROUP;
-    long jobs = a->tokens * a->kv_heads * blocks, most = a->most_parts;
-    long room = MAX_GROUP * (2 + a->value_dim); /* of a part's m, l and values */
-    float *states = malloc((size_t)(jobs * most * room) * sizeof *states);
-    if (!states) return 1;
-#pragma omp parallel num_threads(threads) if (threads > 1 && jobs * most > 1 && a->tokens * a->heads * a->longest * a->key_dim > SMALL)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (long index = 0; index < jobs * most; index++) {
-            long job = index / most, p = index % most, token = job / (a->kv_heads * blocks);
-            long kv_head = job / blocks % a->kv_heads, first = kv_head * group + job % blocks * MAX_GROUP;
-            int heads = (int)((kv_head + 1) * group - first);
-            if (heads > MAX_GROUP) heads = MAX_GROUP;
-            if (p >= FN(parts_of)(a, token)) continue;
-            const int32_t *item = a->items + 3 * token;
-            long from = item[1] + p * SPLIT, to = from + SPLIT < item[2] ? from + SPLIT : item[2];
-            float query[MAX_GROUP * MAX_DIM], *state = states + index * room;
-            for (int g = 0; g < heads; g++) {
-                const E *q = (const E *)a->query + token * a->query_token + (first + g) * a->query_head;
-                for (long d = 0; d < a->key_dim; d++) query[g * a->key_dim + d] = FN(get)(q + d);
+        for (long d = 0; d < a->value_dim; d += WIDTH) {
+            vec sum = {0};
+            for (long p = 0; p < parts; p++) {
+                vec v;
+                memcpy(&v, state + p * size + 2 * MAX_GROUP + g * room + d, sizeof v);
+                sum += v * state[p * size + g];
             }
-            FN(part)(a, a->table + item[0] * a->table_width, kv_head, query, heads, from, to, state, state + heads,
-                     state + 2 * heads);
-        }
-#pragma omp for schedule(static)
-        for (long job = 0; job < jobs; job++) {
-            long token = job / (a->kv_heads * blocks);
-            long kv_head = job / blocks % a->kv_heads, first = kv_head * group + job % blocks * MAX_GROUP;
-            int heads = (int)((kv_head + 1) * group - first);
-            if (heads > MAX_GROUP) heads = MAX_GROUP;
-            E *output = (E *)a->output + (token * a->heads + first) * a->value_dim;
-            FN(join)(a, first, heads, FN(parts_of)(a, token), states + job * most * room, room, output);
+            if (d + WIDTH <= a->value_dim)
+                FN(store)(output + g * a->value_dim + d, sum / total);
+            else
+                FN(store_part)(output + g * a->value_dim + d, sum / total, a->value_dim - d);
         }
     }
-    free(states);
+}
+
+/* Called by every thread of a team; all have finished when it returns. */
+void FN(attention_team)(const attention *a) {
+    long group = a->heads / a->kv_heads, blocks = attention_blocks(a), most = attention_parts(a);
+    long jobs = a->tokens * a->kv_heads * blocks, size = attention_room(a);
+    long query_room = (a->key_dim + CHUNK - 1) / CHUNK * CHUNK;
+#pragma omp for schedule(dynamic, 1)
+    for (long index = 0; index < jobs * most; index++) {
+        long job = index / most, p = index % most, token = job / (a->kv_heads * blocks);
+        long kv_head = job / blocks % a->kv_heads, first = kv_head * group + job % blocks * MAX_GROUP;
+        int heads = (int)((kv_head + 1) * group - first < MAX_GROUP ? (kv_head + 1) * group - first : MAX_GROUP);
+        const int32_t *item = a->items + 3 * token;
+        long from = item[1] + p * SPLIT, to = from + SPLIT < item[2] ? from + SPLIT : item[2];
+        if (from >= to) continue;
+        FN(element) query[MAX_GROUP * MAX_DIM];
+        float *state = a->states + index * size;
+        for (int g = 0; g < heads; g++) {
+            FN(element) *row = query + g * query_room;
+            FN(widen)(row, (const E *)a->query + token * a->query_token + (first + g) * a->query_head, a->key_dim);
+            memset(row + a->key_dim, 0, (size_t)(query_room - a->key_dim) * sizeof *row);
+        }
+        FN(part)(a, a->table + item[0] * a->table_width, kv_head, query, query_room, heads, from, to, state,
+                 state + MAX_GROUP, state + 2 * MAX_GROUP);
+    }
+#pragma omp for schedule(static)
+    for (long job = 0; job < jobs; job++) {
+        long token = job / (a->kv_heads * blocks);
+        long kv_head = job / blocks % a->kv_heads, first = kv_head * group + job % blocks * MAX_GROUP;
+        int heads = (int)((kv_head + 1) * group - first < MAX_GROUP ? (kv_head + 1) * group - first : MAX_GROUP);
+        long parts = (a->items[3 * token + 2] - a->items[3 * token + 1] + SPLIT - 1) / SPLIT;
+        E *output = (E *)a->output + (token * a->heads + first) * a->value_dim;
+        FN(join)(a, first, heads, parts, a->states + job * most * size, output);
+    }
+}
+
+int FN(attention)(const void *arguments, int threads) {
+    attention a = *(const attention *)arguments;
+    a.states = malloc((size_t)attention_states(&a) * sizeof *a.states);
+    if (!a.states) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && a.tokens * a.heads * a.longest * a.key_dim > SMALL)
+    FN(attention_team)(&a);
+    free(a.states);
     return 0;
 }
 #endif

@@ -5,15 +5,30 @@
 
 #define MAX_GROUP 8 /* query heads that share one pass over the keys */
 #define MAX_DIM 512
-#define SPLIT 1024 /* tokens of a part */
+#define SPLIT 256 /* tokens of a part */
 
 typedef struct {
     const void *query, *keys, *values;
     const int32_t *table, *items;
     const float *sinks; /* [heads], or NULL */
     void *output;
-    long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head, most_parts,
+    float *states; /* attention_states() floats */
+    long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head,
         longest; /* visible tokens of the longest item */
     float scaling, softcap; /* softcap 0: none */
 } attention;
+
+/* A job is a query token, a key head and up to MAX_GROUP of the query heads that share it. */
+static inline long attention_blocks(const attention *a) {
+    return (a->heads / a->kv_heads + MAX_GROUP - 1) / MAX_GROUP;
+}
+static inline long attention_parts(const attention *a) {
+    return a->longest > SPLIT ? (a->longest + SPLIT - 1) / SPLIT : 1;
+}
+static inline long attention_room(const attention *a) { /* floats of a part's maxima, sums and values */
+    return MAX_GROUP * (2 + (a->value_dim + 15) / 16 * 16);
+}
+static inline long attention_states(const attention *a) {
+    return a->tokens * a->kv_heads * attention_blocks(a) * attention_parts(a) * attention_room(a);
+}
 #endif

@@ -1,245 +1,274 @@
-/* y = x W^T + bias (+ residual) for few rows, on the weight as nn.Linear keeps it.
+/* y = x W^T + bias (or residual + factor (x W^T + bias)) for few rows, on the weight as nn.Linear keeps it.
  *
  * x         [rows, inputs]       contiguous
  * weight    [outputs, inputs]    contiguous, streamed once for all rows
  * bias      [outputs] or NULL
  * residual  [rows, outputs] or NULL; added after y was rounded to its format, as stock does
- * y         [rows, outputs]
+ * y         [rows, outputs]      rows `stride` elements apart; the residual's likewise
  *
  * Every (row, output) has one accumulator over `inputs` and one order of the final sum, whatever the tile: a row's result does
- * not depend on how many rows there are. Threads split the outputs. */
+ * not depend on how many rows there are. Threads split the outputs.
+ *
+ * A team of threads calls `linear_prepare`, where they meet, and then each thread `linear_share`. */
 #ifndef LLMOPT_LINEAR
 #define LLMOPT_LINEAR
 #include "linear.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "types.h"
 #define SMALL 32768 /* weights below which waking a thread costs more than it saves */
+#define OUT 16      /* outputs of a block: the sums of 16 accumulators are formed together */
+#define PANEL 16384 /* bytes of x that stay in the nearest cache beside the weights */
 #define SELF "linear.c"
 #include "levels.h"
 #elif defined(FORMAT)
 
-#define OUT 16 /* outputs of a block: the sums of 16 accumulators are formed together */
-
-/* The sums of 16 vectors: a tree of four pairings of neighbours; lane i is the sum of a[i]. */
-INLINE vec FN(sums)(const vec *a) {
-    vec b[8], c[4], d[2];
-    for (int i = 0; i < 8; i++) {
-        ivec even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-        ivec odd = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-        b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], even) + __builtin_shuffle(a[2 * i], a[2 * i + 1], odd);
-    }
-    for (int i = 0; i < 4; i++) {
-        ivec low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-        ivec high = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-        c[i] = __builtin_shuffle(b[2 * i], b[2 * i + 1], low) + __builtin_shuffle(b[2 * i], b[2 * i + 1], high);
-    }
-    for (int i = 0; i < 2; i++) {
-        ivec low = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-        ivec high = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-        d[i] = __builtin_shuffle(c[2 * i], c[2 * i + 1], low) + __builtin_shuffle(c[2 * i], c[2 * i + 1], high);
-    }
-    ivec low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    ivec high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-    return __builtin_shuffle(d[0], d[1], low) + __builtin_shuffle(d[0], d[1], high);
-}
-
-#if defined(HAS_BF16_DOT) && DTYPE == 1
-/* Pairs of bf16 products summed into float by one instruction. */
-typedef uint16_t FN(element);
-#define CHUNK 32
-#define WEIGHTS __m512bh
-#define FETCH(p) ((__m512bh)_mm512_loadu_si512(p))
-#define DOT(sum, x, w) ((vec)_mm512_dpbf16_ps((__m512)(sum), x, w))
-#else
-typedef float FN(element);
-#define CHUNK WIDTH
-#define WEIGHTS vec
-#define FETCH(p) FN(load)(p)
-#define DOT(sum, x, w) ((sum) + (x) * (w))
-#endif
-
+/* Adds `count` inputs to the vectors of M rows and N outputs, which lie in `sums` between the panels, and asks for its
+ * share of the weights `ahead` elements on, so that memory is busy while other rows are computed. After the last panel, the sums go to `lines` [rows][OUT]. */
 #define ROWS_BY_OUTPUTS(M, N)                                                                                          \
-    INLINE void FN(tile_##M##_##N)(const FN(element) * x, const E *w, long inputs, long whole, vec *sums) {            \
-        vec a[16];                                                                                                     \
-        for (int i = 0; i < 16; i++) a[i] = FN(splat)(0);                                                              \
-        for (long k = 0; k < whole; k += CHUNK) {                                                                      \
+    INLINE void FN(tile_##M##_##N)(const FN(element) * x, const E *w, long inputs, long count, long ahead, int share,  \
+                                   int shares, int first, int last, vec *sums, float *lines) {                         \
+        vec a[16] = {0};                                                                                               \
+        if (!first) memcpy(a, sums, M * N * sizeof *a);                                                                \
+        for (long k = 0; k < count; k += CHUNK) {                                                                      \
             WEIGHTS wide[N];                                                                                           \
-            _Pragma("GCC unroll 16") for (int n = 0; n < N; n++) {                                                     \
-                wide[n] = FETCH(w + n * inputs + k);                                                                   \
-                __builtin_prefetch((const char *)(w + n * inputs + k) + N * inputs * (long)sizeof(E));                 \
-            }                                                                                                          \
+            _Pragma("GCC unroll 16") for (int n = 0; n < N; n++) wide[n] = FETCH(w + n * inputs + k);                  \
+            for (int n = share; n < N; n += shares) __builtin_prefetch(w + n * inputs + k + ahead);                    \
             _Pragma("GCC unroll 16") for (int m = 0; m < M; m++) {                                                     \
                 WEIGHTS row;                                                                                           \
                 memcpy(&row, x + m * inputs + k, sizeof row);                                                          \
                 _Pragma("GCC unroll 16") for (int n = 0; n < N; n++) a[m * N + n] = DOT(a[m * N + n], row, wide[n]);   \
             }                                                                                                          \
         }                                                                                                              \
-        *sums = FN(sums)(a);                                                                                           \
+        if (!last) {                                                                                                   \
+            memcpy(sums, a, M * N * sizeof *a);                                                                        \
+            return;                                                                                                    \
+        }                                                                                                              \
+        vec sum = FN(sums)(a);                                                                                         \
+        float lanes[WIDTH];                                                                                            \
+        memcpy(lanes, &sum, sizeof sum);                                                                               \
+        for (int m = 0; m < M; m++) memcpy(lines + m * OUT, lanes + m * N, N * 4);                                     \
     }
 ROWS_BY_OUTPUTS(1, 8)
 ROWS_BY_OUTPUTS(2, 8)
 ROWS_BY_OUTPUTS(4, 4)
-ROWS_BY_OUTPUTS(8, 2)
 #undef ROWS_BY_OUTPUTS
 
-/* What the vectors leave over, then bias, rounding and residual. */
-LOCAL void FN(finish)(const linear *a, long m, long n, long whole, float sum) {
-    const E *x = (const E *)a->x + m * a->inputs, *w = (const E *)a->weight + n * a->inputs;
-    for (long k = whole; k < a->inputs; k++) sum += FN(get)(x + k) * FN(get)(w + k);
-    if (a->bias) sum += FN(get)((const E *)a->bias + n);
-    E *y = (E *)a->y + m * a->outputs + n;
-    FN(put)(y, sum);
-    if (a->residual) FN(put)(y, FN(get)(y) + FN(get)((const E *)a->residual + m * a->outputs + n));
-}
-
-/* The sums of `count` neighbouring outputs of one row. */
-INLINE void FN(finish_all)(const linear *a, long m, long n, long whole, const float *sums, int count) {
-    if (whole == a->inputs && !a->bias && !a->residual) {
-        vec v = {0};
-        memcpy(&v, sums, (size_t)count * 4);
-        FN(store_part)((E *)a->y + m * a->outputs + n, v, count);
-    } else
-        for (int i = 0; i < count; i++) FN(finish)(a, m, n + i, whole, sums[i]);
+/* What the vectors leave over, then bias, rounding, factor and residual, for `count` neighbouring outputs of one row. */
+INLINE void FN(finish)(const linear *a, long m, long n, long whole, const float *sums, long count) {
+    float line[WIDTH] = {0};
+    memcpy(line, sums, (size_t)count * 4);
+    for (long k = whole; k < a->inputs; k++)
+        for (long i = 0; i < count; i++)
+            line[i] += FN(get)((const E *)a->x + m * a->inputs + k) * FN(get)((const E *)a->weight + (n + i) * a->inputs + k);
+    vec v;
+    memcpy(&v, line, sizeof v);
+    const E *bias = a->bias, *residual = a->residual;
+    if (bias) v += count == WIDTH ? FN(load)(bias + n) : FN(load_part)(bias + n, count);
+    if (a->factor != 1.0f) v = FN(rounded)(v) * a->factor;
+    if (residual) {
+        residual += m * a->stride + n;
+        v = FN(rounded)(v) + (count == WIDTH ? FN(load)(residual) : FN(load_part)(residual, count));
+    }
+    E *y = (E *)a->y + m * a->stride + n;
+    if (count == WIDTH)
+        FN(store)(y, v);
+    else
+        FN(store_part)(y, v, count);
 }
 
 /* One output: the same accumulator and the same order as in a tile. */
-LOCAL void FN(single)(const linear *a, const FN(element) * x, long m, long n, long whole) {
-    vec sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = FN(splat)(0);
+LOCAL float FN(single)(const linear *a, const FN(element) * x, long m, long n, long whole) {
+    vec sums[16] = {0};
     for (long k = 0; k < whole; k += CHUNK) {
         WEIGHTS row;
         memcpy(&row, x + m * a->inputs + k, sizeof row);
         sums[0] = DOT(sums[0], row, FETCH((const E *)a->weight + n * a->inputs + k));
     }
-    FN(finish)(a, m, n, whole, FN(sums)(sums)[0]);
+    return FN(sums)(sums)[0];
 }
 
-LOCAL void FN(block)(const linear *a, const FN(element) * x, long n0, long n1) {
-    long inputs = a->inputs, whole = inputs - inputs % CHUNK;
-    for (long n = n0; n < n1; n += OUT) {
-        long m = 0;
+/* Blocks of 16 outputs and up to 16 rows, a panel of inputs at a time: x stays in the nearest cache. */
+LOCAL void FN(vector_blocks)(const linear *a, const FN(element) * x, long from, long to) {
+    long inputs = a->inputs, whole = inputs - inputs % CHUNK, group = a->rows < OUT ? a->rows : OUT;
+    long fitting = PANEL / (group * (long)sizeof *x) / CHUNK * CHUNK, panel = fitting < whole ? fitting : whole;
+    for (long n = from; n < to; n += OUT)
+        for (long top = 0; top < a->rows; top += OUT) {
+            long rows = a->rows - top < OUT ? a->rows - top : OUT, outputs = to - n < OUT ? to - n : OUT, k = 0;
+            vec sums[OUT * OUT];
+            float lines[OUT * OUT];
+            do {
+                long count = whole - k < panel ? whole - k : panel, m = 0, part;
+                int last = k + count == whole;
+                /* of the same outputs, of the next block, or (all rows fit one tile) of the next tile */
+                long ahead = !last ? panel : OUT * inputs - k;
+                int share = 0, shares = (int)(rows / 4 + rows % 4 / 2 + rows % 2);
+                vec *next = sums;
 #define TILES(M, N)                                                                                                    \
-    for (; a->rows - m >= M; m += M)                                                                                   \
-        for (long part = 0; part < OUT; part += N) {                                                                   \
-            vec sums;                                                                                                  \
-            if (n + part + N <= n1) {                                                                                  \
-                FN(tile_##M##_##N)(x + m * inputs, (const E *)a->weight + (n + part) * inputs, inputs, whole, &sums);  \
-                float lanes[WIDTH];                                                                                    \
-                memcpy(lanes, &sums, sizeof sums);                                                                     \
-                for (int i = 0; i < M; i++) FN(finish_all)(a, m + i, n + part, whole, lanes + i * N, N);               \
-            } else                                                                                                     \
-                for (int i = 0; i < M; i++)                                                                            \
-                    for (long j = n + part; j < n1; j++) FN(single)(a, x, m + i, j, whole);                            \
-        }
-        TILES(8, 2)
-        TILES(4, 4)
-        TILES(2, 8)
-        TILES(1, 8)
-#undef TILES
+    for (; rows - m >= M; m += M) {                                                                                    \
+        for (part = 0; part + N <= outputs; part += N, next += M * N)                                                  \
+            FN(tile_##M##_##N)(x + (top + m) * inputs + k, (const E *)a->weight + (n + part) * inputs + k, inputs,     \
+                               count, shares == 1 && panel == whole ? N * inputs : ahead, share, shares, !k, last,     \
+                               next, lines + m * OUT + part);                                                          \
+        share++;                                                                                                       \
+        for (int i = 0; last && i < M; i++)                                                                            \
+            for (long j = part; j < outputs; j++)                                                                      \
+                lines[(m + i) * OUT + j] = FN(single)(a, x, top + m + i, n + j, whole);                                \
     }
+                TILES(4, 4)
+                TILES(2, 8)
+                TILES(1, 8)
+#undef TILES
+                k += count;
+            } while (k < whole);
+            for (long m = 0; m < rows; m++) FN(finish)(a, top + m, n, whole, lines + m * OUT, outputs);
+        }
 }
 
 #if defined(HAS_AMX) && DTYPE == 1
-/* Tiles multiply 16 outputs x 32 inputs of the weight, as it lies, with 32 inputs x 16 rows of x, so that every weight is read
- * once for up to 16 rows. x is laid out in pairs beforehand: packed[k / 2][row][2]. */
+/* Tiles multiply 16 outputs x 32 inputs of the weight, as it lies, with 32 inputs x up to 16 rows of x, so that every weight
+ * is read once for 16 rows. x lies in groups of 16 rows (the last may be smaller), each as [inputs / 2][rows][2]; a single
+ * row lies so already. */
+#define TILED(a) ((a)->inputs >= 32 && (a)->outputs >= 16)
+
+/* 16 x 16 numbers, rows and columns exchanged: Eklundh's exchanges at distance 1, 2, 4, 8. */
+INLINE void FN(transpose)(ivec *r) {
+#define KEEP(j, s) ((j) & s ? 16 + (j) - s : (j))
+#define SWAP(j, s) ((j) & s ? 16 + (j) : (j) + s)
+#define ALL(F, s)                                                                                                      \
+    {F(0, s), F(1, s), F(2, s),  F(3, s),  F(4, s),  F(5, s),  F(6, s),  F(7, s),                                      \
+     F(8, s), F(9, s), F(10, s), F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)}
+#define EXCHANGE(s)                                                                                                    \
+    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & s)) {                                              \
+        ivec a = r[i], b = r[i + s];                                                                                   \
+        r[i] = __builtin_shuffle(a, b, (ivec)ALL(KEEP, s));                                                            \
+        r[i + s] = __builtin_shuffle(a, b, (ivec)ALL(SWAP, s));                                                        \
+    }
+    EXCHANGE(1)
+    EXCHANGE(2)
+    EXCHANGE(4)
+    EXCHANGE(8)
+#undef KEEP
+#undef SWAP
+#undef ALL
+#undef EXCHANGE
+}
+
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 } FN(tiles);
 
-LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long first, long rows, long from, long to) {
+LOCAL void FN(tile_shape)(long rows) {
     FN(tiles) shape = {.palette = 1};
-    for (int i = 0; i < 6; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    for (int i = 0; i < 5; i++) shape.bytes[i] = i < 3 ? (uint16_t)(4 * rows) : 64, shape.rows[i] = 16;
     _tile_loadconfig(&shape);
-    long inputs = a->inputs, whole = inputs - inputs % 32;
-    const uint16_t *weight = a->weight;
-    for (long n = from; n < to; n += 32) { /* two blocks of outputs at a time hide the latency of a product */
-        int both = n + 32 <= to;
-        const uint16_t *low = weight + n * inputs, *high = both ? low + 16 * inputs : low;
-        float sums[2][16][16];
-        _tile_zero(0);
-        _tile_zero(1);
-        for (long k = 0; k < whole; k += 32) {
-            _tile_loadd(2, packed + k * 16, 64);
-            _tile_loadd(3, low + k, inputs * 2);
-            _tile_dpbf16ps(0, 3, 2);
-            if (both) {
-                _tile_loadd(4, high + k, inputs * 2);
-                _tile_dpbf16ps(1, 4, 2);
-            }
-        }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        for (int b = 0; b <= both; b++)
-            for (long m = 0; m < rows; m++) {
-                float line[16];
-                for (int i = 0; i < 16; i++) line[i] = sums[b][i][m];
-                FN(finish_all)(a, first + m, n + 16 * b, whole, line, 16);
-            }
-    }
-    _tile_release();
 }
 
-LOCAL int FN(linear_tiles)(const linear *a, int threads) {
-    long blocks = a->outputs / 16, rest = blocks * 16, whole = a->inputs - a->inputs % 32;
-    uint16_t *packed = calloc((size_t)((a->rows + 15) / 16 * 16 * whole), 2); /* [groups of 16 rows][inputs / 2][16][2] */
-    if (!packed) return 1;
-    const uint16_t *x = a->x;
-    for (long m = 0; m < a->rows; m++)
-        for (long k = 0; k < whole; k += 2)
-            memcpy(packed + (m / 16) * 16 * whole + k * 16 + m % 16 * 2, x + m * a->inputs + k, 4);
-#pragma omp parallel num_threads(threads) if (threads > 1 && a->outputs * a->inputs > SMALL)
-    {
-#ifdef _OPENMP
-        long t = omp_get_thread_num(), n = omp_get_num_threads();
-#else
-        long t = 0, n = 1;
-#endif
-        for (long m = 0; m < a->rows; m += 16)
-            FN(tile_blocks)(a, packed + m * whole, m, a->rows - m < 16 ? a->rows - m : 16, blocks * t / n * 16,
-                            blocks * (t + 1) / n * 16);
-        if (t == n - 1)
-            for (long m = 0; m < a->rows; m++)
-                for (long j = rest; j < a->outputs; j++) FN(single)(a, x, m, j, whole);
+LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long from, long to) {
+    long inputs = a->inputs, whole = inputs - inputs % 32, shaped = 0;
+    for (long n = from; n + 16 <= to; n += 32) { /* two blocks of outputs at a time hide the latency of a product */
+        int both = n + 32 <= to;
+        const uint16_t *low = (const uint16_t *)a->weight + n * inputs, *high = both ? low + 16 * inputs : low;
+        for (long first = 0; first < a->rows; first += 16) {
+            long rows = a->rows - first < 16 ? a->rows - first : 16;
+            const uint16_t *x = packed + first * whole;
+            float sums[2][16][16] __attribute__((aligned(64)));
+            if (rows != shaped) FN(tile_shape)(shaped = rows);
+            _tile_zero(0);
+            _tile_zero(1);
+            for (long k = 0; k < whole; k += 32) {
+                _tile_loadd(2, x + k * rows, 4 * rows);
+                _tile_loadd(3, low + k, inputs * 2);
+                _tile_dpbf16ps(0, 3, 2);
+                if (both) {
+                    _tile_loadd(4, high + k, inputs * 2);
+                    _tile_dpbf16ps(1, 4, 2);
+                }
+            }
+            _tile_stored(0, sums[0], 64);
+            _tile_stored(1, sums[1], 64);
+            for (int b = 0; b <= both; b++)
+                if (rows == 1) {
+                    float line[16];
+                    for (int i = 0; i < 16; i++) line[i] = sums[b][i][0];
+                    FN(finish)(a, first, n + 16 * b, whole, line, 16);
+                } else {
+                    FN(transpose)((ivec *)sums[b]);
+                    for (long m = 0; m < rows; m++) FN(finish)(a, first + m, n + 16 * b, whole, sums[b][m], 16);
+                }
+        }
     }
-    free(packed);
-    return 0;
+    if (shaped) _tile_release();
 }
 #endif
+
+/* Called by every thread of a team: lays x out as `linear_share` reads it. */
+void FN(linear_prepare)(const linear *a) {
+#if defined(HAS_AMX) && DTYPE == 1
+    if (TILED(a) && a->rows > 1) {
+        long inputs = a->inputs, whole = inputs - inputs % 32, groups = (a->rows + 15) / 16;
+#pragma omp for schedule(static)
+        for (long k = 0; k < whole; k += 32) /* all rows of a group share a line of memory, so threads split the inputs */
+            for (long g = 0; g < groups; g++) {
+                long rows = a->rows - 16 * g < 16 ? a->rows - 16 * g : 16;
+                uint16_t *packed = (uint16_t *)a->scratch + 16 * g * whole + k * rows;
+                ivec block[16] = {0};
+                for (long m = 0; m < rows; m++)
+                    memcpy(block + m, (const uint16_t *)a->x + (16 * g + m) * inputs + k, sizeof *block);
+                FN(transpose)(block);
+                for (long i = 0; i < 16; i++)
+                    _mm512_mask_storeu_epi32(packed + 2 * i * rows, (__mmask16)((1 << rows) - 1), (__m512i)block[i]);
+            }
+    }
+#elif DTYPE == 0 || defined(HAS_BF16_DOT) && DTYPE == 1
+    (void)a;
+#else
+#pragma omp for schedule(static)
+    for (long m = 0; m < a->rows; m++)
+        FN(widen)((FN(element) *)a->scratch + m * a->inputs, (const E *)a->x + m * a->inputs, a->inputs);
+#endif
+}
+
+/* The outputs [from, to) of thread t of n. */
+void FN(linear_range)(const linear *a, long t, long n, long *from, long *to) {
+    long blocks = (a->outputs + OUT - 1) / OUT;
+    *from = blocks * t / n * OUT, *to = blocks * (t + 1) / n * OUT;
+    if (*to > a->outputs) *to = a->outputs;
+}
+
+/* Thread t's share of n, once all rows are laid out. */
+void FN(linear_share)(const linear *a, long t, long n) {
+    long from, to;
+    FN(linear_range)(a, t, n, &from, &to);
+#if defined(HAS_AMX) && DTYPE == 1
+    if (TILED(a)) {
+        FN(tile_blocks)(a, a->rows > 1 ? a->scratch : a->x, from, to);
+        for (long m = 0; m < a->rows; m++)
+            for (long j = to - to % 16; j < to; j++) {
+                float sum = FN(single)(a, a->x, m, j, a->inputs - a->inputs % 32);
+                FN(finish)(a, m, j, a->inputs - a->inputs % 32, &sum, 1);
+            }
+        return;
+    }
+#endif
+#if DTYPE == 0 || (defined(HAS_BF16_DOT) && DTYPE == 1)
+    FN(vector_blocks)(a, a->x, from, to);
+#else
+    FN(vector_blocks)(a, a->scratch, from, to);
+#endif
+}
 
 int FN(linear)(const void *arguments, int threads) {
-    const linear *a = arguments;
-#if defined(HAS_AMX) && DTYPE == 1
-    if (a->inputs >= 32 && a->outputs >= 16) return FN(linear_tiles)(a, threads);
-#endif
-    float *wide = NULL;
-#if DTYPE == 0 || (defined(HAS_BF16_DOT) && DTYPE == 1)
-    const FN(element) *x = a->x;
-#else
-    wide = malloc((size_t)(a->rows * a->inputs) * sizeof *wide);
-    if (!wide) return 1;
-    for (long i = 0; i < a->rows * a->inputs; i++) wide[i] = FN(get)((const E *)a->x + i);
-    const FN(element) *x = wide;
-#endif
-    long blocks = (a->outputs + OUT - 1) / OUT;
-#pragma omp parallel num_threads(threads) if (threads > 1 && a->outputs * a->inputs > SMALL)
+    linear a = *(const linear *)arguments;
+    a.scratch = malloc(linear_scratch(a.rows, a.inputs));
+    if (!a.scratch) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs > SMALL)
     {
-#ifdef _OPENMP
-        long t = omp_get_thread_num(), n = omp_get_num_threads();
-#else
-        long t = 0, n = 1;
-#endif
-        long from = blocks * t / n * OUT, to = blocks * (t + 1) / n * OUT;
-        FN(block)(a, x, from, to < a->outputs ? to : a->outputs);
+        FN(linear_prepare)(&a);
+        FN(linear_share)(&a, team_thread(), team_size());
     }
-    free(wide);
+    free(a.scratch);
     return 0;
 }
-#undef OUT
-#undef CHUNK
-#undef WEIGHTS
-#undef FETCH
-#undef DOT
+#undef TILED
 #endif

@@ -16,11 +16,12 @@
 #endif
 
 #include "activation.h"
+#include "argmax.h"
 #include "attention.h"
 #include "conv1d.h"
+#include "layer.h"
 #include "linear.h"
 #include "norm.h"
-#include "rotary.h"
 
 typedef int kernel(const void *arguments, int threads); /* not 0: no memory */
 
@@ -44,11 +45,12 @@ typedef int kernel(const void *arguments, int threads); /* not 0: no memory */
     DECLARE_LEVELS(op, f32) DECLARE_LEVELS(op, bf16) DECLARE_LEVELS(op, f16)                                           \
     static kernel *const op##_table[3][LEVELS] = {LIST_LEVELS(op, f32), LIST_LEVELS(op, bf16), LIST_LEVELS(op, f16)};
 TABLE(activation)
+TABLE(argmax)
 TABLE(attention)
 TABLE(conv1d)
+TABLE(layers)
 TABLE(linear)
 TABLE(norm)
-TABLE(rotary)
 
 static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
@@ -93,25 +95,45 @@ static PyObject *run(kernel *const table[3][LEVELS], const reader *r, long long 
     long long level = number(&r), format = number(&r);                                                                 \
     int threads = (int)number(&r);
 
+/* Parts of operations, in the order in which ops.py lists them. */
+static norm read_norm(reader *r) {
+    norm a = {0};
+    a.weight = pointer(r), a.bias = pointer(r), a.width = number(r);
+    a.epsilon = real(r);
+    a.centre = (int)number(r), a.variant = (int)number(r);
+    return a;
+}
+
+static linear read_linear(reader *r) {
+    linear a = {0};
+    a.weight = pointer(r), a.bias = pointer(r), a.outputs = number(r), a.inputs = number(r);
+    a.factor = real(r);
+    return a;
+}
+
+static attention read_attention(reader *r) {
+    attention a = {0};
+    a.keys = pointer(r), a.values = pointer(r), a.table = pointer(r), a.items = pointer(r), a.sinks = pointer(r);
+    a.tokens = number(r), a.heads = number(r), a.kv_heads = number(r), a.key_dim = number(r);
+    a.value_dim = number(r), a.page_size = number(r), a.table_width = number(r), a.longest = number(r);
+    a.scaling = real(r), a.softcap = real(r);
+    return a;
+}
+
 static PyObject *py_attention(PyObject *self, PyObject *const *items, Py_ssize_t count) {
     (void)self;
     OPEN
-    attention a = {0};
-    a.query = pointer(&r), a.keys = pointer(&r), a.values = pointer(&r);
-    a.table = pointer(&r), a.items = pointer(&r), a.sinks = pointer(&r), a.output = pointer(&r);
-    a.tokens = number(&r), a.heads = number(&r), a.kv_heads = number(&r), a.key_dim = number(&r);
-    a.value_dim = number(&r), a.page_size = number(&r), a.table_width = number(&r), a.query_token = number(&r);
-    a.query_head = number(&r), a.most_parts = number(&r), a.longest = number(&r);
-    a.scaling = real(&r), a.softcap = real(&r);
+    attention a = read_attention(&r);
+    a.query = pointer(&r), a.query_token = number(&r), a.query_head = number(&r), a.output = pointer(&r);
     return run(attention_table, &r, level, format, threads, &a);
 }
 
 static PyObject *py_linear(PyObject *self, PyObject *const *items, Py_ssize_t count) {
     (void)self;
     OPEN
-    linear a = {0};
-    a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.residual = pointer(&r), a.y = pointer(&r);
-    a.rows = number(&r), a.outputs = number(&r), a.inputs = number(&r);
+    linear a = read_linear(&r);
+    a.stride = a.outputs;
+    a.x = pointer(&r), a.residual = pointer(&r), a.y = pointer(&r), a.rows = number(&r);
     return run(linear_table, &r, level, format, threads, &a);
 }
 
@@ -127,11 +149,8 @@ static PyObject *py_conv1d(PyObject *self, PyObject *const *items, Py_ssize_t co
 static PyObject *py_norm(PyObject *self, PyObject *const *items, Py_ssize_t count) {
     (void)self;
     OPEN
-    norm a = {0};
-    a.x = pointer(&r), a.weight = pointer(&r), a.bias = pointer(&r), a.y = pointer(&r);
-    a.rows = number(&r), a.width = number(&r);
-    a.epsilon = real(&r);
-    a.centre = (int)number(&r), a.variant = (int)number(&r);
+    norm a = read_norm(&r);
+    a.x = pointer(&r), a.y = pointer(&r), a.rows = number(&r);
     return run(norm_table, &r, level, format, threads, &a);
 }
 
@@ -145,16 +164,44 @@ static PyObject *py_activation(PyObject *self, PyObject *const *items, Py_ssize_
     return run(activation_table, &r, level, format, threads, &a);
 }
 
-static PyObject *py_rotary(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+static PyObject *py_argmax(PyObject *self, PyObject *const *items, Py_ssize_t count) {
     (void)self;
     OPEN
-    rotary a = {0};
-    a.query = pointer(&r), a.key = pointer(&r), a.value = pointer(&r), a.cosine = pointer(&r), a.sine = pointer(&r);
-    a.slots = pointer(&r), a.keys = pointer(&r), a.values = pointer(&r);
-    a.tokens = number(&r), a.heads = number(&r), a.kv_heads = number(&r), a.key_dim = number(&r);
-    a.value_dim = number(&r), a.rotated = number(&r);
-    a.interleaved = (int)number(&r);
-    return run(rotary_table, &r, level, format, threads, &a);
+    argmax a = {0};
+    a.x = pointer(&r), a.best = pointer(&r), a.rows = number(&r), a.width = number(&r), a.stride = number(&r);
+    return run(argmax_table, &r, level, format, threads, &a);
+}
+
+static layer read_layer(reader *r) {
+    layer a = {0};
+    norm *norms[] = {&a.before_attention, &a.query_norm, &a.key_norm, &a.after_attention, &a.before_mlp, &a.after_mlp};
+    for (int i = 0; i < 6; i++) *norms[i] = read_norm(r);
+    linear *products[] = {&a.query, &a.key, &a.value, &a.output, &a.gate, &a.up, &a.down};
+    for (int i = 0; i < 7; i++) *products[i] = read_linear(r);
+    a.attention = read_attention(r);
+    a.turns.cosine = pointer(r), a.turns.sine = pointer(r), a.turns.slots = pointer(r);
+    a.turns.rotated = number(r), a.turns.pairs = (int)number(r);
+    a.turns.key = pointer(r), a.turns.value = pointer(r), a.turns.head = number(r), a.turns.value_head = number(r);
+    a.turns.keys = (void *)a.attention.keys, a.turns.values = (void *)a.attention.values;
+    a.turns.heads = a.attention.heads, a.turns.kv_heads = a.attention.kv_heads;
+    a.turns.key_dim = a.attention.key_dim, a.turns.value_dim = a.attention.value_dim;
+    a.kind = (int)number(r), a.parallel = (int)number(r);
+    return a;
+}
+
+static PyObject *py_layers(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    stack all = {0};
+    all.x = pointer(&r), all.y = pointer(&r), all.spent = pointer(&r);
+    all.tokens = number(&r), all.hidden = number(&r), all.count = number(&r);
+    if (all.count < 1 || all.count > count) r.next = -1; /* refused below */
+    all.layers = r.next < 0 ? NULL : PyMem_Calloc((size_t)all.count, sizeof(layer));
+    if (r.next >= 0 && !all.layers) return PyErr_NoMemory();
+    for (long i = 0; all.layers && i < all.count; i++) all.layers[i] = read_layer(&r);
+    PyObject *result = run(layers_table, &r, level, format, threads, &all);
+    PyMem_Free(all.layers);
+    return result;
 }
 
 #ifdef X86_LEVELS
@@ -196,12 +243,13 @@ static PyObject *py_levels(PyObject *self, PyObject *none) {
 }
 
 static PyMethodDef methods[] = {
+    {"argmax", (PyCFunction)(void (*)(void))py_argmax, METH_FASTCALL, "See argmax.c."},
     {"attention", (PyCFunction)(void (*)(void))py_attention, METH_FASTCALL, "See attention.c."},
     {"conv1d", (PyCFunction)(void (*)(void))py_conv1d, METH_FASTCALL, "See conv1d.c."},
+    {"layers", (PyCFunction)(void (*)(void))py_layers, METH_FASTCALL, "See layer.c."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
     {"activation", (PyCFunction)(void (*)(void))py_activation, METH_FASTCALL, "See activation.c."},
-    {"rotary", (PyCFunction)(void (*)(void))py_rotary, METH_FASTCALL, "See rotary.c."},
     {"levels", py_levels, METH_NOARGS, "Names of the instruction set levels this machine can run, best last."},
     {NULL, NULL, 0, NULL},
 };

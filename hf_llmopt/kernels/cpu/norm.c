@@ -7,7 +7,7 @@
  *
  * variant (RMSNorm), with r = 1 / sqrt(mean(x^2) + epsilon) and R() a rounding to the storage format:
  *   0   R(w * R(x r))          Llama, Qwen, Mistral, Phi-3 ...
- *   1   R((1 + w) * (x r))     Gemma
+ *   1   R((1 + w) * (x r))     Gemma; of LayerNorm, Nemotron
  *   2   R(w * (x r))           OLMo 2, gpt-oss */
 #ifndef LLMOPT_NORM
 #define LLMOPT_NORM
@@ -16,7 +16,10 @@
 #include "levels.h"
 #elif defined(FORMAT)
 
-LOCAL void FN(norm_row)(const norm *a, const E *x, E *y) {
+/* One row; x and y may be the same. */
+void FN(norm_row)(const norm *a, const void *from, void *to) {
+    const E *x = from;
+    E *y = to;
     const E *weight = a->weight, *bias = a->bias;
     long width = a->width, tail = width % WIDTH, whole = width - tail;
     float mean = 0;
@@ -39,10 +42,10 @@ LOCAL void FN(norm_row)(const norm *a, const E *x, E *y) {
         vec v = ((n == WIDTH ? FN(load)(x + i) : FN(load_part)(x + i, n)) - mean) * r;
         if (weight) {
             vec w = n == WIDTH ? FN(load)(weight + i) : FN(load_part)(weight + i, n);
-            if (a->centre || a->variant == 2)
-                v = v * w;
-            else if (a->variant == 1)
+            if (a->variant == 1)
                 v = v * (w + 1.0f);
+            else if (a->centre || a->variant == 2)
+                v = v * w;
             else
                 v = FN(rounded)(v) * w;
         }

@@ -6,12 +6,14 @@ Callers see to it that tensors are on the CPU, of one dtype in `DTYPES`, and con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch  # before the extension: both must share torch's OpenMP runtime
 from torch import Tensor
+
+from ..arguments import Norm, Product, Seen, Stage
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
@@ -56,36 +58,82 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-MAX_DIM, SPLIT = 512, 1024  # as in attention.h
+MAX_DIM = 512  # as in attention.h
 
 
-def attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    items: Tensor,
-    page_size: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    longest: int | None = None,
-) -> Tensor:
-    """See `reference.paged_attention`; `longest` is the most keys an item sees, if the caller knows."""
-    tokens, heads, key_dim = query.shape
-    kv_heads, value_dim = values.shape[1], values.shape[2]
-    if longest is None:
-        longest = int((items[:, 2] - items[:, 1]).max())
-    parts = max(1, -(-longest // SPLIT))
-    output = query.new_empty(tokens, heads, value_dim)
-    sinks = None if sinks is None else sinks.float().contiguous()
-    _C.attention(
-        _level, DTYPES[query.dtype], torch.get_num_threads(),
-        query.data_ptr(), keys.data_ptr(), values.data_ptr(), table.data_ptr(), items.data_ptr(), _address(sinks),
-        output.data_ptr(),
-        tokens, heads, kv_heads, key_dim, value_dim, page_size, table.shape[1], query.stride(0), query.stride(1), parts,
-        longest,
+_NO_NORM, _NO_PRODUCT = (0, 0, 0, 0.0, 0, 0), (0, 0, 0, 0, 0.0)
+
+
+def _norm_numbers(norm: Norm) -> tuple[int | float, ...]:
+    weight, bias, width, epsilon, centre, variant = norm
+    return _address(weight), _address(bias), width, epsilon, centre, variant
+
+
+def _product_numbers(product: Product) -> tuple[int | float, ...]:
+    weight, bias, factor = product
+    return weight.data_ptr(), _address(bias), *weight.shape, factor
+
+
+def _seen_numbers(seen: Seen, tokens: int, heads: int) -> tuple[int | float, ...]:
+    keys, values, table, items, page_size, longest, scaling, softcap, sinks = seen
+    return (
+        keys.data_ptr(), values.data_ptr(), table.data_ptr(), items.data_ptr(), _address(sinks),
+        tokens, heads, *keys.shape[1:], values.shape[2], page_size, table.shape[1], longest,
         scaling, softcap or 0.0,
+    )  # fmt: skip
+
+
+def _add_stage(numbers: list[int | float], stage: Stage, tokens: int) -> None:
+    layer, seen, (cosine, sine, slots, pairs), heads = stage
+    key_dim, value_dim = seen.keys.shape[2], seen.values.shape[2]
+    joined = layer.products[1] is None
+    head = 2 * key_dim + value_dim if joined else key_dim
+    for norm in layer.norms:
+        numbers += _NO_NORM if norm is None else _norm_numbers(norm)
+    for product in layer.products:
+        numbers += _NO_PRODUCT if product is None else _product_numbers(product)
+    numbers += _seen_numbers(seen, tokens, heads)
+    numbers += (
+        _address(cosine), _address(sine), slots.data_ptr(), 0 if cosine is None else cosine.shape[-1], pairs,
+        key_dim if joined else 0, 2 * key_dim if joined else 0, head, head if joined else value_dim,
+        ACTIVATIONS[layer.kind], layer.parallel,
+    )  # fmt: skip
+
+
+def layers(x: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """Layers one after the other, see `reference.layer`; none has sinks."""
+    y = torch.empty_like(x)
+    tokens, hidden = x.shape
+    numbers: list[int | float] = [x.data_ptr(), y.data_ptr(), _address(_spent), tokens, hidden, len(stages)]
+    for stage in stages:
+        _add_stage(numbers, stage, tokens)
+    _C.layers(_level, DTYPES[x.dtype], torch.get_num_threads(), *numbers)
+    return y
+
+
+_spent: Tensor | None = None
+
+
+@contextmanager
+def timing() -> Iterator[Tensor]:
+    """Count the seconds that `layers` spends in products, attention and small operations, float64 `[3]`."""
+    global _spent
+    before, _spent = _spent, torch.zeros(3, dtype=torch.float64, device="cpu")
+    try:
+        yield _spent
+    finally:
+        _spent = before
+
+
+def attention(query: Tensor, seen: Seen) -> Tensor:
+    """See `reference.paged_attention`."""
+    tokens, heads, _ = query.shape
+    output = query.new_empty(tokens, heads, seen.values.shape[2])
+    if seen.sinks is not None:
+        seen = seen._replace(sinks=seen.sinks.float().contiguous())
+    _C.attention(
+        _level, DTYPES[query.dtype], torch.get_num_threads(), *_seen_numbers(seen, tokens, heads),
+        query.data_ptr(), query.stride(0), query.stride(1), output.data_ptr(),
     )  # fmt: skip
     return output
 
@@ -93,12 +141,11 @@ def attention(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """See `reference.linear`."""
     outputs, inputs = weight.shape
-    rows = x.numel() // inputs
     y = x.new_empty(*x.shape[:-1], outputs)
     _C.linear(
         _level, DTYPES[x.dtype], torch.get_num_threads(),
-        x.data_ptr(), weight.data_ptr(), _address(bias), _address(residual), y.data_ptr(),
-        rows, outputs, inputs,
+        weight.data_ptr(), _address(bias), outputs, inputs, 1.0,
+        x.data_ptr(), _address(residual), y.data_ptr(), x.numel() // inputs,
     )  # fmt: skip
     return y
 
@@ -114,24 +161,11 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variant: int = 0) -> Tensor:
-    """See `reference.rms_norm`."""
-    return _norm(x, weight, None, epsilon, 0, variant)
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    """See `reference.layer_norm`."""
-    return _norm(x, weight, bias, epsilon, 1, 0)
-
-
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, centre: int, variant: int) -> Tensor:
+def norm(x: Tensor, norm: Norm) -> Tensor:
+    """See `reference.norm`."""
     y = torch.empty_like(x)
-    width = x.shape[-1]
-    _C.norm(
-        _level, DTYPES[x.dtype], torch.get_num_threads(),
-        x.data_ptr(), _address(weight), _address(bias), y.data_ptr(), x.numel() // width, width, epsilon, centre,
-        variant,
-    )  # fmt: skip
+    rows = x.numel() // norm.width
+    _C.norm(_level, DTYPES[x.dtype], torch.get_num_threads(), *_norm_numbers(norm), x.data_ptr(), y.data_ptr(), rows)
     return y
 
 
@@ -147,23 +181,9 @@ def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     return y
 
 
-def rotary(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    interleaved: bool = False,
-) -> None:
-    """See `reference.rotary`."""
-    tokens, heads, key_dim = query.shape
-    kv_heads, value_dim = value.shape[1:]
-    _C.rotary(
-        _level, DTYPES[query.dtype], 1,
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(cosine), _address(sine), slots.data_ptr(),
-        keys.data_ptr(), values.data_ptr(),
-        tokens, heads, kv_heads, key_dim, value_dim, 0 if cosine is None else cosine.shape[-1], int(interleaved),
-    )  # fmt: skip
+def argmax(x: Tensor) -> Tensor:
+    """See `reference.argmax`; the last axis of `x` is contiguous."""
+    rows, width = x.shape
+    best = torch.empty(rows, dtype=torch.int64, device="cpu")
+    _C.argmax(_level, DTYPES[x.dtype], torch.get_num_threads(), x.data_ptr(), best.data_ptr(), rows, width, x.stride(0))
+    return best

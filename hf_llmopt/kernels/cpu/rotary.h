@@ -1,15 +1,16 @@
-/* Arguments of `rotary`; see rotary.c for the layouts. */
+/* Arguments of `rotary_head`; see rotary.c for the layouts. */
 #ifndef LLMOPT_ROTARY_H
 #define LLMOPT_ROTARY_H
 #include <stdint.h>
 
 typedef struct {
-    void *query;
-    void *key;
+    void *query, *key;
     const void *value, *cosine, *sine;
     const int64_t *slots;
     void *keys, *values;
-    long tokens, heads, kv_heads, key_dim, value_dim, rotated;
-    int interleaved;
+    long heads, kv_heads, key_dim, value_dim, rotated;
+    long token, head; /* elements from one token, and from one head, of query, key and value to the next */
+    long value_head;
+    int pairs; /* which elements turn together */
 } rotary;
 #endif

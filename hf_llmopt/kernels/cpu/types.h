@@ -6,6 +6,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#define team_thread() ((long)omp_get_thread_num())
+#define team_size() ((long)omp_get_num_threads())
+#else
+#define team_thread() 0L
+#define team_size() 1L
+#endif
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif

@@ -31,7 +31,11 @@ INLINE vec FN(load)(const E *p) {
 #elif DTYPE == 1
     hvec h;
     memcpy(&h, p, sizeof h);
+#ifdef __AVX512F__ /* GCC would widen the halves one by one */
+    return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#else
     return (vec)(__builtin_convertvector(h, uvec) << 16);
+#endif
 #else
     halfvec h;
     memcpy(&h, p, sizeof h);
@@ -92,8 +96,12 @@ INLINE float FN(sum)(vec v) {
 }
 
 INLINE vec FN(max)(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
     ivec larger = a > b;
     return (vec)(((ivec)a & larger) | ((ivec)b & ~larger));
+#endif
 }
 
 /* e^x for x clamped to [-87, 88], within 2 units in the last place: x = n ln 2 + r, a polynomial for e^r (Cephes), n into
@@ -111,4 +119,72 @@ INLINE vec FN(exp)(vec x) {
     p = p * r * r + r + 1.0f;
     ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     return p * (vec)power;
+}
+
+/* The largest lane. */
+INLINE float FN(top)(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float lane[WIDTH];
+    memcpy(lane, &v, sizeof v);
+    for (int step = WIDTH / 2; step; step /= 2)
+        for (int i = 0; i < step; i++) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
+    return lane[0];
+#endif
+}
+
+/* The sums of 16 vectors: a tree of four pairings of neighbours; lane i is the sum of a[i]. */
+INLINE vec FN(sums)(const vec *a) {
+    vec b[8], c[4], d[2];
+    for (int i = 0; i < 8; i++) {
+        ivec even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+        ivec odd = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+        b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], even) + __builtin_shuffle(a[2 * i], a[2 * i + 1], odd);
+    }
+    for (int i = 0; i < 4; i++) {
+        ivec low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+        ivec high = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+        c[i] = __builtin_shuffle(b[2 * i], b[2 * i + 1], low) + __builtin_shuffle(b[2 * i], b[2 * i + 1], high);
+    }
+    for (int i = 0; i < 2; i++) {
+        ivec low = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+        ivec high = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
+        d[i] = __builtin_shuffle(c[2 * i], c[2 * i + 1], low) + __builtin_shuffle(c[2 * i], c[2 * i + 1], high);
+    }
+    ivec low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    ivec high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+    return __builtin_shuffle(d[0], d[1], low) + __builtin_shuffle(d[0], d[1], high);
+}
+
+/* Products of CHUNK neighbouring elements of two rows, added to the lanes of a float vector. One row, read again and again,
+ * is kept as `element`s; the other is read where it lies. */
+#undef CHUNK
+#undef WEIGHTS
+#undef FETCH
+#undef FETCH_PART
+#undef DOT
+#if defined(HAS_BF16_DOT) && DTYPE == 1
+typedef uint16_t FN(element); /* one instruction sums pairs of bf16 products into float */
+#define CHUNK 32
+#define WEIGHTS __m512bh
+#define FETCH(p) ((__m512bh)_mm512_loadu_si512(p))
+#define FETCH_PART(p, n) ((__m512bh)_mm512_maskz_loadu_epi16(((__mmask32)1 << (n)) - 1, p))
+#define DOT(sum, x, w) ((vec)_mm512_dpbf16_ps((__m512)(sum), x, w))
+#else
+typedef float FN(element);
+#define CHUNK WIDTH
+#define WEIGHTS vec
+#define FETCH(p) FN(load)(p)
+#define FETCH_PART(p, n) FN(load_part)(p, n)
+#define DOT(sum, x, w) ((sum) + (x) * (w))
+#endif
+
+/* Elements as the dot products take them. */
+INLINE void FN(widen)(FN(element) * to, const E *from, long n) {
+#if DTYPE == 0 || (defined(HAS_BF16_DOT) && DTYPE == 1)
+    memcpy(to, from, (size_t)n * sizeof *to);
+#else
+    for (long i = 0; i < n; i++) to[i] = FN(get)(from + i);
+#endif
 }

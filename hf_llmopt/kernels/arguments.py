@@ -1,0 +1,107 @@
+"""What kernels and their twins are told, besides the tensor they work on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A norm over the last axis.
+
+    Attributes:
+        weight: `[width]`, or `None`.
+        bias: `[width]`, or `None`.
+        width: Length of the axis.
+        epsilon: Added to the mean square.
+        centre: LayerNorm (Ba et al. 2016) instead of RMSNorm (Zhang and Sennrich 2019, eq. 4).
+        variant: Where models round, and what they multiply with: 0 weight times the rounded quotient (Llama), 1 one
+            plus weight, in float32 (Gemma, Nemotron), 2 weight in float32 (OLMo 2, gpt-oss). LayerNorm never rounds
+            in between.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    width: int
+    epsilon: float
+    centre: bool = False
+    variant: int = 0
+
+
+class Product(NamedTuple):
+    """`factor * (x @ weight^T + bias)`, weight `[outputs, inputs]`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    factor: float = 1.0
+
+
+class Seen(NamedTuple):
+    """The keys and values that single query tokens attend to.
+
+    Attributes:
+        keys: All slots of the layer, `[slots, kv_heads, key_dim]`.
+        values: `[slots, kv_heads, value_dim]`.
+        table: Page ids of each request, int32 `[requests, pages]`.
+        items: Per query token (row of `table`, first visible token, end of the visible tokens), int32 `[tokens, 3]`.
+        page_size: Tokens per page.
+        longest: The most keys a query sees.
+        scaling: Factor on the dot products.
+        softcap: `c` in `c * tanh(score / c)`, or `None`.
+        sinks: `[heads]`, or `None`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    items: Tensor
+    page_size: int
+    longest: int
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class Turns(NamedTuple):
+    """Rotary embedding of a pass (Su et al. 2021, eq. 34), and where its keys go.
+
+    Attributes:
+        cosine: `[tokens, rotated]`, `rotated` at most a head's width; `None` for no rotation.
+        sine: Likewise.
+        slots: Slot of each token, int64 `[tokens]`.
+        pairs: 0 elements i and i + rotated / 2 turn together; 1 elements 2i and 2i + 1; 2 likewise, by entry i of
+            cosine and sine.
+    """
+
+    cosine: Tensor | None
+    sine: Tensor | None
+    slots: Tensor
+    pairs: int = 0
+
+
+class Layer(NamedTuple):
+    """A decoder layer; kernels/cpu/layer.c has the formulas.
+
+    Attributes:
+        norms: Before attention, of queries, of keys, after attention, before the MLP, after the MLP; `None` where the
+            model has none. Norms of queries and keys are as wide as a head or as all heads.
+        products: Query, key, value, output, gate, up, down. Key and value `None`: the first gives query, key and value
+            of one head after the other. Up `None`: an MLP without a gate.
+        kind: Name of the activation, see `reference.gated`.
+        parallel: The MLP reads 0 the sum of input and attention, 1 the input, 2 what the attention reads.
+    """
+
+    norms: tuple[Norm | None, Norm | None, Norm | None, Norm | None, Norm | None, Norm | None]
+    products: tuple[Product, Product | None, Product | None, Product, Product, Product | None, Product]
+    kind: str
+    parallel: int = 0
+
+
+class Stage(NamedTuple):
+    """A layer of a pass: what it computes, from which keys, at which positions, with how many query heads."""
+
+    layer: Layer
+    seen: Seen
+    turns: Turns
+    heads: int
