@@ -1,6 +1,7 @@
 """Every C kernel against its plain-torch twin: random shapes, formats, page orders, and each instruction set level."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_llmopt.kernels import cpu, reference
+from hf_llmopt.kernels.arguments import Layer, Norm, Product, Seen, Stage, Turns
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 # With a compiler these tests must run: an optional extension that fails to build would go unnoticed.
@@ -19,14 +21,20 @@ LEVELS = cpu.levels() or ("none",)
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+def close(
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    exact: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    factor: float = 1,
+) -> None:
     """Ours may err as much as the twin does in the same format, and by the format's rounding of `scale`."""
     scale = (exact if scale is None else scale).abs().max().clamp_min(1e-6)
     error = (ours.double() - exact).abs().max() / scale
     twin = (theirs.double() - exact).abs().max() / scale
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
-    assert error <= 1.5 * twin + BOUND[ours.dtype], (float(error), float(twin))
+    assert error <= 1.5 * twin + factor * BOUND[ours.dtype], (float(error), float(twin))
 
 
 def test_built_wherever_there_is_a_compiler() -> None:
@@ -60,12 +68,12 @@ def test_attention(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
     # As transformers hands it over: [1, heads, tokens, width], tokens and heads exchanged in memory.
     query = torch.randn(kv_heads * group, len(items), key_dim).to(dtype).transpose(0, 1)
     keys, values = (torch.randn(slots, kv_heads, dim).to(dtype) for dim in (key_dim, value_dim))
-    arguments = (table, items, page_size, key_dim**-0.5, softcap, sinks)
+    longest = max(end - first for _, first, end in items.tolist())
+    seen = Seen(keys, values, table, items, page_size, longest, key_dim**-0.5, softcap, sinks)
     with cpu.using(level):
-        ours = cpu.attention(query, keys, values, *arguments)
-    exact_sinks = None if sinks is None else sinks.double()
-    exact = reference.paged_attention(query.double(), keys.double(), values.double(), *arguments[:-1], exact_sinks)
-    close(ours, reference.paged_attention(query, keys, values, *arguments), exact.double())
+        ours = cpu.attention(query, seen)
+    wide = seen._replace(keys=keys.double(), values=values.double(), sinks=None if sinks is None else sinks.double())
+    close(ours, reference.paged_attention(query, seen), reference.paged_attention(query.double(), wide).double())
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -108,26 +116,25 @@ def test_conv1d(dtype: torch.dtype, level: str, rows: int, outputs: int, inputs:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", [0, 1, 2, "layer"])
+@pytest.mark.parametrize("variant", [0, 1, 2])
+@pytest.mark.parametrize("centre", [False, True])
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
-def test_norms(dtype: torch.dtype, level: str, variant: int | str, data: st.DataObject) -> None:
+def test_norm(dtype: torch.dtype, level: str, variant: int, centre: bool, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     rows, width = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 200))
     x = (torch.randn(rows, width) * 3 + 1).to(dtype)
     weight, bias = (torch.randn(width).to(dtype) if data.draw(st.booleans()) else None for _ in range(2))
+    norm = Norm(weight, bias if centre else None, width, 1e-5, centre, variant)
     with cpu.using(level):
-        if variant == "layer":
-            ours, theirs = cpu.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5)
-            wide = [None if t is None else t.double() for t in (weight, bias)]
-            exact = reference.layer_norm(x.double(), *wide, 1e-5)
-        else:
-            ours, theirs = (module.rms_norm(x, weight, 1e-6, variant) for module in (cpu, reference))
-            mean = x.double().pow(2).mean(-1, keepdim=True)
-            exact = x.double() * torch.rsqrt(mean + 1e-6)
-            if weight is not None:
-                exact = exact * (weight.double() + (variant == 1))
-    close(ours, theirs, exact)
+        ours = cpu.norm(x, norm)
+    wide = x.double() - (x.double().mean(-1, keepdim=True) if centre else 0)
+    exact = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    if weight is not None:
+        exact = exact * (weight.double() + (variant == 1))
+    if norm.bias is not None:
+        exact = exact + norm.bias.double()
+    close(ours, reference.norm(x, norm), exact)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -148,24 +155,108 @@ def test_gated(dtype: torch.dtype, level: str, kind: str, joined: bool) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rotated", [0, 20, 64, 80])
-def test_rotary(dtype: torch.dtype, level: str, interleaved: bool, rotated: int) -> None:
-    def tensors() -> list[torch.Tensor]:
-        torch.manual_seed(3)
-        shapes = [(5, 6, 80), (5, 2, 80), (5, 2, 24), (40, 2, 80), (40, 2, 24)]
-        return [torch.randn(shape).to(dtype) for shape in shapes]
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_layers(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
+    """Every structure that a layer may have, two of them one after the other, over pages in any order."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    tokens, hidden, inner = draw(st.sampled_from([1, 3, 17])), draw(st.sampled_from([48, 70])), draw(st.integers(5, 90))
+    kv_heads, key_dim, value_dim = (
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([24, 64])),
+        draw(st.sampled_from([8, 64])),
+    )
+    joined = draw(st.booleans())
+    heads = kv_heads * (1 if joined else draw(st.sampled_from([1, 3])))
+    rotated = draw(st.sampled_from([0, 8, key_dim]))
 
-    angles = torch.randn(5, rotated)
-    turns = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotated else (None, None)
-    slots = torch.tensor([7, 0, 39, 20, 21])
-    ours, theirs = tensors(), tensors()
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    def norm(width: int) -> Norm | None:
+        if draw(st.booleans()):
+            return None
+        centre = draw(st.booleans())
+        return Norm(random(width), random(width) if centre else None, width, 1e-5, centre, draw(st.integers(0, 2)))
+
+    def product(outputs: int, inputs: int, factor: float = 1.0) -> Product:
+        bias = random(outputs) if draw(st.booleans()) else None
+        return Product((torch.randn(outputs, inputs) * inputs**-0.5).to(dtype), bias, factor)
+
+    def stage() -> Stage:
+        over = draw(st.sampled_from(["heads", "all"])) if not joined else "heads"
+        width = (key_dim, key_dim) if over == "heads" else (heads * key_dim, kv_heads * key_dim)
+        query_norm, key_norm = norm(width[0]), norm(width[1])
+        if over == "all" and (query_norm is None or key_norm is None):
+            query_norm = key_norm = None
+        parallel = draw(st.integers(0, 2))
+        before_mlp = norm(hidden)
+        if parallel == 2 or (parallel == 1 and before_mlp is None):
+            parallel, before_mlp = 2, None
+        first: tuple[Product, Product | None, Product | None] = (
+            (product(heads * (2 * key_dim + value_dim), hidden), None, None)
+            if joined
+            else (product(heads * key_dim, hidden, 0.5), *(product(kv_heads * d, hidden) for d in (key_dim, value_dim)))
+        )
+        up = product(inner, hidden) if draw(st.booleans()) else None
+        layer = Layer(
+            (norm(hidden), query_norm, key_norm, norm(hidden), before_mlp, norm(hidden)),
+            (*first, product(hidden, heads * value_dim, 0.5), product(inner, hidden), up, product(hidden, inner, 0.5)),
+            draw(st.sampled_from(["silu", "gelu_tanh", "gelu", "relu", "relu2"])),
+            parallel,
+        )
+        contexts = [draw(st.sampled_from([1, 5, 70, 300])) for _ in range(tokens)]
+        pages = [-(-context // 4) for context in contexts]
+        order = torch.randperm(sum(pages)).int() + 1
+        table = torch.zeros(tokens, max(pages), dtype=torch.int32)
+        for row, count in enumerate(pages):
+            table[row, :count], order = order[:count], order[count:]
+        items = torch.tensor([[row, 0, context] for row, context in enumerate(contexts)], dtype=torch.int32)
+        slots = torch.tensor([table[row, (c - 1) // 4] * 4 + (c - 1) % 4 for row, c in enumerate(contexts)])
+        room = (sum(pages) + 1) * 4
+        keys, values = random(room, kv_heads, key_dim), random(room, kv_heads, value_dim)
+        seen = Seen(keys, values, table, items, 4, max(contexts), key_dim**-0.5, draw(st.sampled_from([None, 20.0])))
+        angles = torch.randn(tokens, rotated)
+        kept = draw(st.sampled_from([dtype, torch.float32]))
+        turns = (angles.cos().to(kept), angles.sin().to(kept)) if rotated else (None, None)
+        return Stage(layer, seen, Turns(*turns, slots.long(), draw(st.integers(0, 2))), heads)
+
+    def copied(stage: Stage, to: torch.dtype) -> Stage:
+        def cast(item: Any) -> Any:
+            if isinstance(item, torch.Tensor):
+                return item.to(to, copy=True) if item.is_floating_point() else item
+            if isinstance(item, tuple):
+                values = [cast(value) for value in item]
+                return type(item)(*values) if hasattr(item, "_fields") else tuple(values)
+            return item
+
+        return cast(stage)  # type: ignore[no-any-return]
+
+    stages, x = [stage(), stage()], random(tokens, hidden)
+    twins, exact = ([copied(stage, to) for stage in stages] for to in (dtype, torch.float64))
     with cpu.using(level):
-        cpu.rotary(*ours[:3], *turns, slots, *ours[3:], interleaved)
-    reference.rotary(*theirs[:3], *turns, slots, *theirs[3:], interleaved)
-    for mine, twin in zip(ours, theirs, strict=True):
-        # The same roundings: equal but for a fused multiply-add in float32.
-        assert torch.allclose(mine.float(), twin.float(), atol=2e-6 if dtype == torch.float32 else 0, rtol=0)
+        ours = cpu.layers(x, stages)
+    theirs, truth = x, x.double()
+    for twin, wide in zip(twins, exact, strict=True):
+        theirs, truth = reference.layer(theirs, twin), reference.layer(truth, wide)
+    close(ours, theirs, truth, factor=3)
+    for stage, twin, wide in zip(stages, twins, exact, strict=True):
+        close(stage.seen.keys, twin.seen.keys, wide.seen.keys, factor=3)
+        close(stage.seen.values, twin.seen.values, wide.seen.values, factor=3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 16, 1000, 5000])
+def test_argmax(dtype: torch.dtype, level: str, width: int) -> None:
+    x = torch.randn(6, width + 3).to(dtype)[:, :width]
+    x[1, width // 2] = x[2, -1] = float("nan")
+    x[3] = -float("inf")
+    x[4] = 1.0  # ties: the first counts
+    with cpu.using(level):
+        assert cpu.argmax(x).tolist() == reference.argmax(x).tolist()
+    assert reference.argmax(x)[:5].tolist()[1:] == [-1, -1, 0, 0]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -174,9 +265,11 @@ def test_attention_does_not_depend_on_neighbours(level: str) -> None:
     table = (torch.randperm(660).int() + 1).view(6, 110)
     items = torch.tensor([[row, 0, 5 + 340 * row] for row in range(6)], dtype=torch.int32)
     with cpu.using(level):
-        together = cpu.attention(query, keys, keys, table, items, 16, 0.125)
+        seen = Seen(keys, keys, table, items, 16, 5 + 340 * 5, 0.125)
+        together = cpu.attention(query, seen)
         for row in range(6):
-            alone = cpu.attention(query[row : row + 1], keys, keys, table, items[row : row + 1], 16, 0.125)
+            own = seen._replace(items=items[row : row + 1], longest=5 + 340 * row)
+            alone = cpu.attention(query[row : row + 1], own)
             assert torch.equal(together[row : row + 1], alone)
 
 
@@ -185,5 +278,7 @@ def test_malformed_calls_are_refused() -> None:
 
     with pytest.raises(ValueError, match="malformed"):
         _C.linear(0, 0, 1, 0)
+    with pytest.raises(ValueError, match="malformed"):
+        _C.layers(0, 0, 1, 0, 0, 0, 1, 8, 1 << 60)
     with pytest.raises(TypeError):
         _C.linear("x")

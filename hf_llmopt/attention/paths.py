@@ -1,14 +1,17 @@
-"""Backends: how the spans of a pass read their pages with torch alone.
+"""Backends: how the spans of a pass read their pages.
 
-Decodes are one batched call over strided views of their runs of pages (a gather only where rows are no runs); longer
-spans go request by request: causal attention on their own keys if nothing is cached, else tile by tile of queries, so
-that no mask is larger than `TILE` rows.
+Short spans go to the C kernel, or with torch alone are one batched call over strided views of their runs of pages (a
+gather only where rows are no runs). Longer spans go request by request: causal attention on their own keys, joined with
+that over tiles of the keys before them, which are views of the pages too. Where windows, softcaps or sinks forbid that,
+it is tile by tile of queries, so that no mask is larger than `TILE` rows.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import InvalidOption
 from ..kernels import cpu, reference
+from ..kv_cache import BlockTable
 from .inputs import Attend, Span, StepInputs
 
 TILE = 256  # queries that share one mask
+COPIED = 1024  # keys that are copied at a time where pages are no run
 SHORT = 16  # tokens of a span up to which the C kernel reads pages directly
 
 
@@ -121,15 +126,20 @@ def _extend(
     start = span.context - span.length
     plain = softcap is None and sinks is None
     first = group.first_visible(start)
-    if start == 0 and plain and group.first_visible(span.context - 1) == 0:
+    whole = group.first_visible(span.context - 1) == 0  # every query sees all tokens before it
+    if start == 0 and plain and whole:
         step.note("prefill-sdpa")
         output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
+    table = span.tables[step.store.group_of[layer]]
+    slots = step.store.keys[layer], step.store.values[layer]
+    if plain and whole and query.device.type == "cpu" and query.shape[3] == value.shape[3]:
+        step.note("extend-tiles")
+        tiles = (_tile(step, table, slots, *tile) for tile in _tiles(table, step.store.page_size, start))
+        return _cascade(query, key, value, tiles, scaling).transpose(1, 2)
     step.note("extend-sdpa" if plain else "extend-matmul")
     if start > 0:
-        slots = step.store.slots(span.tables[step.store.group_of[layer]], first, span.context).to(key.device)
-        key = step.store.keys[layer][slots][None].transpose(1, 2)
-        value = step.store.values[layer][slots][None].transpose(1, 2)
+        key, value = _tile(step, table, slots, first, span.context)
     parts = []
     for tile in range(start, span.context, TILE):
         stop = min(tile + TILE, span.context)
@@ -145,6 +155,49 @@ def _extend(
         else:
             parts.append(reference.attention(part, key[:, :, seen], value[:, :, seen], mask, scaling, softcap, sinks))
     return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _tiles(table: BlockTable, page_size: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut tokens [0, end) where the pages are no run; what is no run of its own is cut into tiles of COPIED tokens."""
+    run = min(table.run * page_size, end)
+    for start in range(0, run, COPIED):
+        yield start, min(start + COPIED, run)
+    if run < end:
+        yield run, end
+
+
+def _tile(
+    step: StepInputs, table: BlockTable, slots: tuple[Tensor, Tensor], start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of tokens [start, stop), `[1, kv_heads, tokens, width]`: a view if they are a run of pages."""
+    size = step.store.page_size
+    where: Any = None
+    if start >= table.run * size:
+        first = table.pages[start // size] * size + start % size
+        where = slice(first, first + stop - start)
+    else:
+        where = step.store.slots(table, start, stop).to(slots[0].device)
+    return slots[0][where][None].transpose(1, 2), slots[1][where][None].transpose(1, 2)
+
+
+def _cascade(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Iterable[tuple[Tensor, Tensor]], scaling: float
+) -> Tensor:
+    """A span's causal attention over its own keys, joined with that over tiles of earlier keys, which it sees whole.
+
+    Parts of a softmax are joined by the logarithms of their sums (Dao et al. 2022, section 3.1). Query heads that
+    share a key head are its queries one after the other, so that no key is repeated and no mask is made.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    total, weight = attend(query, key, value, 0.0, True, scale=scaling)
+    total, folded = total.float(), query.reshape(1, key.shape[1], -1, query.shape[3])
+    for keys, values in tiles:
+        part, own = attend(folded, keys, values, 0.0, False, scale=scaling)
+        part, own = part.reshape(query.shape).float(), own.reshape(weight.shape)
+        both = torch.logaddexp(weight, own)
+        total = total * (weight - both).exp()[..., None] + part * (own - both).exp()[..., None]
+        weight = both
+    return total.to(query.dtype)
 
 
 BACKENDS: dict[str, Attend] = {"cpu": cpu_paged, "sdpa": sdpa, "reference": reference_paged}

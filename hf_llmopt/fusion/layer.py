@@ -263,22 +263,78 @@ def _prove(
 ) -> Structure | None:
     """The structure with which C gives the layer's own result, or `None`.
 
-    A float32 copy of the layer and C each compute one token of several requests that have two tokens already, from
-    random input; outputs and pages must agree.
+    In float32 all digits must agree. In the layer's own format roundings differ, but what a copy in float32 cannot
+    show (embeddings in another format, say) would be far off.
     """
-    own = copy.deepcopy(layer, {id(found.config): found.config}).float()  # the config is what a step is found by
-    for module in own.modules():
-        module.__dict__.pop("forward", None)
-        if getattr(module, "layer_idx", None) is not None:
-            module.layer_idx = 0  # type: ignore[assignment]
-    tokens = like.shape[1]
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
-    full = replace(spec, kind="full", window=0, dtype=torch.float32)
-    wide = {name: _widened(value) for name, value in kwargs.items()}
+    if max(spec.key_dim, spec.value_dim) > cpu.MAX_DIM:
+        return None
+    former = inside.now
+    inside.now = False  # the copies' own products must be torch's
+    try:
+        exact = _Trial(layer, found, like, spec, kwargs, torch.float32)
+        truth = exact.run(exact.eagerly)
+        # Whatever depends on the position beyond the embeddings given (a scale of late queries) is not seen here.
+        later = {name: value + 100_003 for name, value in kwargs.items() if _is_index(value)}
+        elsewhere = exact.run(lambda step: exact.eagerly(step, **later))
+        if truth is None or elsewhere is None or not all(map(torch.equal, truth[0], elsewhere[0])):
+            return None
+        structures = [s for s in _structures(exact, truth[1]) if exact.agrees(s, truth[0], 1e-4)]
+        if not structures or spec.dtype is torch.float32:
+            return structures[0] if structures else None
+        rough = _Trial(layer, found, like, spec, kwargs, spec.dtype)
+        rounded = rough.run(rough.eagerly)
+        return structures[0] if rounded is not None and rough.agrees(structures[0], rounded[0], 0.1) else None
+    except (LLMOptError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return None  # another structure after all
+    finally:
+        inside.now = former
 
-    def attempt(run_layer: Callable[[_Watching], Any]) -> tuple[list[Tensor], _Watching] | None:
-        store = PagedStore([full], KVCacheConfig(page_size=4))
+
+class _Trial:
+    """A copy of a layer that computes one token of several requests, which have two tokens already, from random input.
+
+    Args:
+        layer: The layer.
+        found: From `recognise`.
+        like: Hidden states `[1, tokens, hidden]`, for their shape.
+        spec: What the layer stores.
+        kwargs: Further arguments of a real pass.
+        dtype: Of the copy.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        found: Candidate,
+        like: Tensor,
+        spec: LayerSpec,
+        kwargs: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = found.config
+        self.own = copy.deepcopy(layer, {id(self.config): self.config}).to(dtype)  # a step is found by the config
+        for module in self.own.modules():
+            module.__dict__.pop("forward", None)
+            if getattr(module, "layer_idx", None) is not None:
+                module.layer_idx = 0  # type: ignore[assignment]
+        generator = torch.Generator("cpu").manual_seed(0)
+        self.x = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        self.spec = replace(spec, kind="full", window=0, dtype=dtype)
+        wide = dtype is torch.float32
+        self.kwargs = {name: _widened(value) if wide else value for name, value in kwargs.items()}
+        if self.turns is not None:  # at position 0 nothing turns; and every entry must be seen to be used
+            random = (torch.randn(t.shape, generator=generator, dtype=torch.float32, device="cpu") for t in self.turns)
+            self.kwargs["position_embeddings"] = tuple(r.to(t) for r, t in zip(random, self.turns, strict=True))
+
+    @property
+    def turns(self) -> Any:
+        """Cosine and sine, or `None`."""
+        return self.kwargs.get("position_embeddings")
+
+    def run(self, layer: Callable[[_Watching], Any]) -> tuple[list[Tensor], _Watching] | None:
+        """What a way to compute the layer adds to its input, and the pages it leaves; `None` if it gives no tensor."""
+        tokens = self.x.shape[1]
+        store = PagedStore([self.spec], KVCacheConfig(page_size=4))
         store.provide([tokens])
         filled = torch.Generator("cpu").manual_seed(1)
         for slots in (store.keys[0], store.values[0]):
@@ -288,49 +344,38 @@ def _prove(
             table[0].reserve(0, 3)
         spans = [Span(table, row, 1, 3) for row, table in enumerate(tables)]
         slots = torch.cat([store.slots(table[0], 2, 3) for table in tables])
-        step = _Watching(store, spans, [slots], backend("cpu", like.device), lambda name: None)
+        step = _Watching(store, spans, [slots], backend("cpu", self.x.device), lambda name: None)
         step.calls, step.attended = [], []
-        output = run_layer(step)
-        return ([output - x, store.keys[0], store.values[0]], step) if isinstance(output, Tensor) else None
+        output = layer(step)
+        return ([output - self.x, store.keys[0], store.values[0]], step) if isinstance(output, Tensor) else None
 
-    def eagerly(step: _Watching, **changed: Any) -> Any:
+    def eagerly(self, step: _Watching, **changed: Any) -> Any:
+        """The layer's own code, watched."""
         hooks = [
             module.register_forward_hook(
                 lambda module, args, gave, name=name: step.calls.append(_Watched(name, module, args[0], gave))
             )
-            for name, module in own.named_modules()
+            for name, module in self.own.named_modules()
             if not list(module.children())
         ]
         try:
-            with serving([found.config], step):
-                return own(x, **wide | changed)
+            with serving([self.config], step):
+                return self.own(self.x, **self.kwargs | changed)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    former = inside.now
-    inside.now = False  # the copy's own products must be torch's
-    try:
-        truth = attempt(eagerly)
-        # Whatever depends on the position beyond the embeddings given (a scale of late queries) is not seen here.
-        later = {name: value + 100_003 for name, value in kwargs.items() if _is_index(value)}
-        elsewhere = attempt(lambda step: eagerly(step, **later))
-        if truth is None or elsewhere is None or not all(map(torch.equal, truth[0], elsewhere[0])):
-            return None
-        for structure in _structures(own, x, truth[1]):
-            bound = structure.bind(own)
-            turns = wide.get("position_embeddings")
-            ours = attempt(lambda step, s=structure, b=bound, t=turns: cpu.layers(x[0], [s.stage(b, 0, step, t)])[None])  # type: ignore[misc]
-            if ours is not None and all(map(_agree, ours[0], truth[0])):
-                return structure
-    except (LLMOptError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return None  # another structure after all
-    finally:
-        inside.now = former
-    return None
+    def agrees(self, structure: Structure, truth: list[Tensor], bound: float) -> bool:
+        """Whether C gives the truth, up to a share of its largest value."""
+        layer = structure.bind(self.own)
+        ours = self.run(lambda step: cpu.layers(self.x[0], [structure.stage(layer, 0, step, self.turns)])[None])
+        return ours is not None and all(
+            a.shape == b.shape and bool((a - b).abs().max() <= bound * b.abs().max().clamp_min(1e-6))
+            for a, b in zip(ours[0], truth, strict=True)
+        )
 
 
-def _structures(own: nn.Module, x: Tensor, step: _Watching) -> list[Structure]:
+def _structures(trial: _Trial, step: _Watching) -> list[Structure]:
     """What the layer may be, from the calls of one pass; empty if it is something else."""
     if len(step.attended) != 1:
         return []
@@ -365,11 +410,11 @@ def _structures(own: nn.Module, x: Tensor, step: _Watching) -> list[Structure]:
     if _same(gate.read, entry):
         parallel, around = 2, (*around[:2], None, around[3])
     else:
-        parallel = int(before_mlp is not None and _same(before_mlp.read, x))
-    turned = 1.0  # a rotation keeps lengths, OPT scales its queries
-    if len(first) == 3 and not heads:
+        parallel = int(before_mlp is not None and _same(before_mlp.read, trial.x))
+    scale = 1.0
+    if len(first) == 3 and not heads and trial.turns is None:  # OPT scales its queries
         ratio = float(query.norm() / first[0].gave.norm())
-        turned = turned if abs(ratio - 1) < 1e-3 else ratio
+        scale = scale if abs(ratio - 1) < 1e-3 else ratio
     names = [None if call is None else call.name for call in (around[0], *(heads or (None, None)), *around[1:])]
     orders: list[tuple[_Role | None, ...]] = [tuple(_Role(call.name) for call in first)]
     if len(first) == 1:
@@ -381,7 +426,7 @@ def _structures(own: nn.Module, x: Tensor, step: _Watching) -> list[Structure]:
         Structure(
             tuple(names), (*order, _Role(output.name), gate_role, up, _Role(down.name)),
             str(activation_kind(act.module)), parallel, query.shape[1], scaling, options.get("softcap"),
-            (turned, float(getattr(own, "residual_multiplier", 1.0))), rotation,
+            (scale, float(getattr(trial.own, "residual_multiplier", 1.0))), rotation,
         )
         for order in orders
         for rotation in ROTATIONS
@@ -390,10 +435,6 @@ def _structures(own: nn.Module, x: Tensor, step: _Watching) -> list[Structure]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
-
-
-def _agree(ours: Tensor, truth: Tensor) -> bool:
-    return ours.shape == truth.shape and bool((ours - truth).abs().max() <= 1e-4 * truth.abs().max().clamp_min(1e-6))
 
 
 def _is_index(value: Any) -> bool:

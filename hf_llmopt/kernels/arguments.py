@@ -67,7 +67,8 @@ class Turns(NamedTuple):
     """Rotary embedding of a pass (Su et al. 2021, eq. 34), and where its keys go.
 
     Attributes:
-        cosine: `[tokens, rotated]`, `rotated` at most a head's width; `None` for no rotation.
+        cosine: `[tokens, rotated]`, `rotated` at most a head's width; `None` for no rotation. In float32 beside another
+            format, nothing is rounded in between.
         sine: Likewise.
         slots: Slot of each token, int64 `[tokens]`.
         pairs: 0 elements i and i + rotated / 2 turn together; 1 elements 2i and 2i + 1; 2 likewise, by entry i of

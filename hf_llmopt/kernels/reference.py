@@ -176,7 +176,7 @@ def rotate(x: Tensor, turns: Turns) -> Tensor:
     else:
         low, high = part.chunk(2, dim=-1)
         turned = torch.cat([-high, low], dim=-1)
-    return torch.cat([part * cosine + turned * sine, rest], dim=-1)
+    return torch.cat([(part * cosine + turned * sine).to(x.dtype), rest], dim=-1)
 
 
 def layer(x: Tensor, stage: Stage) -> Tensor:

@@ -76,7 +76,8 @@ LOCAL void FN(layer_team)(const layer *a, double *spent) {
 #pragma omp barrier
     FN(count)(spent, &since, PRODUCTS);
     const rotary *turns = &a->turns;
-    if (a->query_norm.width > turns->key_dim) { /* norms over all heads of a token at once */
+    int whole = a->query_norm.width > turns->key_dim || a->key_norm.width > turns->key_dim;
+    if (whole) { /* norms over all heads of a token at once */
 #pragma omp for schedule(static)
         for (long i = 0; i < 2 * tokens; i++) {
             E *row = (E *)(i < tokens ? turns->query : turns->key) + i % tokens * turns->token;
@@ -89,7 +90,7 @@ LOCAL void FN(layer_team)(const layer *a, double *spent) {
         const norm *over = k < 0 ? &a->query_norm : &a->key_norm;
         E *head = k < 0 ? (E *)turns->query + token * turns->token + h * turns->head
                         : (E *)turns->key + token * turns->token + k * turns->head;
-        if (over->width == turns->key_dim) FN(norm_row)(over, head, head);
+        if (over->width && !whole) FN(norm_row)(over, head, head);
         FN(rotary_head)(turns, token, h);
     }
     FN(count)(spent, &since, OTHERS);

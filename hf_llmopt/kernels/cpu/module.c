@@ -180,7 +180,7 @@ static layer read_layer(reader *r) {
     for (int i = 0; i < 7; i++) *products[i] = read_linear(r);
     a.attention = read_attention(r);
     a.turns.cosine = pointer(r), a.turns.sine = pointer(r), a.turns.slots = pointer(r);
-    a.turns.rotated = number(r), a.turns.pairs = (int)number(r);
+    a.turns.rotated = number(r), a.turns.pairs = (int)number(r), a.turns.wide = (int)number(r);
     a.turns.key = pointer(r), a.turns.value = pointer(r), a.turns.head = number(r), a.turns.value_head = number(r);
     a.turns.keys = (void *)a.attention.keys, a.turns.values = (void *)a.attention.values;
     a.turns.heads = a.attention.heads, a.turns.kv_heads = a.attention.kv_heads;

@@ -95,6 +95,7 @@ def _add_stage(numbers: list[int | float], stage: Stage, tokens: int) -> None:
     numbers += _seen_numbers(seen, tokens, heads)
     numbers += (
         _address(cosine), _address(sine), slots.data_ptr(), 0 if cosine is None else cosine.shape[-1], pairs,
+        cosine is not None and cosine.dtype is not seen.keys.dtype,
         key_dim if joined else 0, 2 * key_dim if joined else 0, head, head if joined else value_dim,
         ACTIVATIONS[layer.kind], layer.parallel,
     )  # fmt: skip

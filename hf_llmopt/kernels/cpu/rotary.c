@@ -1,10 +1,11 @@
 /* Rotary position embedding (Su et al., 2021, eq. 34) of the queries in place and of the keys on their way into the pages,
- * with the roundings of the eager modules: R(R(x cos) + R(rotated x sin)).
+ * with the roundings of the eager modules: R(R(x cos) + R(rotated x sin)), or R(x cos + rotated x sin) where cosine and sine are
+ * float32 beside another format (OLMo, Ernie).
  *
  * query    [tokens, heads, key_dim]        strides `token` and `head`; changed in place
  * key      [tokens, kv_heads, key_dim]     likewise; changed in place, then copied to its slot
  * value    [tokens, kv_heads, value_dim]   strides `token` and `value_head`; copied to its slot
- * cosine   [tokens, rotated]               or NULL for no rotation; sine alike
+ * cosine   [tokens, rotated]               float if `wide`; NULL for no rotation; sine alike
  * slots    [tokens]                        where keys and values go
  * keys     [slots, kv_heads, key_dim], values [slots, kv_heads, value_dim]
  *
@@ -12,46 +13,58 @@
  * cosine and sine (pairs 0), elements (2i, 2i + 1) by theirs (pairs 1), or both by entry i (pairs 2). */
 #ifndef LLMOPT_ROTARY
 #define LLMOPT_ROTARY
+#include "attention.h"
 #include "rotary.h"
 #define SELF "rotary.c"
 #include "levels.h"
 #elif defined(FORMAT)
 
-INLINE float FN(round_one)(float v) {
-    E stored;
-    FN(put)(&stored, v);
-    return FN(get)(&stored);
-}
-
-/* Elements i and j by entries p and q. */
-INLINE void FN(turn)(E *x, const E *cosine, const E *sine, long i, long j, long p, long q) {
+/* x[i] and x[j] by entries p and q. */
+INLINE void FN(turn)(E *x, const float *cosine, const float *sine, long i, long j, long p, long q, int wide) {
     float a = FN(get)(x + i), b = FN(get)(x + j);
-    FN(put)(x + i, FN(round_one)(a * FN(get)(cosine + p)) + FN(round_one)(-b * FN(get)(sine + p)));
-    FN(put)(x + j, FN(round_one)(b * FN(get)(cosine + q)) + FN(round_one)(a * FN(get)(sine + q)));
+    E part[4];
+    float full[4] = {a * cosine[p], -b * sine[p], b * cosine[q], a * sine[q]};
+    if (!wide)
+        for (int n = 0; n < 4; n++) FN(put)(part + n, full[n]), full[n] = FN(get)(part + n);
+    FN(put)(x + i, full[0] + full[1]);
+    FN(put)(x + j, full[2] + full[3]);
 }
 
-LOCAL void FN(turn_head)(const rotary *a, E *x, const E *cosine, const E *sine) {
+INLINE vec FN(maybe_rounded)(vec v, int wide) {
+    return wide ? v : FN(rounded)(v);
+}
+
+LOCAL void FN(turn_head)(const rotary *a, E *x, const float *cosine, const float *sine) {
     long half = a->rotated / 2, i = 0;
     if (a->pairs) {
         for (; i < half; i++)
-            FN(turn)(x, cosine, sine, 2 * i, 2 * i + 1, a->pairs == 1 ? 2 * i : i, a->pairs == 1 ? 2 * i + 1 : i);
+            FN(turn)(x, cosine, sine, 2 * i, 2 * i + 1, a->pairs == 1 ? 2 * i : i, a->pairs == 1 ? 2 * i + 1 : i, a->wide);
         return;
     }
     for (; i + WIDTH <= half; i += WIDTH) {
-        vec low = FN(load)(x + i), high = FN(load)(x + half + i);
-        FN(store)(x + i, FN(rounded)(low * FN(load)(cosine + i)) + FN(rounded)(-high * FN(load)(sine + i)));
-        FN(store)(x + half + i, FN(rounded)(high * FN(load)(cosine + half + i)) +
-                                    FN(rounded)(low * FN(load)(sine + half + i)));
+        vec low = FN(load)(x + i), high = FN(load)(x + half + i), turn[4];
+        memcpy(turn, cosine + i, sizeof *turn), memcpy(turn + 1, sine + i, sizeof *turn);
+        memcpy(turn + 2, cosine + half + i, sizeof *turn), memcpy(turn + 3, sine + half + i, sizeof *turn);
+        FN(store)(x + i, FN(maybe_rounded)(low * turn[0], a->wide) + FN(maybe_rounded)(-high * turn[1], a->wide));
+        FN(store)(x + half + i, FN(maybe_rounded)(high * turn[2], a->wide) + FN(maybe_rounded)(low * turn[3], a->wide));
     }
-    for (; i < half; i++) FN(turn)(x, cosine, sine, i, half + i, i, half + i);
+    for (; i < half; i++) FN(turn)(x, cosine, sine, i, half + i, i, half + i, a->wide);
 }
 
 /* Head h of token t: the queries' heads come first, then those of the keys, whose values go along. */
 void FN(rotary_head)(const rotary *a, long t, long h) {
     long k = h - a->heads;
     E *x = k < 0 ? (E *)a->query + t * a->token + h * a->head : (E *)a->key + t * a->token + k * a->head;
-    if (a->cosine)
-        FN(turn_head)(a, x, (const E *)a->cosine + t * a->rotated, (const E *)a->sine + t * a->rotated);
+    if (a->wide)
+        FN(turn_head)(a, x, (const float *)a->cosine + t * a->rotated, (const float *)a->sine + t * a->rotated);
+    else if (a->cosine) {
+        float cosine[MAX_DIM], sine[MAX_DIM];
+        for (long i = 0; i < a->rotated; i++) {
+            cosine[i] = FN(get)((const E *)a->cosine + t * a->rotated + i);
+            sine[i] = FN(get)((const E *)a->sine + t * a->rotated + i);
+        }
+        FN(turn_head)(a, x, cosine, sine);
+    }
     if (k < 0) return;
     long row = a->slots[t] * a->kv_heads + k;
     memcpy((E *)a->keys + row * a->key_dim, x, (size_t)a->key_dim * sizeof(E));
