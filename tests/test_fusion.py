@@ -601,3 +601,34 @@ def test_a_layer_is_proved_at_any_position(name: str) -> None:
     generate(model, True, lengths=(1,), max_new_tokens=1)
     assert "decoder layer" in fusion(model).replaced
     check(model)
+
+
+class BetweenLayers(nn.Module):
+    """Layers, and something that some passes do between them."""
+
+    def __init__(self, layer: nn.Module, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.between = between
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.layer(self.between(hidden_states), **kwargs)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layers_with_something_between_them_run_one_by_one(in_place: bool) -> None:
+    model = build("llama")
+    model.model.layers[1] = BetweenLayers(model.model.layers[1], lambda x: x.mul_(0.5) if in_place else x * 0.5)
+    calls = check(model)
+    assert calls["layers"] >= 2 * (GREEDY["max_new_tokens"] - 1), "the layer behind it begins a call of its own"
+
+
+def test_something_new_between_joined_layers_is_an_error() -> None:
+    model = build("llama")
+    between = BetweenLayers(model.model.layers[1], lambda x: x)
+    model.model.layers[1] = between
+    check(model)
+    between.between = lambda x: x * 0.5
+    with pytest.raises(RequestFailed, match="between two decoder layers"):
+        generate(model, True)
+    assert not held(model)

@@ -160,7 +160,7 @@ class Joined:
             return self._eager(hidden_states, *args, **kwargs)
         turns = kwargs.get("position_embeddings")
         ahead: _Ahead | None = step.ahead
-        follows = ahead is not None and hidden_states is ahead.gave and turns is ahead.turns
+        follows = ahead is not None and ahead.is_read(hidden_states, turns)
         if ahead is not None and self._order <= ahead.order:
             if not follows:
                 raise LLMOptError(
@@ -184,7 +184,7 @@ class Joined:
         step.note("cpu")
         x = hidden_states[0]
         gave = cpu.layers(x if x.is_contiguous() else x.contiguous(), stages)[None]
-        step.ahead = _Ahead(gave, turns, last._order)
+        step.ahead = _Ahead(gave, _version(gave), turns, last._order)
         return gave
 
     def _own(self) -> nn.Module:
@@ -204,8 +204,18 @@ class _Ahead(NamedTuple):
     """What layers of a pass have computed, with which rotary embedding, and the last of them."""
 
     gave: Tensor
+    version: int
     turns: Any
     order: int
+
+    def is_read(self, hidden_states: Tensor, turns: Any) -> bool:
+        """Whether the next layer reads just this: the same tensor, not written to since."""
+        return hidden_states is self.gave and turns is self.turns and _version(hidden_states) == self.version
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not say."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _signature(layer: nn.Module) -> Any:
