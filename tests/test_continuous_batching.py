@@ -47,7 +47,7 @@ def check_pages(loop: EngineLoop) -> None:
 
 PLANS = st.lists(
     st.tuples(
-        st.integers(1, 20),  # tokens of the prompt
+        st.integers(2, 20),  # tokens of the prompt
         st.integers(1, 10),  # new tokens
         st.booleans(),  # sampled
         st.sampled_from(["stays", "stays", "stays", "cancelled", "cancelled later", "expires"]),
@@ -64,7 +64,7 @@ PLANS = st.lists(
 @given(
     plans=PLANS,
     policy=st.sampled_from(["fcfs", "priority", "fair"]),
-    tokens=st.integers(1, 16),
+    tokens=st.integers(2, 16),
     places=st.integers(1, 5),
     swap_bytes=st.sampled_from([0, 2**30]),
 )
@@ -186,10 +186,7 @@ def test_rows_of_all_kinds_in_one_batch(model) -> None:
     """Each with its own arguments, all in the same steps: everybody gets stock's tokens."""
     served = model("llama")
     prompts = [prompt(3 + 5 * index % 17, index) for index in range(len(CASES))]
-    expected = [
-        stock(served, ids, index, max_new_tokens=12, **case)
-        for index, (ids, case) in enumerate(zip(prompts, CASES, strict=True))
-    ]
+    expected = [stock(served, prompts[index], index, max_new_tokens=12, **case) for index, case in enumerate(CASES)]
     with Engine(served) as engine:
         handles = [
             engine.submit(ids, seed=index, max_new_tokens=12, **{**KW, **case})

@@ -287,6 +287,8 @@ class Engine:
         with self.loop.lock:
             self.loop.remove(row)
         with self._gate:
+            if handle in self._entering:
+                self._entering.remove(handle)
             self._live.pop(row, None)
             self._deadlines.pop(row, None)
             self._objects -= set(map(id, row.users_objects()))
@@ -326,15 +328,15 @@ class Engine:
         if self._entering:
             self.loop.runner.refresh()
         while self._entering:
-            handle = self._entering[0]
+            handle = self._entering.popleft()
             row = handle._row
             row.thread = threading.get_ident()
             try:
                 if not row.request.finished and not row.start():
+                    self._entering.appendleft(handle)
                     break  # it brings keys of its own, for which there is no room yet
             except Exception as error:  # the thread must live on for the other requests
                 self._end(handle, _ours(error))
-            self._entering.popleft()
 
     def _expire(self) -> None:
         now = monotonic()
