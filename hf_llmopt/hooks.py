@@ -18,6 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import attention
+from .batching import BatchingPipeline
 from .config import LLMOptConfig
 from .errors import InstallConflict, NotServed, UnsupportedModel
 from .generation import ACTIVE, Active, Prepared, handle_of, translate
@@ -235,11 +236,17 @@ def _users_frame() -> int:
 
 
 class _TextGenerationPipeline(TextGenerationPipeline):
-    """`pipeline("text-generation", ...)`: the stock class, with an optimized model if `llmopt=` is given."""
+    """`pipeline("text-generation", ...)`: the stock class, with an optimized model if `llmopt=` is given.
+
+    With continuous batching it is a `BatchingPipeline`.
+    """
 
     def __new__(cls, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         config = LLMOptConfig.parse(llmopt)
-        pipeline = TextGenerationPipeline(*args, **kwargs)
+        if config is not None and config.batching.continuous:
+            pipeline: TextGenerationPipeline = BatchingPipeline(*args, llmopt=config, **kwargs)
+        else:
+            pipeline = TextGenerationPipeline(*args, **kwargs)
         if config is not None:
             optimize(pipeline.model, config)
         return pipeline

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import LLMOptError
 from ..generation import Row, TokenLogprob
 from ..stats import Stats
@@ -36,7 +38,8 @@ class RequestHandle:
         self._row = row
         self._cancel = end
         self._news = threading.Condition()
-        self._watchers: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[], object]] = []  # called at the next change, once
+        self._enders: list[Callable[[], object]] = []
         self._error: LLMOptError | None = None
         self._done = False
 
@@ -103,6 +106,28 @@ class RequestHandle:
                 raise self._error
             return list(self._row.tokens)
 
+    @property
+    def pad(self) -> int:
+        """The token that `generate` fills rows with behind their end."""
+        return 0 if self._row.pad is None else int(self._row.pad)
+
+    def sequence(self) -> Tensor:
+        """Wait for the end and return prompt and new tokens, `[length]` on the CPU, as `generate` does.
+
+        Raises:
+            LLMOptError: The request failed.
+        """
+        self.result()
+        return self._row.ids()[0].cpu()
+
+    def when_done(self, ender: Callable[[], object]) -> None:
+        """Call `ender` in the thread that ends the request, or at once if it has ended."""
+        with self._news:
+            if not self._done:
+                self._enders.append(ender)
+                return
+        ender()
+
     def cancel(self) -> None:
         """End the request now and give its pages back; harmless if it has ended."""
         self._cancel(self)
@@ -143,14 +168,6 @@ class RequestHandle:
             self._watchers.append(lambda: loop.call_soon_threadsafe(_wake, future))
         await future
 
-    def _watch(self, watcher: Callable[[], object]) -> None:
-        """Call `watcher` from the engine's thread at the next change, or at once if there will be none."""
-        with self._news:
-            if not self._done:
-                self._watchers.append(watcher)
-                return
-        watcher()
-
     def _tell(self) -> None:
         """There are new tokens, or the request ended."""
         with self._news:
@@ -167,6 +184,8 @@ class RequestHandle:
                 return False
             self._error, self._done = error, True
         self._tell()
+        for ender in self._enders:
+            ender()
         return True
 
 

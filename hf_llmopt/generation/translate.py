@@ -105,6 +105,10 @@ def translate(
 
 def _check_rows(groups: Sequence[Group], prompt: _Prompt, generation_config: GenerationConfig) -> None:
     """Rows that were submitted go each their own way, which what they share must allow."""
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_scores or generation_config.output_logits
+    ):
+        raise NotServed("output_scores and output_logits are kept by generate only; logprobs= reports probabilities")
     for group in groups:
         # Keys that the caller's cache holds could not be computed again.
         group.requests[0].protected = prompt.past is not None
