@@ -14,7 +14,7 @@ lengths = [8 + 8 * (index % 6) for index in range(len(prompts))]  # a padded bat
 # 1. One by one with stock generate, then all at once through an engine.
 alone = []
 start = time.perf_counter()
-for ids, count in zip(prompts, lengths):
+for ids, count in zip(prompts, lengths, strict=True):
     inputs = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
     alone.append(model.generate(**inputs, max_new_tokens=count, do_sample=False)[0, len(ids) :].tolist())
 seconds = time.perf_counter() - start
@@ -22,7 +22,9 @@ seconds = time.perf_counter() - start
 with Engine(model, llmopt="continuous_batching") as engine:
     engine.submit(prompts[0], max_new_tokens=2).result()  # the first request sets the engine up
     start = time.perf_counter()
-    handles = [engine.submit(ids, max_new_tokens=count, do_sample=False) for ids, count in zip(prompts, lengths)]
+    handles = [
+        engine.submit(ids, max_new_tokens=count, do_sample=False) for ids, count in zip(prompts, lengths, strict=True)
+    ]
     together = [handle.result() for handle in handles]
     ours = time.perf_counter() - start
     assert together == alone, "the same tokens"
