@@ -96,7 +96,7 @@ def jobs(load: Load, vocabulary: int, texts: Sequence[list[int]] | None = None, 
 
     Example:
         >>> [(len(job.prompt), job.new) for job in jobs(Load("two", 2, (3, 9), (1, 5)), vocabulary=50)]
-        [(8, 1), (7, 3)]
+        [(9, 2), (3, 3)]
     """
     rng = np.random.default_rng([seed, load.requests])
     lengths = [_lengths(rng, load, column) for column in (0, 1)]
