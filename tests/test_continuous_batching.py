@@ -490,7 +490,19 @@ def test_masked_rows_and_rows_that_end_early() -> None:
         assert len(ours.scores) == len(expected.scores)
 
 
-# -- long lives -------------------------------------------------------------------------------------------------------
+# -- long lives, and failures that stay where they are -------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_for_tokens_that_do_not_exist_fails_alone(model) -> None:
+    served = model("llama")
+    with Engine(served) as engine:
+        good = [engine.submit(prompt(6, i), max_new_tokens=12, sequence_bias={(5,): 2.0}, **KW) for i in range(2)]
+        bad = engine.submit(prompt(6), max_new_tokens=12, sequence_bias={(112 + 7,): 50.0}, **KW)
+        with pytest.raises(errors.TokenOutOfRange, match="0 to 111"):
+            bad.result(60)
+        for index, handle in enumerate(good):
+            expected = stock(served, prompt(6, index), max_new_tokens=12, sequence_bias={(5,): 2.0})
+            assert handle.result(60) == expected
 
 
 def test_a_row_with_nan_in_a_sampled_batch_fails_alone(model) -> None:

@@ -305,20 +305,17 @@ class Engine:
             self._expire()
             if not self._ready and self._live and not self.loop.step():
                 lock.wait(0.05)
-            ready = [row for row in self._ready if row in self._live]
+            # Logits are taken along: those of a request that is cancelled from now on would be gone.
+            ready = [(row, row.request.logits, row.request.error) for row in self._ready if row in self._live]
             self._ready.clear()
-            logits = [row.request.logits for row in ready]
-        going: list[Row] = []
-        for row in ready:
-            if (error := row.request.error) is not None:
-                self._end(self._live[row], _ours(error))
-            else:
-                going.append(row)
-        errors = advance(going, [values for values in logits if values is not None]) if going else []
-        for row, failed in zip(going, errors, strict=True):
+        errors = [(row, error) for row, _, error in ready if error is not None]
+        going = [(row, logits) for row, logits, error in ready if error is None]
+        rows = [row for row, _ in going]
+        errors += zip(rows, advance(rows, [logits for _, logits in going]), strict=True)
+        for row, failed in errors:
             handle = self._live.get(row)
             if handle is None:
-                continue  # cancelled while its token was chosen
+                continue  # cancelled meanwhile
             if failed is not None or row.done:
                 self._end(handle, None if failed is None else _ours(failed))
             else:

@@ -102,7 +102,7 @@ class Scheduler:
             if budget <= 0:
                 break
             owed -= request.remaining == 1
-            if not request.tables or self._awaits_parent(request):  # preempted in this very step, or
+            if request in plan.preempted or self._awaits_parent(request):
                 continue
             length = request.next_span(budget if request.remaining == 1 else max(1, budget - owed))
             if self._reserve(request, length, plan):

@@ -115,6 +115,7 @@ class Row(Group):
         first = len(shaped)
         while first and shaped[first - 1] is not None and _ordered(shaped[first - 1 : first + 1]):
             first -= 1
+        self.wished: list[Shaped] = []  # come before all processors
         self.stages: list[Shaped] = [stage for stage in shaped[first:] if stage is not None]
         self.called = type(self.processors)(self.processors[:first])
         self._max_length: int | None = None
@@ -142,9 +143,9 @@ class Row(Group):
             self.request.chunk = min(self.request.chunk or MAX_PROMPT_SPAN, MAX_PROMPT_SPAN)
             self.request.on_prompt = self._score_prompt
         if wishes.logit_bias:
-            self.stages.append(logit_bias(dict(wishes.logit_bias)))
+            self.wished.append(logit_bias(dict(wishes.logit_bias)))
         if wishes.frequency_penalty or wishes.presence_penalty:
-            self.stages.append(count_penalty(wishes.frequency_penalty, wishes.presence_penalty))
+            self.wished.append(count_penalty(wishes.frequency_penalty, wishes.presence_penalty))
 
     def notice(self) -> None:
         """Logits arrived, or the request failed."""
@@ -216,12 +217,12 @@ def advance(rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Exception | N
     Returns:
         For each row, why it failed, or `None`. One row's failure is nobody else's.
     """
-    errors: list[Exception | None] = [None] * len(rows)
+    errors: list[Exception | None] = [None] * len(rows)  # of the user's objects and settings, and NaN
     tokens: dict[int, int] = {}
     plain: list[int] = []
     shaped: list[int] = []
     for index, row in enumerate(rows):
-        simple = not (row.do_sample or row.called or row.stages or row.wishes.logprobs is not None)
+        simple = not (row.do_sample or row.called or row.stages or row.wished or row.wishes.logprobs is not None)
         (plain if simple else shaped).append(index)
     if plain:
         tokens |= _picked(plain, stack([logits[index] for index in plain]), None, errors)
@@ -232,7 +233,7 @@ def advance(rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Exception | N
     for index, token in tokens.items():
         try:
             rows[index].accept(token)
-        except Exception as error:  # of the user's objects
+        except Exception as error:
             errors[index] = error
     return errors
 
@@ -251,16 +252,16 @@ def _shaped(
     rows: Sequence[Row], places: Sequence[int], logits: Tensor, errors: list[Exception | None]
 ) -> dict[int, int]:
     """Tokens of rows with processors, noise or log-probabilities, by their place."""
-    scores = logits
+    scores = _applied([row.wished for row in rows], rows, places, logits, errors)
     if any(row.called for row in rows):
-        scores = logits.clone()
+        scores = scores.clone()
     for row, place, own in zip(rows, places, scores, strict=True):
         if row.called:
             try:
                 own.copy_(_call_processors(row, own))
             except Exception as error:
                 errors[place] = error
-    scores = apply([(row.stages, row) for row in rows], scores)
+    scores = _applied([row.stages for row in rows], rows, places, scores, errors)
     alive = [index for index, place in enumerate(places) if errors[place] is None]
     drawing = [index for index in alive if rows[index].do_sample]
     choosing = [index for index in alive if not rows[index].do_sample]
@@ -274,6 +275,26 @@ def _shaped(
             tokens |= _picked([places[index] for index in chosen], part, noise, errors)
     _report_chosen(rows, places, logits, tokens)
     return tokens
+
+
+def _applied(
+    stages: Sequence[Sequence[Shaped]],
+    rows: Sequence[Row],
+    places: Sequence[int],
+    scores: Tensor,
+    errors: list[Exception | None],
+) -> Tensor:
+    """The scores after each row's stages; a row whose stages cannot be applied gets an error and keeps its own."""
+    try:
+        return apply(list(zip(stages, rows, strict=True)), scores)
+    except Exception:  # whose fault it was shows row by row
+        found = [scores[index : index + 1] for index in range(len(rows))]
+        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+            try:
+                found[index] = apply([(stages[index], row)], found[index])
+            except Exception as error:
+                errors[place] = error
+        return torch.cat(found)
 
 
 def _call_processors(row: Row, scores: Tensor) -> Tensor:

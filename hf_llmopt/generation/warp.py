@@ -21,6 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import TokenOutOfRange
+
 REMOVED = -float("inf")
 
 
@@ -84,13 +86,19 @@ def _flat(places: Sequence[Tensor], scores: Tensor) -> Tensor:
 
 
 def _bias(scores: Tensor, settings: Sequence[dict[int, float]], histories: Sequence[History]) -> Tensor:
+    for biases in settings:
+        if not all(0 <= token < scores.shape[1] for token in biases):
+            raise TokenOutOfRange(
+                f"A bias names tokens {sorted(biases)}; the model's ids are 0 to {scores.shape[1] - 1}."
+            )
     index = _flat([torch.tensor(list(biases), dtype=torch.long) for biases in settings], scores)
     values = torch.tensor([value for biases in settings for value in biases.values()], device=scores.device)
     return scores.view(-1).index_add(0, index, values).view_as(scores)
 
 
 def _repetition(scores: Tensor, settings: Sequence[float], histories: Sequence[History]) -> Tensor:
-    ids = [history.ids()[0] for history in histories]
+    # A model may embed more ids than it scores.
+    ids = [row[row < scores.shape[1]] for row in (history.ids()[0] for history in histories)]
     flat, index = scores.reshape(-1), _flat(ids, scores)
     penalty = torch.tensor(settings, device=scores.device).repeat_interleave(
         torch.tensor([len(row) for row in ids], device=scores.device)
