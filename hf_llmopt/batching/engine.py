@@ -308,6 +308,7 @@ class Engine:
             # Logits are taken along: those of a request that is cancelled from now on would be gone.
             ready = [(row, row.request.logits, row.request.error) for row in self._ready if row in self._live]
             self._ready.clear()
+        errors: list[tuple[Row, BaseException | None]]
         errors = [(row, error) for row, _, error in ready if error is not None]
         going = [(row, logits) for row, logits, error in ready if error is None]
         rows = [row for row, _ in going]

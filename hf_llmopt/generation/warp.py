@@ -88,9 +88,8 @@ def _flat(places: Sequence[Tensor], scores: Tensor) -> Tensor:
 def _bias(scores: Tensor, settings: Sequence[dict[int, float]], histories: Sequence[History]) -> Tensor:
     for biases in settings:
         if not all(0 <= token < scores.shape[1] for token in biases):
-            raise TokenOutOfRange(
-                f"A bias names tokens {sorted(biases)}; the model's ids are 0 to {scores.shape[1] - 1}."
-            )
+            last = scores.shape[1] - 1
+            raise TokenOutOfRange(f"A bias names tokens {sorted(biases)}; the model's ids are 0 to {last}.")
     index = _flat([torch.tensor(list(biases), dtype=torch.long) for biases in settings], scores)
     values = torch.tensor([value for biases in settings for value in biases.values()], device=scores.device)
     return scores.view(-1).index_add(0, index, values).view_as(scores)
