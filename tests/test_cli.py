@@ -302,6 +302,18 @@ def test_bench_quick_says_that_it_does_not_count() -> None:
     assert "none of these figures counts" in result.stderr
 
 
+@needs_weights
+def test_bench_draws_its_schedule(tmp_path: Path) -> None:
+    drawing = tmp_path / "schedule.svg"
+    result = ok("bench", "continuous_batching", "--quick", "--repeat", 1, "--markdown", "--timeline", drawing)
+    assert "| random-8 | llmopt |" in result.stdout
+    assert "request rates" in result.stdout
+    assert drawing.read_text("utf-8").startswith("<svg")
+    missing = run("bench", "continuous_batching", "--load", "sharegtp")
+    assert missing.exit_code == 1
+    assert "Did you mean 'sharegpt'?" in missing.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 

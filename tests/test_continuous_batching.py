@@ -490,7 +490,7 @@ def test_masked_rows_and_rows_that_end_early() -> None:
         assert len(ours.scores) == len(expected.scores)
 
 
-# -- long lives, and failures that stay where they are ------------------------------------------------------------------
+# -- long lives, and failures that stay where they are -----------------------------------------------------------------
 
 
 def test_a_bias_for_tokens_that_do_not_exist_fails_alone(model) -> None:
