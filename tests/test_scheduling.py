@@ -147,6 +147,25 @@ def test_urgent_requests_pass_and_take_places() -> None:
     assert max(request.preemptions for request in slow) == 1
 
 
+def test_nobody_gives_way_in_vain() -> None:
+    """A call that cannot be preempted holds so much that the urgent request has to wait for its end anyway."""
+    world = World(Priority(aging=256), pages=24)
+    slow = [world.submit(4, 20) for _ in range(2)]
+    world.step()
+    call = Request(list(range(40)), list(range(40)), 40, [11], protected=True)
+    call.tables = [BlockTable(world.pool, PAGE, 11)]
+    world.goals[call] = 44
+    world.scheduler.add(call)
+    while call.remaining > 1:
+        world.step()
+    urgent = world.submit(58, 1, priority=1)
+    while call not in world.order:
+        world.step()
+        assert urgent not in world.started
+        assert not any(request.preemptions for request in slow)
+    world.run()
+
+
 @pytest.mark.parametrize("gap", [1, 2])
 def test_a_stream_of_urgent_requests_starves_nobody(gap: int) -> None:
     """With one urgent request after the other, the others go on after at most `aging` of them per level."""

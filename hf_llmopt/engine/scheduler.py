@@ -152,17 +152,28 @@ class Scheduler:
 
         Without that margin a request would start only to be preempted in the next steps.
         """
-        needs = []
-        for index, (room, table) in enumerate(zip(request.rooms, self._tables(request), strict=True)):
-            grows = [r for r in self.running if not r.protected and r.rooms[index] > r.tables[index].held]
-            needs.append(min(room, table.missing(0, len(request.tokens))) + len(grows))
+        needs = self._needs(request)
+        for index in range(len(needs)):
+            growing = [r for r in self.running if not r.protected and r.rooms[index] > r.tables[index].held]
+            needs[index] += len(growing)
         self._grow(needs)
         return all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True))
+
+    def _needs(self, request: Request) -> list[int]:
+        """Pages that a waiting request needs for all of its tokens, per cache group."""
+        tables = self._tables(request)
+        return [min(room, t.missing(0, len(request.tokens))) for room, t in zip(request.rooms, tables, strict=True)]
 
     def _make_way(self, plan: Plan) -> None:
         """The first in the line takes the place and the pages of those who run and rank behind it."""
         first = self.line.first()
-        while first is not None and not (self._places() > 0 and self._fits(first)):
+        if first is None:
+            return
+        for index, (need, pool) in enumerate(zip(self._needs(first), self.pools, strict=True)):
+            held = sum(other.tables[index].held for other in self._behind(first, plan))
+            if need > pool.free + held:
+                return  # others hold so much that nobody's pages would help
+        while not (self._places() > 0 and self._fits(first)):
             victim = self._victim(first, plan)
             if victim is None:
                 return
@@ -209,19 +220,20 @@ class Scheduler:
             else:
                 return True
 
-    def _victim(self, request: Request, plan: Plan) -> Request | None:
-        """Who loses its pages to `request`: the last in rank that is not needed in this step."""
+    def _behind(self, request: Request, plan: Plan) -> list[Request]:
+        """Who may lose its pages to `request`, because it ranks behind and is not needed in this step."""
         scheduled = {other for other, _ in plan.spans}
-        others = [
+        rank = self.line.rank(request)
+        return [
             other
             for other in self.running
             # Logits that wait to be read would be lost with the pages.
             if not other.protected and other.pages_held and other.logits is None and other not in scheduled
+            if request.protected or self.line.rank(other) > rank
         ]
-        last = max(others, key=self.line.rank, default=None)
-        if last is None or (not request.protected and self.line.rank(last) <= self.line.rank(request)):
-            return None
-        return last
+
+    def _victim(self, request: Request, plan: Plan) -> Request | None:
+        return max(self._behind(request, plan), key=self.line.rank, default=None)
 
     def _preempt(self, victim: Request, plan: Plan) -> None:
         # What it holds and one page more is what it needs to go on, however long it has become.
