@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 import os
 
 from . import errors
-from .batching import Engine, RequestHandle
+from .batching import BatchingPipeline, Engine, RequestHandle, generate_batch
 from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
@@ -23,6 +23,7 @@ from .stats import Stats
 __all__ = [
     "AttentionConfig",
     "BatchingConfig",
+    "BatchingPipeline",
     "Engine",
     "KVCacheConfig",
     "LLMOptConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "RequestHandle",
     "Stats",
     "errors",
+    "generate_batch",
     "install",
     "optimize",
     "uninstall",

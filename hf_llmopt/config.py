@@ -103,24 +103,41 @@ class AttentionConfig(Section):
 
 @dataclass(frozen=True)
 class BatchingConfig(Section):
-    """How the spans of a step are chosen. Exact.
+    """Part 6, continuous batching: how the spans of a step are chosen, and who waits. Exact.
 
     Args:
+        policy: Which waiting request starts next. `"fcfs"`: who came first; `"priority"`: of the highest priority;
+            `"fair"`: of the tenant for which the fewest tokens were computed.
         max_batch_tokens: Most tokens one forward pass computes; longer prompts are prefilled in several steps.
         max_requests: Most requests that hold pages at one time; others wait their turn.
+        max_waiting: Most requests that may wait; `submit` raises `EngineFull` beyond.
+        aging: Later arrivals that outweigh one level of priority, so that nobody waits for ever.
+        swap_bytes: Most bytes of host memory for the keys of requests that lost their pages to others. Where copying
+            is slower than computing them again, or with 0, they are computed again.
+        continuous: A text-generation pipeline submits its inputs as requests that come and go, instead of one padded
+            batch after the other. Set by `llmopt="continuous_batching"`.
 
     Example:
         >>> from hf_llmopt import BatchingConfig
-        >>> BatchingConfig(max_batch_tokens=512).max_batch_tokens
-        512
+        >>> BatchingConfig("fair", max_batch_tokens=512)
+        BatchingConfig(policy='fair', max_batch_tokens=512)
     """
 
+    main: ClassVar[str | None] = "policy"
+    policy: str = _option("fcfs", choices=("fcfs", "priority", "fair"))
     max_batch_tokens: int = _option(2048, kind=int, low=1)
     max_requests: int = _option(256, kind=int, low=1)
+    max_waiting: int = _option(10_000, kind=int, low=1)
+    aging: int = _option(256, kind=int, low=1)
+    swap_bytes: int = _option(2**30, kind=int)
+    continuous: bool = _option(False, choices=(False, True))
 
 
-# The names that `llmopt=` accepts, and the section that each switches on.
-PARTS = {"kv_cache": "kv_cache"}
+# The names that `llmopt=` accepts, the section that each switches on, and what it sets there.
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kv_cache": ("kv_cache", {}),
+    "continuous_batching": ("batching", {"continuous": True}),
+}
 SECTIONS: dict[str, type[Section]] = {
     "kv_cache": KVCacheConfig,
     "attention": AttentionConfig,
@@ -200,7 +217,10 @@ class LLMOptConfig:
         for name in names:
             if not isinstance(name, str) or name not in PARTS:
                 raise unknown("llmopt= option", name, PARTS)
-        return cls._from_dict({PARTS[name]: True for name in names})
+        sections: dict[str, dict[str, Any]] = {}
+        for section, values in (PARTS[name] for name in names):
+            sections.setdefault(section, {}).update(values)
+        return cls._from_dict(sections)
 
     @classmethod
     def _from_dict(cls, sections: Mapping[str, Any]) -> LLMOptConfig:

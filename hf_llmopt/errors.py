@@ -14,6 +14,8 @@ LLMOptError
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
 ├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
 ├── RequestCancelled     the request was cancelled before it finished                   (RuntimeError)
+├── DeadlineExceeded     the request did not finish by its deadline                     (TimeoutError)
+├── EngineFull           as many requests wait as may wait                              (RuntimeError)
 ├── EngineClosed         the engine was closed before the request finished              (RuntimeError)
 └── InstallConflict      another library changed transformers after hf_llmopt did       (RuntimeError)
 ```
@@ -82,6 +84,14 @@ class CallbackFailed(LLMOptError, RuntimeError):
 
 class RequestCancelled(LLMOptError, RuntimeError):
     """The request was cancelled before it finished."""
+
+
+class DeadlineExceeded(LLMOptError, TimeoutError):
+    """The request did not finish by its deadline."""
+
+
+class EngineFull(LLMOptError, RuntimeError):
+    """As many requests wait as may wait; submit again once others have finished."""
 
 
 class EngineClosed(LLMOptError, RuntimeError):

@@ -18,9 +18,10 @@ from transformers.generation import GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import attention
+from .batching import BatchingPipeline
 from .config import LLMOptConfig
 from .errors import InstallConflict, NotServed, UnsupportedModel
-from .generation import ACTIVE, Active, handle_of, translate
+from .generation import ACTIVE, Active, Prepared, handle_of, translate
 from .stats import Stats
 
 _TASK = "text-generation"
@@ -138,7 +139,7 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def generate(self: Any, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         outer = ACTIVE.get()
-        if outer is not None and outer.model is self and outer.submit is not None and llmopt is None:
+        if outer is not None and outer.model is self and outer.submitted and llmopt is None:
             return original(self, *args, **kwargs)
         handle = vars(self).get("llmopt")
         config = LLMOptConfig.parse(llmopt) if llmopt is not None else (handle.config if handle else None)
@@ -175,13 +176,14 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         if active is None or active.model is not self:
             return original(self, *args, **kwargs)
         try:
-            group = translate(active, *args, **kwargs)
+            groups = translate(active, *args, **kwargs)
         except NotServed as reason:
             _fall_through(active, str(reason))
             return original(self, *args, **kwargs)
         active.settled = True
-        if active.submit is not None:
-            return group
+        if active.submitted:
+            raise Prepared(groups)
+        (group,) = groups
         try:
             group.run()
         finally:
@@ -210,7 +212,7 @@ def _fall_through(active: Active, reason: str) -> None:
     if active.settled:
         return
     active.settled = True
-    if active.submit is not None:
+    if active.submitted:
         raise NotServed(f"Engine.submit cannot serve this request: {reason}.")
     if active.config.strict:
         raise NotServed(f"strict=True, and transformers would have to serve this call: {reason}.")
@@ -234,11 +236,17 @@ def _users_frame() -> int:
 
 
 class _TextGenerationPipeline(TextGenerationPipeline):
-    """`pipeline("text-generation", ...)`: the stock class, with an optimized model if `llmopt=` is given."""
+    """`pipeline("text-generation", ...)`: the stock class, with an optimized model if `llmopt=` is given.
+
+    With continuous batching it is a `BatchingPipeline`.
+    """
 
     def __new__(cls, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         config = LLMOptConfig.parse(llmopt)
-        pipeline = TextGenerationPipeline(*args, **kwargs)
+        if config is not None and config.batching.continuous:
+            pipeline: TextGenerationPipeline = BatchingPipeline(*args, llmopt=config, **kwargs)
+        else:
+            pipeline = TextGenerationPipeline(*args, **kwargs)
         if config is not None:
             optimize(pipeline.model, config)
         return pipeline

@@ -22,7 +22,8 @@ class Stats:
         time_to_first_token: Seconds from the call's start to its first sampled token.
         pages: Most pages the call held at one time, all cache groups together.
         page_bytes: Bytes of those pages.
-        preemptions: How often a row gave its pages back and was computed again.
+        preemptions: How often a row gave its pages to others.
+        swaps: How often its keys were saved in host memory meanwhile, instead of computed again.
         attention: Names of the attention paths that ran.
         fused: Modules that C kernels stood in for, and those that were recognised and stayed eager.
 
@@ -44,6 +45,7 @@ class Stats:
     pages: int = 0
     page_bytes: int = 0
     preemptions: int = 0
+    swaps: int = 0
     attention: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
 

@@ -173,7 +173,7 @@ def test_generate_stops(folder: Path) -> None:
         (("{empty}", "x"), "has no config.json"),
         (("{folder}", "x", "--llmopt=kv_cach"), "Did you mean 'kv_cache'?"),
         (("{folder}", "x", "--llmopt", "kv_cahce"), "Did you mean 'kv_cache'?"),
-        (("{folder}", "--llmopt", "ture", "x"), "Allowed: 'false', 'kv_cache', 'true'"),
+        (("{folder}", "--llmopt", "ture", "x"), "Did you mean 'true'? Allowed: "),
         (("{folder}", "x", "--dtype", "float31"), "Allowed: auto, float32"),
         (("{folder}", "x", "--device", "abacus"), "cannot use device 'abacus'"),
         (("{folder}", ""), "the prompt is empty"),
@@ -300,6 +300,18 @@ def test_bench_quick_says_that_it_does_not_count() -> None:
     result = ok("bench", "kv_cache", "--quick", "--workload", "batch-1", "--repeat", 1, "--json")
     assert json.loads(result.stdout)["quick"]
     assert "none of these figures counts" in result.stderr
+
+
+@needs_weights
+def test_bench_draws_its_schedule(tmp_path: Path) -> None:
+    drawing = tmp_path / "schedule.svg"
+    result = ok("bench", "continuous_batching", "--quick", "--repeat", 1, "--markdown", "--timeline", drawing)
+    assert "| random-8 | llmopt |" in result.stdout
+    assert "request rates" in result.stdout
+    assert drawing.read_text("utf-8").startswith("<svg")
+    missing = run("bench", "continuous_batching", "--load", "sharegtp")
+    assert missing.exit_code == 1
+    assert "Did you mean 'sharegpt'?" in missing.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

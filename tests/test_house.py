@@ -37,7 +37,7 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FRONT = {"serving", "cli", "bench", "demo", "__main__"}  # they import what they like; nobody inside imports them
 TOP_ONLY = "hf_llmopt.speculative.mixin"  # needs the engine from below; imported by `__init__` alone
-NO_TORCH = ("hf_llmopt.engine.scheduler", "hf_llmopt.kv_cache.pool")
+NO_TORCH = ("hf_llmopt.engine.policy", "hf_llmopt.engine.scheduler", "hf_llmopt.kv_cache.pool")
 # Packages that are loaded only when asked for, and the files that may import them at module level.
 OPTIONAL = {
     "fastapi": "hf_llmopt.serving",

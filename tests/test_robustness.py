@@ -75,7 +75,7 @@ def _with_last(value: int) -> dict:
         {"input_ids": torch.zeros(1, 0, dtype=torch.long), "inputs_embeds": torch.randn(1, 5, 64).double()},
         {"input_ids": IDS, "position_ids": torch.arange(3)[None]},
         {"input_ids": IDS, "prefill_chunk_size": 0},
-        {"input_ids": IDS, "num_return_sequences": 2, "do_sample": True},
+        {"input_ids": IDS, "num_return_sequences": 2, "do_sample": True, "guidance_scale": 1.5},
         {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
     ],
 )

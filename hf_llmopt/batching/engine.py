@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import Callable, Mapping
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..config import LLMOptConfig
+from ..engine import EngineLoop
 from ..errors import (
+    DeadlineExceeded,
     EmptyPrompt,
     EngineClosed,
+    EngineFull,
     InvalidOption,
     InvalidRequest,
     LLMOptError,
@@ -26,8 +30,8 @@ from ..errors import (
     RequestFailed,
     UnsupportedModel,
 )
-from ..generation import ACTIVE, Active, Group, handle_of
-from ..stats import Stats
+from ..generation import ACTIVE, Active, Prepared, Row, Wishes, advance, handle_of
+from .handle import RequestHandle
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -37,103 +41,6 @@ def _close_all() -> None:
     """A thread that is inside torch while the interpreter goes down would abort the process."""
     for engine in list(_open):
         engine.close()
-
-
-class RequestHandle:
-    """A submitted request: iterate over its tokens, wait for its result, or cancel it.
-
-    Example:
-        >>> from hf_llmopt import Engine, demo
-        >>> model, tokenizer = demo.load()
-        >>> with Engine(model) as engine:
-        ...     handle = engine.submit(tokenizer("import")["input_ids"], max_new_tokens=3)
-        ...     tokens = list(handle)
-        >>> tokens == handle.result()
-        True
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._news = threading.Condition()
-        self._tokens: list[int] = []
-        self._error: LLMOptError | None = None
-        self._done = False
-        self._group: Group | None = None
-
-    @property
-    def stats(self) -> Stats:
-        """Figures of this request."""
-        assert self._group is not None
-        return self._group.stats
-
-    @property
-    def done(self) -> bool:
-        """Whether the request finished, failed or was cancelled."""
-        return self._done
-
-    def __repr__(self) -> str:
-        state = f"failed: {self._error}" if self._error else "done" if self._done else "running"
-        return f"RequestHandle({len(self._tokens)} tokens, {state})"
-
-    def __iter__(self) -> Iterator[int]:
-        """All new tokens from the first on, each as soon as it is sampled.
-
-        Raises:
-            LLMOptError: The request failed.
-        """
-        index = 0
-        while (token := self._wait(index)) is not None:
-            index += 1
-            yield token
-
-    async def __aiter__(self) -> AsyncIterator[int]:
-        """All new tokens from the first on, for `async for`."""
-        index = 0
-        while (token := await asyncio.to_thread(self._wait, index)) is not None:
-            index += 1
-            yield token
-
-    def result(self, timeout: float | None = None) -> list[int]:
-        """Wait for the end and return all new tokens, the EOS token included.
-
-        Args:
-            timeout: Seconds to wait at most.
-
-        Raises:
-            LLMOptError: The request failed.
-            TimeoutError: It did not end in time; it goes on.
-        """
-        with self._news:
-            if not self._news.wait_for(lambda: self._done, timeout):
-                raise TimeoutError(f"The request did not end within {timeout} s; it goes on.")
-            if self._error is not None:
-                raise self._error
-            return list(self._tokens)
-
-    def cancel(self) -> None:
-        """End the request now and give its pages back; harmless if it has ended."""
-        self._engine._end(self, RequestCancelled("The request was cancelled."))
-
-    def _wait(self, index: int) -> int | None:
-        """Token `index` once it is there, or `None` if the request ended before."""
-        with self._news:
-            self._news.wait_for(lambda: self._done or len(self._tokens) > index)
-            if len(self._tokens) > index:
-                return self._tokens[index]
-            if self._error is not None:
-                raise self._error
-            return None
-
-    def _put(self, tokens: list[int]) -> None:
-        with self._news:
-            self._tokens += tokens
-            self._news.notify_all()
-
-    def _finish(self, error: LLMOptError | None) -> None:
-        with self._news:
-            if not self._done:
-                self._error, self._done = error, True
-            self._news.notify_all()
 
 
 class Engine:
@@ -173,15 +80,22 @@ class Engine:
         self.config = config
         self.loop = handle_of(model).engine_for(model, config)
         self.loop.owners += 1
-        self._waiting: list[RequestHandle] = []
-        self._running: list[RequestHandle] = []
+        # `gate` guards what `submit` touches. The loop's lock, which is held for whole steps, is never taken inside it.
+        self._gate = threading.Condition()
+        self._entering: deque[RequestHandle] = deque()  # submitted, not yet in the loop
+        self._live: dict[Row, RequestHandle] = {}
+        self._deadlines: dict[Row, float] = {}
+        self._objects: set[int] = set()  # ids of the users' objects in live requests
+        self._ready: list[Row] = []  # rows with logits or errors; guarded by the loop's lock
         self._closed = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
+        self._owned = [self.loop]
+        weakref.finalize(self, _disown, self._owned)
         _open.add(self)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._running)} running, {len(self._waiting)} waiting"
+        state = "closed" if self._closed else f"{len(self._live)} requests, {self.waiting} waiting"
         return f"Engine({type(self.model).__name__}, {self.config!r}, {state})"
 
     def __enter__(self) -> Engine:
@@ -192,177 +106,257 @@ class Engine:
     ) -> None:
         self.close()
 
-    def submit(self, input_ids: Tensor | list[int], *, seed: int | None = None, **kwargs: Any) -> RequestHandle:
+    @property
+    def waiting(self) -> int:
+        """Requests that hold no pages yet."""
+        return len(self._entering) + len(self.loop.scheduler.line)
+
+    def submit(
+        self,
+        input_ids: Tensor | list[int],
+        *,
+        seed: int | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        deadline: float | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        **kwargs: Any,
+    ) -> RequestHandle:
         """Hand in a request; returns at once.
 
         Args:
             input_ids: Prompt ids, `[tokens]` or `[1, tokens]`.
-            seed: Seed of the request's own noise; random if `None`.
+            seed: Seed of the request's own noise; random if `None`. With `num_return_sequences`, sequence `i` is what
+                `seed + i` gives.
+            priority: Under the policy `"priority"`: higher goes first, -100 to 100.
+            tenant: Under the policy `"fair"`: whose request it is.
+            deadline: Seconds from now after which the request ends with `DeadlineExceeded`.
+            logprobs: Report the log-probability of each new token, and of that many most likely ones.
+            prompt_logprobs: The same for each prompt token but the first.
+            logit_bias: Added to the scores of these token ids.
+            frequency_penalty: Subtracted from a token's score for each time it was generated.
+            presence_penalty: Subtracted from the scores of tokens that were generated.
             kwargs: What `model.generate` takes: `max_new_tokens`, `do_sample`, `temperature`, `stop_strings`,
-                `logits_processor`, `streamer`, ...
+                `logits_processor`, `streamer`, `num_return_sequences`, ...
 
         Raises:
             InvalidRequest: The prompt cannot be generated from, or a processor, criterion or streamer of the user is in
                 use by another live request.
             NotServed: The arguments need transformers' own loop.
             OutOfPages: The request could never fit.
+            EngineFull: Too many requests wait.
             EngineClosed: The engine was closed.
         """
-        handle = RequestHandle(self)
-        handle._group = group = self._prepare(handle, input_ids, seed, kwargs)
-        with self.loop.lock:
-            if self._closed or os.getpid() != self._process:
-                raise EngineClosed("The engine was closed, or belongs to the process this one was forked from.")
-            if group.engine is not self.loop:
-                self._move_to(group)
-            self._refuse_shared(group)
-            self.loop.check_fits(group)
-            self._waiting.append(handle)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_work, args=(weakref.ref(self),), name="hf_llmopt-engine", daemon=True
-                )
-                self._thread.start()
-            self.loop.lock.notify_all()
-        return handle
-
-    def _prepare(
-        self, handle: RequestHandle, input_ids: Tensor | list[int], seed: int | None, kwargs: dict[str, Any]
-    ) -> Group:
-        """Let transformers prepare the call as `generate` would, and take its group instead of running it."""
+        wishes = Wishes(
+            seed, priority, tenant, deadline, logprobs, prompt_logprobs, logit_bias, frequency_penalty, presence_penalty
+        )
         if "llmopt" in kwargs:
             raise InvalidOption(
                 "llmopt= belongs to Engine(model, llmopt=...); submit takes generate's other arguments."
             )
+        ids = self._ids(input_ids, "inputs_embeds" in kwargs)
+        generate: Any = self.model.generate
+        return self.submit_call(lambda: generate(ids, **kwargs), wishes)
+
+    def submit_call(self, call: Callable[[], Any], wishes: Wishes) -> RequestHandle:
+        """Hand in what a function would generate.
+
+        Args:
+            call: Calls `generate` of this engine's model, for one prompt. It does not return from that.
+            wishes: What is asked for beyond the arguments of `generate`.
+
+        Raises:
+            LLMOptError: As `submit`.
+        """
+        if wishes.logit_bias and max(wishes.logit_bias) >= (size := self.model.config.get_text_config().vocab_size):
+            raise InvalidRequest(f"logit_bias names token {max(wishes.logit_bias)}; the model's ids are below {size}.")
+        rows = self._prepare(call)
+        for index, row in enumerate(rows):
+            generator = torch.Generator(row.input_ids.device)
+            if wishes.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(wishes.seed + index)
+            row.wish(wishes, generator)
+        end = weakref.WeakMethod(self._cancel)
+        handles = tuple(RequestHandle(row, lambda handle: (end() or _nothing)(handle)) for row in rows)
+        for handle in handles:
+            handle.choices = handles
+        with self._gate:
+            self._enqueue(handles)
+        return handles[0]
+
+    def _ids(self, input_ids: Tensor | list[int], has_embeds: bool) -> Tensor:
         try:
-            ids = torch.as_tensor(input_ids)
+            ids = torch.as_tensor(input_ids, device=self.model.device)
         except (TypeError, ValueError, RuntimeError) as error:
             given = type(input_ids).__name__
             raise InvalidRequest(
                 f"submit takes the token ids of one prompt, got a {given}; tokenizer(text)['input_ids'] gives them."
             ) from error
         ids = ids[None] if ids.dim() == 1 else ids
-        if not ids.numel() and "inputs_embeds" not in kwargs:
+        if not ids.numel() and not has_embeds:
             raise EmptyPrompt("submit got an empty prompt; give at least one token (the BOS token, say).")
         if ids.dim() != 2 or ids.shape[0] != 1 or (ids.is_floating_point() and ids.numel()):
             raise InvalidRequest(f"submit takes one prompt of token ids, got shape {list(ids.shape)}, {ids.dtype}.")
-        if seed is not None and not isinstance(seed, int):
-            raise InvalidRequest(f"seed is an int or None, got {seed!r}.")
-        generator = torch.Generator(ids.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        # The handle refers to its group, whose callback must not refer back strongly.
-        put = weakref.WeakMethod(handle._put)
-        submit = {"generator": generator, "on_tokens": lambda tokens: (put() or (lambda _: None))(tokens)}
-        token = ACTIVE.set(Active(self.model, self.config, submit))
+        return ids.to(torch.long)
+
+    def _prepare(self, call: Callable[[], Any]) -> list[Row]:
+        """Let transformers prepare a call as `generate` would, and take its rows instead of running them."""
+        token = ACTIVE.set(Active(self.model, self.config, submitted=True))
         try:
-            generate: Any = self.model.generate
-            group = generate(ids.to(torch.long), **kwargs)
+            call()
+        except Prepared as prepared:
+            return prepared.rows
         finally:
             ACTIVE.reset(token)
-        if not isinstance(group, Group):
-            raise InvalidOption("hf_llmopt is not installed in transformers; call hf_llmopt.install() first.")
-        if len(group.requests) != 1:
-            raise InvalidRequest(
-                f"submit takes one row, the arguments make {len(group.requests)}; submit it that often."
-            )
-        return group
+        raise InvalidOption("hf_llmopt is not installed in transformers; call hf_llmopt.install() first.")
 
-    def _move_to(self, group: Group) -> None:
-        """The model's weights were moved, cast or exchanged since the last request: go on with its new loop."""
-        if self._running or self._waiting:
-            raise InvalidRequest(
-                "The model was moved, cast or changed while requests of this engine run; wait for them."
-            )
-        self.loop.owners -= 1
-        self.loop = group.engine
-        self.loop.owners += 1
-
-    def _refuse_shared(self, group: Group) -> None:
-        """Objects of the user may carry state: one in two live requests would mix them up."""
-        live = [h._group for h in (*self._waiting, *self._running) if h._group is not None]
-        used = {id(item) for other in live for item in other.users_objects()}
-        for item in group.users_objects():
-            if id(item) in used:
+    def _enqueue(self, handles: tuple[RequestHandle, ...]) -> None:
+        rows = [handle._row for handle in handles]
+        if self._closed or os.getpid() != self._process:
+            raise EngineClosed("The engine was closed, or belongs to the process this one was forked from.")
+        if rows[0].engine is not self.loop:
+            self._move_to(rows[0].engine)
+        objects = rows[0].users_objects()
+        for item in objects:
+            # Objects of the user may carry state: one in two live requests would mix them up.
+            if id(item) in self._objects:
                 raise InvalidRequest(
                     f"This {type(item).__name__} is in use by another live request and may carry its state; give each "
                     "request its own."
                 )
+        for row in rows:
+            self.loop.check_fits(row)
+        limit = self.config.batching.max_waiting
+        if self.waiting + len(rows) > limit:
+            raise EngineFull(
+                f"{self.waiting} requests wait, and BatchingConfig(max_waiting={limit}) allows no more. Wait for "
+                "results before you submit again, or raise max_waiting."
+            )
+        self._objects |= set(map(id, objects))
+        for handle in handles:
+            row = handle._row
+            row.on_notice = self._ready.append
+            self._live[row] = handle
+            if row.wishes.deadline is not None:
+                self._deadlines[row] = monotonic() + row.wishes.deadline
+            self._entering.append(handle)
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_work, args=(weakref.ref(self),), name="hf_llmopt-engine", daemon=True
+            )
+            self._thread.start()
+        self._gate.notify_all()
+
+    def _move_to(self, loop: EngineLoop) -> None:
+        """The model's weights were moved, cast or exchanged since the last request: go on with its new loop."""
+        if self._live:
+            raise InvalidRequest(
+                "The model was moved, cast or changed while requests of this engine run; wait for them."
+            )
+        _disown(self._owned)
+        self.loop = loop
+        self.loop.owners += 1
+        self._owned.append(loop)
 
     def close(self) -> None:
         """End what still runs with `EngineClosed`, and stop the thread. Harmless if closed already."""
         if os.getpid() != self._process:
             return
-        with self.loop.lock:
-            if not self._closed:
-                self.loop.owners -= 1
+        with self._gate:
             self._closed = True
-            for handle in (*self._waiting, *self._running):
-                self._end(handle, EngineClosed("The engine was closed before the request finished."))
-            self.loop.lock.notify_all()
+            handles = list(self._live.values())
             thread = self._thread
+            self._gate.notify_all()
+        for handle in handles:
+            self._end(handle, EngineClosed("The engine was closed before the request finished."))
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        _disown(self._owned)
+
+    def _cancel(self, handle: RequestHandle) -> None:
+        self._end(handle, RequestCancelled("The request was cancelled."))
 
     def _end(self, handle: RequestHandle, error: LLMOptError | None) -> None:
+        row = handle._row
         with self.loop.lock:
-            for handles in (self._waiting, self._running):
-                if handle in handles:
-                    handles.remove(handle)
-            if handle._group is not None:
-                self.loop.remove(handle._group)
-            handle._finish(error)
+            self.loop.remove(row)
+        with self._gate:
+            if handle in self._entering:
+                self._entering.remove(handle)
+            self._live.pop(row, None)
+            self._deadlines.pop(row, None)
+            self._objects -= set(map(id, row.users_objects()))
+        handle._finish(error)
 
     def _turn(self) -> None:
-        """Admit, step, and let every request that has logits choose its token."""
+        """Let new requests in, step, and choose the next tokens of all requests that have logits."""
+        with self._gate:
+            if not self._live and not self._closed:
+                self._gate.wait(0.5)
         lock = self.loop.lock
         with lock:
-            self._admit()
-            if not self._running:
-                lock.wait(0.5)
-                return
-            if not any(map(_ready, self._running)) and not self.loop.step():
+            self._enter()
+            self._expire()
+            if not self._ready and self._live and not self.loop.step():
                 lock.wait(0.05)
-            ready = [handle for handle in self._running if _ready(handle)]
-        for handle in ready:
-            self._advance(handle)
+            # Logits are taken along: those of a request that is cancelled from now on would be gone.
+            ready = [(row, row.request.logits, row.request.error) for row in self._ready if row in self._live]
+            self._ready.clear()
+        errors: list[tuple[Row, BaseException | None]]
+        errors = [(row, error) for row, _, error in ready if error is not None]
+        going = [(row, logits) for row, logits, error in ready if error is None]
+        rows = [row for row, _ in going]
+        errors += zip(rows, advance(rows, [logits for _, logits in going]), strict=True)
+        for row, failed in errors:
+            handle = self._live.get(row)
+            if handle is None:
+                continue  # cancelled meanwhile
+            if failed is not None or row.done:
+                self._end(handle, None if failed is None else _ours(failed))
+            else:
+                handle._tell()
 
-    def _admit(self) -> None:
-        while self._waiting:
-            handle = self._waiting[0]
-            assert handle._group is not None
-            handle._group.thread = threading.get_ident()
+    def _enter(self) -> None:
+        if self._entering:
+            self.loop.runner.refresh()
+        while self._entering:
+            handle = self._entering.popleft()
+            row = handle._row
+            row.thread = threading.get_ident()
             try:
-                if not handle._group.start():
-                    return
+                if not row.request.finished and not row.start():
+                    self._entering.appendleft(handle)
+                    break  # it brings keys of its own, for which there is no room yet
             except Exception as error:  # the thread must live on for the other requests
                 self._end(handle, _ours(error))
-                continue
-            self._running.append(self._waiting.pop(0))
 
-    def _advance(self, handle: RequestHandle) -> None:
-        group = handle._group
-        assert group is not None
-        try:
-            if group.ready():
-                group.advance()
-        except Exception as error:  # as above
-            self._end(handle, _ours(error))
-        else:
-            if group.done:
-                self._end(handle, None)
+    def _expire(self) -> None:
+        now = monotonic()
+        for row in [row for row, at in list(self._deadlines.items()) if at <= now]:
+            handle = self._live.get(row)
+            if handle is not None:
+                seconds, tokens = row.wishes.deadline, len(row.tokens)
+                self._end(handle, DeadlineExceeded(f"The deadline of {seconds} s passed after {tokens} new tokens."))
 
 
-def _ready(handle: RequestHandle) -> bool:
-    group = handle._group
-    assert group is not None
-    return any(request.error for request in group.requests) or group.ready()
+def _nothing(handle: RequestHandle) -> None:
+    """The engine is gone, and ended its requests."""
 
 
-def _ours(error: Exception) -> LLMOptError:
+def _ours(error: BaseException) -> LLMOptError:
     return error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
+
+
+def _disown(owned: list[EngineLoop]) -> None:
+    """No open engine submits to these loops any more."""
+    while owned:
+        owned.pop().owners -= 1
 
 
 def _work(reference: weakref.ref[Engine]) -> None:
@@ -375,6 +369,6 @@ def _work(reference: weakref.ref[Engine]) -> None:
         try:
             engine._turn()
         except Exception as error:
-            for handle in list(engine._running):
+            for handle in list(engine._live.values()):
                 engine._end(handle, _ours(error))
         del engine

@@ -11,31 +11,56 @@ engine only computes tokens that requests have and whose keys are missing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import perf_counter
 
+import psutil
 from transformers import PreTrainedModel
 
-from ..config import LLMOptConfig
+from ..config import BatchingConfig, LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
-from ..kv_cache import PagedStore
+from ..kv_cache import BlockTable, PagedStore, Swapped
+from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
-from .request import Request
+from .request import Request, Rows
 from .runner import Runner
-from .scheduler import Scheduler
+from .scheduler import Plan, Scheduler
 
 AHEAD = 1024  # new tokens that pages are set aside for when a request is admitted
 
 
-class Rows(Protocol):
-    """What the engine needs of a group: its requests, and a place for figures."""
+def _policy(config: BatchingConfig) -> Policy:
+    if config.policy == "fair":
+        return Fair()
+    return Priority(config.aging) if config.policy == "priority" else FirstCome()
 
-    requests: list[Request]
-    thread: int  # who waits for it
 
-    def account(self, seconds: float, paths: set[str]) -> None:
-        """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""
-        ...
+class Costs:
+    """What it has cost to compute keys and to copy them, to choose the cheaper when pages are taken away.
+
+    Attributes:
+        token_seconds: Seconds a token takes where many are computed together.
+        byte_seconds: Seconds to copy a byte of keys and values to host memory or back; 0 until it was measured once.
+    """
+
+    def __init__(self) -> None:
+        self.token_seconds = 0.0
+        self.byte_seconds = 0.0
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A pass over `tokens` tokens took `seconds`. The best passes count, and are slowly forgotten."""
+        each = seconds / tokens
+        self.token_seconds = min(each, 1.01 * self.token_seconds) if self.token_seconds else each
+
+    def copied(self, nbytes: int, seconds: float) -> None:
+        """Copying took `seconds`."""
+        each = seconds / max(1, nbytes)
+        self.byte_seconds = (self.byte_seconds + each) / 2 if self.byte_seconds else each
+
+    def favour_copy(self, tokens: int, nbytes: int) -> bool:
+        """Whether copying `nbytes` out and in is cheaper than computing `tokens` tokens again."""
+        return 2 * nbytes * self.byte_seconds < tokens * self.token_seconds
 
 
 class EngineLoop:
@@ -61,11 +86,17 @@ class EngineLoop:
         self.runner = Runner(model, self.store, config)
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
+            _policy(config.batching),
             config.batching.max_batch_tokens,
             config.batching.max_requests,
-            self.store.provide,
+            self._tables,
+            self._grow,
+            self._saves,
         )
-        self.groups: list[Rows] = []
+        self.costs = Costs()
+        self.swapped_bytes = 0  # of host memory
+        self.on_step: Callable[[Plan, float], None] | None = None  # called with each plan and when its step began
+        self.groups: dict[Rows, None] = {}  # in order of arrival
         self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
 
@@ -87,7 +118,7 @@ class EngineLoop:
         return [group.pages_for(total, size, span) for group in self.store.groups]
 
     def add(self, group: Rows) -> bool:
-        """Admit a group.
+        """Admit a group: rows of a `generate` call start at once, others wait in the line for their turn.
 
         Returns:
             `False` if it must wait until others have given pages back.
@@ -95,26 +126,52 @@ class EngineLoop:
         Raises:
             OutOfPages: It can never fit; the message says what does.
         """
+        members = group.requests
+        if any(request.protected for request in members) and not self._provide_all(group):
+            return False
+        for request in members:
+            request.group = group
+            self.scheduler.add(request)
+        self.groups[group] = None
+        return True
+
+    def _provide_all(self, group: Rows) -> bool:
+        """Set the pages aside that the group's rows may ever need; `False` if that is not possible yet."""
         self.check_fits(group)
-        self.runner.refresh()
-        wanted, members = self._outstanding(group.requests), group.requests
-        protected = any(request.protected for request in members)
-        running = self.scheduler.requests
-        others = self._outstanding([request for request in running if request.protected or not protected])
+        members = group.requests
+        wanted = self._outstanding(members)
+        others = self._outstanding([request for request in self.scheduler.running if request.protected])
         # Rows of one group get equal room, so that their runs of pages lie at equal distances.
         spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
         self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
-        if protected and any(a + b > c for a, b, c in zip(wanted, others, self._capacity(), strict=True)):
+        if any(a + b > c for a, b, c in zip(wanted, others, self._capacity(), strict=True)):
             # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
             if all(other.thread == group.thread for other in self.groups):
                 raise self._does_not_fit(members)
             return False
         for request in members:
-            if not request.tables:
-                request.tables = self.store.tables(spacing)
-            self.scheduler.add(request)
-        self.groups.append(group)
+            request.tables = request.tables or self.store.tables(spacing)
         return True
+
+    def _tables(self, request: Request) -> list[BlockTable]:
+        """Tables of a request that starts, or goes on after its keys were saved."""
+        tables = self.store.tables(request.rooms)
+        if request.swapped is not None:
+            for table, passed in zip(tables, request.swapped.passed, strict=True):
+                table.skip(passed * self.store.page_size)
+        return tables
+
+    def _grow(self, pages: Sequence[int]) -> None:
+        with suppress(OutOfPages):  # the device is full: the scheduler sees that too few pages are free
+            self.store.provide(pages)
+
+    def _saves(self, request: Request) -> bool:
+        """Whether to save the keys of a request that loses its pages, by what both ways have cost so far."""
+        held = [table.held for table in request.tables]
+        nbytes = sum(count * self.store.page_bytes(index) for index, count in enumerate(held))
+        if self.swapped_bytes + nbytes > min(self.config.batching.swap_bytes, psutil.virtual_memory().available):
+            return False
+        return self.costs.favour_copy(request.computed, nbytes)
 
     def check_fits(self, group: Rows) -> None:
         """Refuse a group that the budget can never hold.
@@ -141,7 +198,7 @@ class EngineLoop:
 
     def _capacity(self) -> list[int]:
         """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
-        yielding = [request for request in self.scheduler.requests if not request.protected]
+        yielding = [request for request in self.scheduler.running if not request.protected]
         return [
             limit - pool.used + sum(request.tables[index].held for request in yielding)
             for index, (limit, pool) in enumerate(zip(self.store.limits(), self.scheduler.pools, strict=True))
@@ -175,8 +232,8 @@ class EngineLoop:
         for request in group.requests:
             if not request.finished:
                 self._abandon(request)
-        if group in self.groups:
-            self.groups.remove(group)
+            request.group = request.on_prompt = None  # they refer back to the group
+        self.groups.pop(group, None)
         self.lock.notify_all()
 
     def finish(self, request: Request) -> None:
@@ -189,33 +246,56 @@ class EngineLoop:
         for index, table in enumerate(request.tables):
             if pages := table.own():
                 self.store.wipe(index, pages)
+        self._drop_saved(request)
         self.scheduler.remove(request)
+
+    def _drop_saved(self, request: Request) -> None:
+        if request.swapped is not None:
+            self.swapped_bytes -= request.swapped.nbytes
+            request.swapped = None
 
     def step(self) -> bool:
         """Compute one step for whoever has missing tokens; `False` if nobody can be served now. Call without grad."""
         self.store.reclaim()
         plan = self.scheduler.schedule()
+        began = perf_counter()
+        self._move_pages(plan)
         if not plan.spans:
-            self._starve()
-            return False
-        for index, (wipes, copies) in enumerate(zip(plan.wipes, plan.copies, strict=True)):
-            if wipes:
-                self.store.wipe(index, wipes)
-            if copies:
-                self.store.copy_pages(index, copies)
+            if not plan.preempted:
+                self._starve()
+            return bool(plan.preempted)
         try:
             self._run(plan.spans)
         except Exception:
             # Whose fault it was shows when each group's spans run alone.
-            for group in list(self.groups):
-                own = [span for span in plan.spans if span[0] in group.requests]
+            for group in {request.group: None for request, _ in plan.spans if request.group is not None}:
+                own = [span for span in plan.spans if span[0].group is group]
                 try:
                     self._run(own)
                 except Exception as error:
                     self._fail(group.requests, error)
         self.steps += 1
+        if self.on_step is not None:
+            self.on_step(plan, began)
         self.lock.notify_all()
         return True
+
+    def _move_pages(self, plan: Plan) -> None:
+        """What must happen to pages before the step writes to them."""
+        for request, pages in plan.saves:
+            began = perf_counter()
+            request.swapped = Swapped(self.store, pages)
+            self.swapped_bytes += request.swapped.nbytes
+            self.costs.copied(request.swapped.nbytes, perf_counter() - began)
+        for index, (wipes, copies) in enumerate(zip(plan.wipes, plan.copies, strict=True)):
+            if copies:
+                self.store.copy_pages(index, copies)
+            targets = {target for _, target in copies}
+            if left := [page for page in wipes if page not in targets]:
+                self.store.wipe(index, left)
+        for request in plan.restores:
+            request.swapped.restore(self.store, [table.pages for table in request.tables])
+            self._drop_saved(request)
 
     def _run(self, spans: Sequence[tuple[Request, int]]) -> None:
         """One pass over these spans, and what follows from it."""
@@ -223,23 +303,29 @@ class EngineLoop:
             return
         paths: set[str] = set()
         results, seconds = self.runner.run(spans, paths.add)
+        self.costs.computed(sum(length for _, length in spans), seconds)
         self._settle(spans)
+        groups = {request.group: None for request, _ in spans if request.group is not None}
+        for group in groups:
+            group.account(seconds, paths)
         for request, logits in results:
             request.logits = logits
-        members = {request for request, _ in spans}
-        for group in self.groups:
-            if not members.isdisjoint(group.requests):
-                group.account(seconds, paths)
+            if request.group is not None:
+                request.group.notice()
 
     def _starve(self) -> None:
-        """Nobody could be scheduled: if nobody is about to go on by itself either, the newest group fails."""
-        waiting = [group for group in self.groups if any(request.remaining for request in group.requests)]
-        if not waiting or len(waiting) < len(self.groups):
+        """Nobody could be scheduled: if nobody is about to go on by itself either, somebody has to fail.
+
+        That is the newest of those who run, or, if nobody runs, the first in the line: all others wait for it.
+        """
+        running = {request.group: None for request in self.scheduler.running if request.group is not None}
+        waiting = [group for group in running if any(request.remaining for request in group.requests)]
+        first = self.scheduler.line.first()
+        if len(waiting) < len(running) or not (waiting or first):
             return  # a group that waits for no page will choose its next tokens, and may end
-        for request in waiting[-1].requests:
-            request.error = self._does_not_fit(waiting[-1].requests)
-            self._abandon(request)
-        self.lock.notify_all()
+        group = waiting[-1] if waiting else first.group if first is not None else None
+        assert group is not None
+        self._fail(group.requests, self._does_not_fit(group.requests))
 
     def _settle(self, spans: Sequence[tuple[Request, int]]) -> None:
         """Count what was computed, drop masked tails, and give back pages that windows have passed."""
@@ -264,4 +350,6 @@ class EngineLoop:
                 continue
             request.error = error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
             self._abandon(request)
+            if request.group is not None:
+                request.group.notice()
         self.lock.notify_all()

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 from ..kv_cache.pool import BlockTable
 
 _arrivals = count()
+
+
+class Rows(Protocol):
+    """What the engine needs of a group: its requests, and a place for figures."""
+
+    requests: list[Request]
+    thread: int  # who waits for it
+
+    def account(self, seconds: float, paths: set[str]) -> None:
+        """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""
+        ...
+
+    def notice(self) -> None:
+        """A request of the group got its logits or failed; called with the engine's lock held."""
+        ...
 
 
 @dataclass(eq=False)
@@ -30,8 +46,14 @@ class Request:
         parent: A request with the same prompt whose pages can be shared, or `None`.
         keeps_passed: Keep pages that windows have passed: the caller's cache wants them back.
         protected: Its pages cannot be taken away (they hold imported keys, or belong to a `generate` call).
-        computed: Tokens whose keys are in pages.
-        tables: Block tables, one per cache group.
+        priority: Levels by which it goes before others, under that policy.
+        tenant: Whose request it is, under the policy `"fair"`.
+        on_prompt: Called with the place of a prompt token and the logits `[tokens, vocabulary]` from there on, or
+            `None` if nobody wants logits inside the prompt.
+        group: Who is told about logits, errors and figures; set when the request is added to an engine.
+        computed: Tokens whose keys are in pages, or in `swapped`.
+        swapped: Keys and values that lie in host memory until the request goes on, or `None`.
+        tables: Block tables, one per cache group; none before it starts.
         logits: Row `[vocabulary]` once all tokens are computed, else `None`.
         error: Why the request failed, or `None`.
         finished: No further token will be computed.
@@ -48,13 +70,20 @@ class Request:
     parent: Request | None = None
     keeps_passed: bool = False
     protected: bool = False
+    priority: int = 0
+    tenant: str = ""
+    on_prompt: Callable[[int, Any], None] | None = None
+    group: Rows | None = None
     computed: int = 0
+    swapped: Any = None
     tables: list[BlockTable] = field(default_factory=list)
     logits: Any = None
     error: BaseException | None = None
     finished: bool = False
     cached_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    charged: int = 0  # tokens that the tenant has been charged for
     arrival: int = field(default_factory=lambda: next(_arrivals))
 
     @property
@@ -87,7 +116,13 @@ class Request:
 
     def release(self) -> None:
         """Give every page back and forget what was computed."""
-        for table in self.tables:
-            table.clear()
+        self.leave_pages()
+        self.swapped = None
         self.computed = 0
         self.logits = None
+
+    def leave_pages(self) -> None:
+        """Give every page back; what they held was saved, or is saved before anybody writes to them."""
+        for table in self.tables:
+            table.clear()
+        self.tables = []

@@ -88,7 +88,7 @@ class Runner:
         for part in (by_ids, by_embeds):
             if part:
                 logits, needed, took = self._forward(model, part, note, part is by_embeds)
-                results += [(request, logits[row]) for row, request in enumerate(needed)]
+                results += [(request, logits[row]) for request, row in needed]
                 seconds += took
         return results, seconds
 
@@ -98,20 +98,25 @@ class Runner:
         spans: Sequence[tuple[Request, int]],
         note: Callable[[str], None],
         embeds: bool,
-    ) -> tuple[Tensor, list[Request], float]:
+    ) -> tuple[Tensor, list[tuple[Request, int]], float]:
         device = self._device
         positions: list[int] = []
-        ends: list[int] = []  # place of each span's last token
+        kept: list[int] = []  # places in the pass whose logits somebody wants
+        needed: list[tuple[Request, int]] = []  # requests that caught up, and where in `kept` their last token is
+        inside: list[tuple[Request, int]] = []  # requests that want the logits of a whole span, and where it starts
         placed: list[Span] = []
         for request, length in spans:
             start, stop = request.computed, request.computed + length
             context = stop - (request.masked_tail and stop == len(request.tokens))
             placed.append(Span(request.tables, len(positions), length, context))
+            if request.on_prompt is not None:
+                inside.append((request, len(kept)))
+                kept += range(len(positions), len(positions) + length - 1)
             positions += request.positions[start:stop]
-            ends.append(len(positions) - 1)
-        needed = [
-            (request, end) for (request, length), end in zip(spans, ends, strict=True) if length == request.remaining
-        ]
+            if request.on_prompt is not None or length == request.remaining:
+                kept.append(len(positions) - 1)
+            if length == request.remaining:
+                needed.append((request, len(kept) - 1))
         self.cache.columns = self._columns(spans).to(device) if self.store.reads_columns else 0
         inputs: dict[str, Any] = {"position_ids": torch.tensor([positions], device=device)}
         if embeds:
@@ -120,10 +125,9 @@ class Runner:
         else:
             ids = [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
             inputs["input_ids"] = torch.tensor([ids], device=device)
-        last = [end for _, end in needed]
-        keep = None if len(last) == len(positions) else torch.tensor(last, dtype=torch.long, device=device)
+        keep = None if len(kept) == len(positions) else torch.tensor(kept, dtype=torch.long, device=device)
         if keep is not None and self._keeps_logits:
-            inputs["logits_to_keep"] = keep if last else keep.new_zeros(1)
+            inputs["logits_to_keep"] = keep if kept else keep.new_zeros(1)
         slots = [slots.to(device) for slots in self._slots(spans)]
         step = StepInputs(self.store, placed, slots, self.attend, note)
         fused = nullcontext() if self.fusion is None else self.fusion.entered(len(positions))
@@ -134,7 +138,11 @@ class Runner:
         logits: Tensor = output.logits[0]
         if keep is not None and not self._keeps_logits:
             logits = logits[keep.to(logits.device)]
-        return logits, [request for request, _ in needed], seconds
+        lengths = dict(spans)
+        for request, row in inside:
+            if request.on_prompt is not None:
+                request.on_prompt(request.computed, logits[row : row + lengths[request]])
+        return logits, needed, seconds
 
     def _slots(self, spans: Sequence[tuple[Request, int]]) -> list[Tensor]:
         """Per cache group, where each token of the pass is written, `[tokens]`."""

@@ -2,6 +2,10 @@
 
 One rule: every request's computed tokens catch up with its tokens. A prompt, a chunk of a prompt and a decode differ
 only in how many tokens are missing, and share one token budget.
+
+Requests that were submitted wait in a line until a place and pages for all of their tokens are free. Nobody passes the
+first in the line, and nobody starts while one that runs lacks pages: so none starves. Who runs may lose its pages to a
+request of lower rank; it goes back into the line, its keys to host memory or away.
 """
 
 from __future__ import annotations
@@ -10,23 +14,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import OutOfPages
-from ..kv_cache.pool import PagePool
+from ..kv_cache.pool import BlockTable, PagePool
+from .policy import Policy
 from .request import Request
 
 
 @dataclass
 class Plan:
-    """What one step does.
+    """What one step does, in this order.
 
     Attributes:
+        saves: Preempted requests whose keys go to host memory, with their pages per cache group.
+        copies: Per cache group, pages (from, to) to copy, all at once.
+        wipes: Per cache group, pages to zero unless they were copied to: preempted requests left them.
+        restores: Requests whose keys come back from host memory.
         spans: Pairs (request, length), shortest first.
-        wipes: Per cache group, pages to zero before anything else: preempted requests left them.
-        copies: Per cache group, pages (from, to) to copy before anything is written.
+        preempted: Requests that lost their pages; they do not start again in this step.
     """
 
-    spans: list[tuple[Request, int]] = field(default_factory=list)
-    wipes: list[list[int]] = field(default_factory=list)
+    saves: list[tuple[Request, list[list[int]]]] = field(default_factory=list)
     copies: list[list[tuple[int, int]]] = field(default_factory=list)
+    wipes: list[list[int]] = field(default_factory=list)
+    restores: list[Request] = field(default_factory=list)
+    spans: list[tuple[Request, int]] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -34,32 +45,45 @@ class Scheduler:
 
     Args:
         pools: The page pool of each cache group.
+        policy: The line of those who wait.
         max_batch_tokens: Most tokens in a step.
         max_requests: Most unprotected requests that hold pages at one time.
+        tables: Makes the empty block tables of a request that starts.
         grow: Called with the free pages each pool should have; may enlarge the pools.
+        saves: Whether the keys of a request that loses its pages are to be saved instead of computed again.
     """
 
     def __init__(
         self,
         pools: Sequence[PagePool],
+        policy: Policy,
         max_batch_tokens: int,
         max_requests: int,
+        tables: Callable[[Request], list[BlockTable]],
         grow: Callable[[Sequence[int]], None],
+        saves: Callable[[Request], bool],
     ) -> None:
         self.pools = pools
-        self.grow = grow
+        self.line = policy
         self.max_batch_tokens = max_batch_tokens
         self.max_requests = max_requests
-        self.requests: list[Request] = []  # in order of arrival
+        self.running: list[Request] = []
+        self._tables = tables
+        self._grow = grow
+        self._saves = saves
 
     def add(self, request: Request) -> None:
-        """Let a request take part in the steps that follow."""
-        self.requests.append(request)
+        """Let a request take part in the steps that follow: at once if it has its tables, else from the line."""
+        if request.tables:
+            self.running.append(request)
+        else:
+            self.line.push(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out and give its pages back; harmless if it is not in."""
-        if request in self.requests:
-            self.requests.remove(request)
+        if request in self.running:
+            self.running.remove(request)
+        self.line.discard(request)
         request.finished = True
         request.release()
 
@@ -67,28 +91,93 @@ class Scheduler:
         """Choose the next step's spans and reserve their pages."""
         plan = Plan(wipes=[[] for _ in self.pools], copies=[[] for _ in self.pools])
         budget = self.max_batch_tokens
-        ready = [request for request in self.requests if request.remaining and not request.finished]
+        if self.line.preempts:
+            self._make_way(plan)
+        ready = [request for request in self.running if request.remaining]
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
-        ready.sort(key=lambda request: (not request.protected, request.remaining > 1))
+        ready.sort(key=lambda request: (not request.protected, request.remaining > 1, self.line.rank(request)))
         owed = sum(request.remaining == 1 for request in ready)  # a long prompt must not stall those who decode
+        short = False  # somebody who runs lacks pages
         for request in ready:
             if budget <= 0:
                 break
             owed -= request.remaining == 1
-            if not self._may_start(request) or self._awaits_parent(request):
+            if request in plan.preempted or self._awaits_parent(request):
                 continue
             length = request.next_span(budget if request.remaining == 1 else max(1, budget - owed))
             if self._reserve(request, length, plan):
-                plan.spans.append((request, length))
-                budget -= length
+                budget -= self._plan_span(request, length, plan)
+            else:
+                short = True
+        if not short:
+            self._start_waiting(budget, plan)
         plan.spans.sort(key=lambda span: span[1])
         return plan
 
-    def _may_start(self, request: Request) -> bool:
-        if request.protected or request.pages_held:
-            return True
-        holders = sum(1 for other in self.requests if other.pages_held and not other.protected)
-        return holders < self.max_requests
+    def _plan_span(self, request: Request, length: int, plan: Plan) -> int:
+        plan.spans.append((request, length))
+        end = request.computed + length
+        if not request.protected:
+            self.line.served(request, max(0, end - request.charged))
+        request.charged = max(request.charged, end)
+        return length
+
+    def _start_waiting(self, budget: int, plan: Plan) -> None:
+        aside: list[Request] = []
+        places = self._places()
+        while budget > 0 and places > 0 and (request := self.line.first()) is not None:
+            if request in plan.preempted or not self._fits(request):
+                break
+            self.line.discard(request)
+            if self._awaits_parent(request):
+                aside.append(request)  # the one exception: who waits for a parent's pages lets others pass
+                continue
+            request.tables = request.tables or self._tables(request)
+            self.running.append(request)
+            if request.swapped is not None:
+                plan.restores.append(request)
+            length = request.next_span(budget)
+            if not self._reserve(request, length, plan):
+                raise AssertionError("a request that fits found no pages")
+            budget -= self._plan_span(request, length, plan)
+            places -= 1
+        for request in aside:
+            self.line.push(request)
+
+    def _places(self) -> int:
+        return self.max_requests - sum(not request.protected for request in self.running)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether pages for all of its tokens are free, and one for everybody who runs and may soon need one.
+
+        Without that margin a request would start only to be preempted in the next steps.
+        """
+        needs = self._needs(request)
+        for index in range(len(needs)):
+            growing = [r for r in self.running if not r.protected and r.rooms[index] > r.tables[index].held]
+            needs[index] += len(growing)
+        self._grow(needs)
+        return all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True))
+
+    def _needs(self, request: Request) -> list[int]:
+        """Pages that a waiting request needs for all of its tokens, per cache group."""
+        tables = self._tables(request)
+        return [min(room, t.missing(0, len(request.tokens))) for room, t in zip(request.rooms, tables, strict=True)]
+
+    def _make_way(self, plan: Plan) -> None:
+        """The first in the line takes the place and the pages of those who run and rank behind it."""
+        first = self.line.first()
+        if first is None:
+            return
+        for index, (need, pool) in enumerate(zip(self._needs(first), self.pools, strict=True)):
+            held = sum(other.tables[index].held for other in self._behind(first, plan))
+            if need > pool.free + held:
+                return  # others hold so much that nobody's pages would help
+        while not (self._places() > 0 and self._fits(first)):
+            victim = self._victim(first, plan)
+            if victim is None:
+                return
+            self._preempt(victim, plan)
 
     def _awaits_parent(self, request: Request) -> bool:
         """Share the parent's pages once it has computed all but the last prompt token; `True` while it has not.
@@ -99,10 +188,11 @@ class Scheduler:
         if parent is None or request.computed:
             return False
         wanted = len(request.tokens) - 1
-        if parent.finished or wanted <= 0:
+        passed = any(table.passed for table in parent.tables) and parent.computed > wanted + 1
+        if parent.finished or wanted <= 0 or passed:
             request.parent = None
             return False
-        if parent.computed < wanted:
+        if parent.computed < wanted or not parent.tables:
             return True
         request.parent = None
         request.tables = [table.fork() for table in parent.tables]
@@ -112,7 +202,7 @@ class Scheduler:
         return False
 
     def _reserve(self, request: Request, length: int, plan: Plan) -> bool:
-        """Take the span's pages; preempt newer, unprotected requests while there are too few. `False` if that fails."""
+        """Take the span's pages, from requests that rank behind if too few are free. `False` if that fails."""
         start = request.computed
         while True:
             try:
@@ -120,24 +210,46 @@ class Scheduler:
                     copies += table.reserve(start, start + length)
             except OutOfPages:
                 needs = [table.missing(start, start + length) for table in request.tables]
-                self.grow(needs)
+                self._grow(needs)
                 if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
                     continue
                 victim = self._victim(request, plan)
                 if victim is None:
                     return False
-                for wipes, table in zip(plan.wipes, victim.tables, strict=True):
-                    wipes += table.own()
-                victim.release()
-                victim.preemptions += 1
+                self._preempt(victim, plan)
             else:
                 return True
 
-    def _victim(self, request: Request, plan: Plan) -> Request | None:
+    def _behind(self, request: Request, plan: Plan) -> list[Request]:
+        """Who may lose its pages to `request`, because it ranks behind and is not needed in this step."""
         scheduled = {other for other, _ in plan.spans}
-        for other in reversed(self.requests):
-            if not request.protected and other.arrival <= request.arrival:
-                return None
-            if other.pages_held and not other.protected and other not in scheduled:
-                return other
-        return None
+        rank = self.line.rank(request)
+        return [
+            other
+            for other in self.running
+            # Logits that wait to be read would be lost with the pages.
+            if not other.protected and other.pages_held and other.logits is None and other not in scheduled
+            if request.protected or self.line.rank(other) > rank
+        ]
+
+    def _victim(self, request: Request, plan: Plan) -> Request | None:
+        return max(self._behind(request, plan), key=self.line.rank, default=None)
+
+    def _preempt(self, victim: Request, plan: Plan) -> None:
+        # What it holds and one page more is what it needs to go on, however long it has become.
+        victim.rooms = [max(room, table.held + 1) for room, table in zip(victim.rooms, victim.tables, strict=True)]
+        saved = self._saves(victim)
+        if saved:
+            pages = [list(table.pages[: -(-victim.computed // table.page_size)]) for table in victim.tables]
+            plan.saves.append((victim, pages))
+            victim.swaps += 1
+        for wipes, table in zip(plan.wipes, victim.tables, strict=True):
+            wipes += table.own()
+        if saved:
+            victim.leave_pages()
+        else:
+            victim.release()
+        victim.preemptions += 1
+        plan.preempted.append(victim)
+        self.running.remove(victim)
+        self.line.push(victim)

@@ -1,8 +1,22 @@
 """transformers' `generate` in the engine's terms."""
 
-from .active import ACTIVE, Active, ModelHandle, handle_of
+from .active import ACTIVE, Active, ModelHandle, Prepared, handle_of
 from .group import Group
+from .row import Row, TokenLogprob, Wishes, advance
 from .support import reason_against
 from .translate import translate
 
-__all__ = ["ACTIVE", "Active", "Group", "ModelHandle", "handle_of", "reason_against", "translate"]
+__all__ = [
+    "ACTIVE",
+    "Active",
+    "Group",
+    "ModelHandle",
+    "Prepared",
+    "Row",
+    "TokenLogprob",
+    "Wishes",
+    "advance",
+    "handle_of",
+    "reason_against",
+    "translate",
+]

@@ -22,14 +22,26 @@ class Active:
     Attributes:
         model: The model it was called on; nested calls on other models stay stock.
         config: What it asked for.
-        submit: Keyword arguments of `Group` if the prepared call is to be handed to an `Engine` instead of run.
+        submitted: The call is only to be prepared, for an `Engine`: it ends with `Prepared`.
         settled: The call was served, or its fall-through was reported.
     """
 
     model: PreTrainedModel
     config: LLMOptConfig
-    submit: dict[str, Any] | None = None
+    submitted: bool = False
     settled: bool = False
+
+
+class Prepared(Exception):
+    """Ends a `generate` call that was only to be prepared.
+
+    Attributes:
+        rows: What it would have generated: a row for each of its rows.
+    """
+
+    def __init__(self, rows: list[Any]) -> None:
+        super().__init__()
+        self.rows = rows
 
 
 ACTIVE: ContextVar[Active | None] = ContextVar("hf_llmopt_active", default=None)
@@ -61,6 +73,7 @@ class ModelHandle:
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._engines: dict[Any, EngineLoop] = {}  # the one used last is last
         self._reason: tuple[Any, str | None] | None = None
+        self._latest: tuple[Any, EngineLoop] | None = None
 
     def reason_against(self, model: PreTrainedModel) -> str | None:
         """Why the model's class or config rules it out, or `None`; looked up once per config object."""
@@ -77,6 +90,9 @@ class ModelHandle:
         # Moved or cast weights change what pages hold; a new engine is made, old caches keep their old pages.
         weight = input_weight(model)
         key = (replace(config, strict=False), weight.device, weight.dtype, _structure(model))
+        latest = self._latest  # read without the lock: who steps the engine holds it for as long as a step takes
+        if latest is not None and latest[0] == key and self._model is not None and self._model() is model:
+            return latest[1]
         with self._lock:
             if self._model is None or self._model() is not model:
                 self._model, self._engines = weakref.ref(model), {}
@@ -87,6 +103,7 @@ class ModelHandle:
             else:
                 engine = self._engines.pop(key)
             self._engines[key] = engine
+            self._latest = key, engine
             return engine
 
     @property
@@ -98,6 +115,7 @@ class ModelHandle:
         """Give the memory of all pages back that no running call or returned cache needs."""
         with self._lock:
             self._engines = {k: e for k, e in self._engines.items() if e.groups or e.owners}
+            self._latest = None
 
     def __repr__(self) -> str:
         return f"ModelHandle(config={self.config!r}, stats={self.stats})"

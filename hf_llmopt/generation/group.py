@@ -38,8 +38,6 @@ class Group:
         streamer: Gets every step's tokens, or `None`.
         keep_running: Finished rows go on with padding tokens, because somebody could see their scores or keys.
         position_limit: Positions the model has, or `None`.
-        generator: Source of the noise; `None` for torch's default.
-        on_tokens: Called with every step's tokens `[rows]` as a list, or `None`.
     """
 
     def __init__(
@@ -53,8 +51,6 @@ class Group:
         streamer: Any = None,
         keep_running: bool = True,
         position_limit: int | None = None,
-        generator: torch.Generator | None = None,
-        on_tokens: Callable[[list[int]], None] | None = None,
     ) -> None:
         self.engine = engine
         self.requests = requests
@@ -64,8 +60,6 @@ class Group:
         self.streamer = streamer
         self.keep_running = keep_running
         self.position_limit = position_limit
-        self.generator = generator
-        self.on_tokens = on_tokens
         self.do_sample = bool(generation_config.do_sample)
         self.returns_dict = returns = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if returns and generation_config.output_scores else None
@@ -97,6 +91,7 @@ class Group:
         lock = self.engine.lock
         try:
             with lock:
+                self.engine.runner.refresh()
                 while not self.start():
                     lock.wait(0.05)
             while not self.done:
@@ -144,6 +139,9 @@ class Group:
                 return False
         return True
 
+    def notice(self) -> None:
+        """Whoever waits for the group looks by itself."""
+
     def account(self, seconds: float, paths: set[str]) -> None:
         """Count a step that computed some of these rows."""
         self.stats.steps += 1
@@ -173,8 +171,6 @@ class Group:
             self._accept(chosen, unfinished)
         if self.done and self.streamer is not None:
             self._call("streamer", self.streamer.end)
-        if self.on_tokens is not None:
-            self.on_tokens(chosen)
 
     def _next_logits(self) -> Tensor:
         """float32 `[rows, vocabulary]` on the prompt's device; zeros for rows that are no longer computed."""
@@ -200,7 +196,7 @@ class Group:
         if not isinstance(scores, Tensor) or scores.shape != logits.shape:
             given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise CallbackFailed(f"The logits processors returned {given}, scores have shape {list(logits.shape)}.")
-        return self._padded(sample(scores, draw(scores, self.generator)) if self.do_sample else greedy(scores))
+        return self._padded(sample(scores, draw(scores)) if self.do_sample else greedy(scores))
 
     def _call(self, what: str, function: Any, *args: Any) -> Any:
         try:
@@ -242,5 +238,6 @@ class Group:
         self.stats.seconds = perf_counter() - self.began
         self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)
         self.stats.preemptions = sum(request.preemptions for request in self.requests)
+        self.stats.swaps = sum(request.swaps for request in self.requests)
         self.stats.attention = tuple(sorted(self._paths))
         self.stats.fused = self.engine.runner.fused

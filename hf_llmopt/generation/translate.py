@@ -10,6 +10,7 @@ Masked columns between real tokens are dropped too; attention without them is th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..kv_cache import PagedCache
 from .active import Active, handle_of
 from .group import Group
 from .output import export_cache, import_cache, keeps_every_key, write_back
+from .row import Row
 from .support import position_limit, reason_against, rope_limit
 
 
@@ -34,11 +36,13 @@ def translate(
     synced_gpus: bool = False,
     streamer: Any = None,
     **kwargs: Any,
-) -> Group:
-    """Build the group of a call; the arguments are those of `GenerationMixin._sample`.
+) -> list[Group]:
+    """Build the group of a call, or one for each row if the call is only prepared.
+
+    The arguments are those of `GenerationMixin._sample`.
 
     Args:
-        active: The call: its model, what it asked for, and whether it is handed to an `Engine`.
+        active: The call: its model, what it asked for, and whether it is only prepared for an `Engine`.
         input_ids: Padded ids `[rows, length]`.
         logits_processor: Prepared by `generate`.
         stopping_criteria: Prepared by `generate`.
@@ -77,23 +81,48 @@ def translate(
     _check_lengths(model, engine, prompt, total)
     requests = [_request(engine, prompt, row, total, generation_config) for row in range(input_ids.shape[0])]
     _share_prompts(requests, prompt, generation_config)
-    group = Group(
-        engine,
-        requests,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        streamer,
-        _keeps_running(logits_processor, stopping_criteria, generation_config, streamer, prompt),
-        position_limit(model),
-        **(active.submit or {}),
-    )
-    if active.submit is not None and prompt.past is None:
-        for request in requests:
-            request.protected = request.masked_tail
-    _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submit is not None)
-    return group
+    rows = range(len(requests))
+    groups = [
+        (Row if active.submitted else Group)(
+            engine,
+            [requests[row] for row in members],
+            input_ids[members[0] : members[-1] + 1],
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            _keeps_running(logits_processor, stopping_criteria, generation_config, streamer, prompt),
+            position_limit(model),
+        )
+        for members in ([[row] for row in rows] if active.submitted else [rows])
+    ]
+    if active.submitted:
+        _check_rows(groups, prompt, generation_config)
+    for group in groups:
+        _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submitted)
+    return groups
+
+
+def _check_rows(groups: Sequence[Group], prompt: _Prompt, generation_config: GenerationConfig) -> None:
+    """Rows that were submitted go each their own way, which what they share must allow."""
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_scores or generation_config.output_logits
+    ):
+        raise NotServed("output_scores and output_logits are kept by generate only; logprobs= reports probabilities")
+    for group in groups:
+        # Keys that the caller's cache holds could not be computed again.
+        group.requests[0].protected = prompt.past is not None
+    if len(groups) == 1:
+        return
+    shared = [type(item).__name__ for item in groups[0].users_objects()]
+    if prompt.past is not None:
+        shared.append("past_key_values")
+    if generation_config.guidance_scale not in (None, 1):
+        shared.append("guidance_scale")
+    if shared:
+        raise InvalidRequest(
+            f"{len(groups)} sequences were asked for, and they cannot share {', '.join(shared)}; submit each by itself."
+        )
 
 
 def _attach_caches(group: Group, prompt: _Prompt, returns: bool, submitted: bool) -> None:

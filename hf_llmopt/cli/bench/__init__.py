@@ -5,11 +5,13 @@ from __future__ import annotations
 import typer
 
 from ..command import ModelCommand
+from .continuous_batching import continuous_batching
 from .cpu import cpu
 from .kv_cache import kv_cache
 
 app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
 app.command("kv_cache", cls=ModelCommand)(kv_cache)
+app.command("continuous_batching", cls=ModelCommand)(continuous_batching)
 app.command("cpu", cls=ModelCommand)(cpu)
 
 

@@ -60,7 +60,7 @@ def kv_cache(
     chosen = _workloads(
         kv.QUICK if quick else kv.WORKLOADS, workload, all_of_them=quick or (model == "demo" and not shape)
     )
-    loaded, texts = _load(model, shape, dtype, device, seed)
+    loaded, texts = load(model, shape, dtype, device, seed)
     ways = sum(len(kv.ways_of(item)) for item in chosen)
     with ui.progress("kv_cache", ways * (repeat + 1)) as on_run:
         report = kv.bench(
@@ -104,7 +104,7 @@ def _workloads(known: tuple[Workload, ...], names: list[str] | None, all_of_them
     return [item for item in known if all_of_them or item.name not in WITHOUT_CACHE]
 
 
-def _load(
+def load(
     model: str, shape: str | None, dtype: str, device: str | None, seed: int
 ) -> tuple[Any, list[list[int]] | None]:
     """The model, and the texts its prompts are cut from, `None` for random ids."""
@@ -112,10 +112,11 @@ def _load(
 
     from hf_llmopt.bench.workloads import build, held_out_ids
 
-    from ..models import load, parse_dtype, place
+    from ..models import load as load_model
+    from ..models import parse_dtype, place
 
     if shape is None:
-        loaded, tokenizer = load(model, dtype, device)
+        loaded, tokenizer = load_model(model, dtype, device)
         return loaded, held_out_ids(tokenizer)
     wanted = parse_dtype(dtype)
     if not isinstance(wanted, torch.dtype):

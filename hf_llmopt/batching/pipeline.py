@@ -1,0 +1,166 @@
+"""`BatchingPipeline`: transformers' text generation pipeline over an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from types import GeneratorType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TextGenerationPipeline
+
+from ..errors import InvalidRequest, NotServed
+from ..generation import Wishes
+from .engine import Engine
+from .generate_batch import progress, room, seeds, stream
+from .handle import RequestHandle
+
+
+class BatchingPipeline(TextGenerationPipeline):
+    """What `pipeline("text-generation", ..., llmopt="continuous_batching")` returns.
+
+    Takes strings, chats, lists, generators, torch datasets and any other iterable, such as a column of a `datasets`
+    object, and gives what the stock pipeline gives. Inputs are requests that come and go: as one ends, the next one
+    starts, and none is padded. `batch_size` and `num_workers` are not needed and have no effect.
+
+    Every call also takes `progress_bar=True`, and what `Engine.submit` takes beyond the arguments of `generate`:
+    `seed`, `priority`, `deadline`, ... With sampling, `torch.manual_seed` makes a call repeatable, and the tokens of an
+    input do not depend on the others.
+
+    Args:
+        args: As of `TextGenerationPipeline`.
+        llmopt: Any form of the keyword but `False`.
+        kwargs: As of `TextGenerationPipeline`.
+
+    Example:
+        >>> from hf_llmopt import BatchingPipeline, demo
+        >>> model, tokenizer = demo.load()
+        >>> complete = BatchingPipeline(model=model, tokenizer=tokenizer)
+        >>> outputs = complete(["import", "class"], max_new_tokens=4)
+        >>> [list(output[0]) for output in outputs]
+        [['generated_text'], ['generated_text']]
+        >>> complete.close()
+    """
+
+    def __init__(self, *args: Any, llmopt: Any = "continuous_batching", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._llmopt = llmopt
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that serves the pipeline; made on first use."""
+        if self._engine is None:
+            self._engine = Engine(self.model, self._llmopt)
+        return self._engine
+
+    def close(self) -> None:
+        """Stop the engine's thread and cancel what runs; the next call makes a new one."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Complete one or several prompts.
+
+        Args:
+            text_inputs: A string, a chat, or a list, generator, dataset or other iterable of them.
+            kwargs: As of the stock pipeline, and `progress_bar`.
+
+        Returns:
+            As the stock pipeline: for one input its outputs, for a list a list, for anything else an iterator, which
+            yields in the order of the inputs as soon as it can.
+        """
+        return super().__call__(_generator(text_inputs), **kwargs)
+
+    def as_completed(self, text_inputs: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:
+        """Complete prompts and yield each as soon as it has ended.
+
+        Args:
+            text_inputs: A list, generator, dataset or other iterable of strings or chats.
+            kwargs: As of a call.
+
+        Yields:
+            The number of the input, and its outputs.
+        """
+        inputs: Any = (item for item in text_inputs)
+        results: Any = super().__call__(inputs, in_order=False, **kwargs)
+        yield from results
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self, progress_bar: bool | None = None, in_order: bool | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        ours = {"progress_bar": progress_bar, "in_order": in_order}
+        return preprocess, {**forward, **{k: v for k, v in ours.items() if v is not None}}, postprocess
+
+    def run_single(self, inputs: Any, preprocess: Any, forward: Any, postprocess: Any) -> Any:
+        """Complete one prompt; called by transformers."""
+        return next(self.get_iterator([inputs], 0, 1, preprocess, forward, postprocess))
+
+    def get_iterator(
+        self, inputs: Any, num_workers: int, batch_size: int, preprocess: Any, forward: Any, postprocess: Any
+    ) -> Iterator[Any]:
+        """Complete many prompts; called by transformers."""
+        forward = dict(forward)
+        in_order, shown = forward.pop("in_order", True), forward.pop("progress_bar", False)
+        wishes, forward = Wishes.split(forward)
+        total = len(inputs) if hasattr(inputs, "__len__") else None
+        prepared: dict[int, Any] = {}  # inputs of those that run
+
+        def submits() -> Iterator[Any]:
+            items = (inputs[i] for i in range(total)) if total is not None else iter(inputs)
+            for number, (item, seed) in enumerate(zip(items, seeds(wishes.seed), strict=False)):
+                if isinstance(item, dict):
+                    raise InvalidRequest(
+                        f"A prompt is a string or a chat, got a row with {sorted(item)}; give a column, "
+                        "dataset['text'] say, or KeyDataset(dataset, 'text')."
+                    )
+                prepared[number] = self.preprocess(item, **preprocess)
+                yield partial(self._submit, prepared[number], forward, replace(wishes, seed=seed))
+
+        def outputs() -> Iterator[Any]:
+            for number, handle in stream(submits(), room(self.engine), in_order):
+                found = self.postprocess(self._outputs(prepared.pop(number), handle), **postprocess)
+                yield found if in_order else (number, found)
+
+        return progress(outputs(), total, shown)
+
+    def _submit(self, inputs: Any, forward: dict[str, Any], wishes: Wishes) -> RequestHandle | None:
+        """Submit what the stock pipeline would generate; `None` if it has to generate it itself."""
+        # The stock method prepares the call as always; where it calls `generate`, `submit_call` takes over.
+        prepare = partial(TextGenerationPipeline._forward, self)
+        try:
+            on_device = self._ensure_tensor_on_device(dict(inputs), device=self.device)
+            return self.engine.submit_call(lambda: prepare(on_device, **forward), wishes)
+        except NotServed:
+            inputs["served"] = self.forward(dict(inputs), **forward)
+            return None
+
+    def _outputs(self, inputs: dict[str, Any], handle: RequestHandle | None) -> dict[str, Any]:
+        """What the stock method returns for a request that has ended."""
+        if handle is None:
+            served: dict[str, Any] = inputs["served"]
+            return served
+        rows = [choice.sequence() for choice in handle.choices]
+        longest = max(len(row) for row in rows)
+        padded = torch.full((1, len(rows), longest), handle.pad, device="cpu")
+        for place, row in enumerate(rows):
+            padded[0, place, : len(row)] = row
+        ids: Tensor = inputs["input_ids"]
+        return {
+            "generated_sequence": padded,
+            "input_ids": ids if ids.shape[1] else None,
+            "prompt_text": inputs["prompt_text"],
+        }
+
+
+def _generator(inputs: Any) -> Any:
+    """Iterables that the stock pipeline would take for a single input, as a generator; others as they are."""
+    if isinstance(inputs, (str, dict, list, tuple, Dataset, GeneratorType)) or not hasattr(inputs, "__iter__"):
+        return inputs
+    return (item for item in inputs)

@@ -1,0 +1,348 @@
+"""Rows that were submitted one by one: each is a call of its own, and their tokens are chosen in one pass.
+
+A row's result never depends on the others. Its noise comes from its own generator, and every operation below works
+along the vocabulary, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import EosTokenCriteria, MaxLengthCriteria
+
+from ..engine.sampling import draw, greedy, sample
+from ..errors import CallbackFailed, InvalidLogits, InvalidRequest
+from .group import Group
+from .warp import STAGES, Shaped, apply, count_penalty, logit_bias
+
+MAX_PROMPT_SPAN = 256  # prompt tokens whose logits are held at one time
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the model found a token, before any processor changed its scores.
+
+    Attributes:
+        token: The token's id.
+        logprob: Natural logarithm of its probability.
+        top: The most likely tokens with theirs, best first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a submitted request asks for beyond the arguments of `generate`; `Engine.submit` describes them.
+
+    Raises:
+        InvalidRequest: A value is not allowed.
+    """
+
+    seed: int | None = None
+    priority: int = 0
+    tenant: str = ""
+    deadline: float | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("seed", self.seed, int, optional=True, low=-(2**63), high=2**64 - 1)
+        _check("priority", self.priority, int, low=-100, high=100)
+        _check("tenant", self.tenant, str)
+        _check("deadline", self.deadline, (int, float), optional=True, low=0)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check(name, getattr(self, name), int, optional=True, low=0)
+        for name in ("frequency_penalty", "presence_penalty"):
+            _check(name, getattr(self, name), (int, float))
+        for token, bias in (self.logit_bias or {}).items():
+            _check("a token of logit_bias", token, int, low=0)
+            _check("a value of logit_bias", bias, (int, float))
+
+    @classmethod
+    def split(cls, arguments: Mapping[str, Any]) -> tuple[Wishes, dict[str, Any]]:
+        """Part the arguments of a call into wishes and the arguments of `generate`."""
+        own = {option.name for option in fields(cls)}
+        wishes = cls(**{name: value for name, value in arguments.items() if name in own})
+        return wishes, {name: value for name, value in arguments.items() if name not in own}
+
+
+def _check(
+    name: str, value: Any, kind: Any, optional: bool = False, low: float = -float("inf"), high: float = float("inf")
+) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = {int: "an int", str: "a string"}.get(kind, "a number")
+        raise InvalidRequest(f"{name} is {wanted}{' or None' if optional else ''}, got {value!r}.")
+    if kind is not str and not low <= value <= high:
+        raise InvalidRequest(f"{name} must be at least {low} and at most {high}, got {value!r}.")
+
+
+class Row(Group):
+    """A group of one row, whose token is chosen together with other rows' by `advance`.
+
+    Takes the arguments of `Group`; the rest is set before it starts.
+
+    Attributes:
+        tokens: New tokens, the EOS token included.
+        logprobs: One entry for each new token, if asked for.
+        prompt_logprobs: One entry for each prompt token but the first, if asked for.
+        on_notice: Called when there are logits to choose from, or the request failed; with the engine's lock held.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (self.request,) = self.requests
+        self.tokens: list[int] = []
+        self.wishes = Wishes()
+        self.generator = torch.default_generator
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.on_notice: Callable[[Row], None] = lambda row: None
+        self._prompt_length = self.input_ids.shape[1]
+        shaped = [stage_of(processor) for processor in self.processors]
+        # From here on the processors are known and come in the order of the stages; those before it are called.
+        first = len(shaped)
+        while first and shaped[first - 1] is not None and _ordered(shaped[first - 1 : first + 1]):
+            first -= 1
+        self.wished: list[Shaped] = []  # come before all processors
+        self.stages: list[Shaped] = [stage for stage in shaped[first:] if stage is not None]
+        self.called = type(self.processors)(self.processors[:first])
+        self._max_length: int | None = None
+        self._eos: set[int] = set()
+        self._criteria = type(self.criteria)()
+        for criterion in self.criteria:
+            if type(criterion) is MaxLengthCriteria and not _may_warn(criterion):
+                self._max_length = min(criterion.max_length, self._max_length or criterion.max_length)
+            elif type(criterion) is EosTokenCriteria:
+                self._eos |= set(criterion.eos_token_id.tolist())
+            else:
+                self._criteria.append(criterion)
+
+    def wish(self, wishes: Wishes, generator: torch.Generator) -> None:
+        """Set what is asked for beyond `generate`'s arguments; before the row starts.
+
+        Args:
+            wishes: Applies to this row.
+            generator: Source of its noise.
+        """
+        self.wishes, self.generator = wishes, generator
+        self.request.priority, self.request.tenant = wishes.priority, wishes.tenant
+        if wishes.prompt_logprobs is not None:
+            self.request.parent = None
+            self.request.chunk = min(self.request.chunk or MAX_PROMPT_SPAN, MAX_PROMPT_SPAN)
+            self.request.on_prompt = self._score_prompt
+        if wishes.logit_bias:
+            self.wished.append(logit_bias(dict(wishes.logit_bias)))
+        if wishes.frequency_penalty or wishes.presence_penalty:
+            self.wished.append(count_penalty(wishes.frequency_penalty, wishes.presence_penalty))
+
+    def notice(self) -> None:
+        """Logits arrived, or the request failed."""
+        self.on_notice(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and continuation, as stock counts them."""
+        return self._prompt_length + len(self.tokens)
+
+    def ids(self) -> Tensor:
+        """Prompt and continuation `[1, length]`, for objects that want them."""
+        if missing := self.length - self.input_ids.shape[1]:
+            new = torch.tensor([self.tokens[-missing:]], device=self.input_ids.device)
+            self.input_ids = torch.cat([self.input_ids, new], dim=1)
+        return self.input_ids
+
+    def accept(self, token: int) -> None:
+        """Take the chosen token: criteria, streamer, figures; then the request goes on, or ends."""
+        self.tokens.append(token)
+        self.stats.generated_tokens += 1
+        if not self.stats.time_to_first_token:
+            self.stats.time_to_first_token = perf_counter() - self.began
+        ended = token in self._eos or (self._max_length is not None and self.length >= self._max_length)
+        if self._criteria:
+            ended |= bool(self._call("stopping criterion", self._criteria, self.ids(), None).any())
+        if self.streamer is not None:
+            self._call("streamer", self.streamer.put, torch.tensor([token]))
+        with self.engine.lock:
+            if self.request.finished:  # cancelled meanwhile
+                return
+            self._accept([token], [not ended])
+        if self.done and self.streamer is not None:
+            self._call("streamer", self.streamer.end)
+
+    def _score_prompt(self, start: int, logits: Tensor) -> None:
+        """Log-probabilities of the tokens behind places `start ...`, `[tokens, vocabulary]`."""
+        targets = self.request.tokens[start + 1 : start + 1 + len(logits)]
+        known = len(self.prompt_logprobs) - start  # a preempted request computes its prompt again
+        if targets[known:]:
+            found = logits[known : len(targets)].float()
+            self.prompt_logprobs += report(found, targets[known:], [self.wishes.prompt_logprobs or 0] * len(found))
+        if start + len(logits) >= len(self.request.tokens):
+            self.request.on_prompt = None
+
+
+def _may_warn(criterion: MaxLengthCriteria) -> bool:
+    """Whether it says something when the model's positions are exceeded."""
+    return criterion.max_position_embeddings is not None and criterion.max_length > criterion.max_position_embeddings
+
+
+def stage_of(processor: Any) -> Shaped | None:
+    """The vectorised form of a processor, or `None` if it has to be called."""
+    make = STAGES.get(type(processor))
+    return None if make is None else make(processor)
+
+
+def _ordered(pair: Sequence[Shaped | None]) -> bool:
+    return len(pair) < 2 or (pair[0] is not None and pair[1] is not None and pair[0].order < pair[1].order)
+
+
+def advance(rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Exception | None]:
+    """Choose a token for every row and let it go on, in one pass over all scores.
+
+    Args:
+        rows: Rows whose requests have caught up.
+        logits: The logits `[vocabulary]` of each.
+
+    Returns:
+        For each row, why it failed, or `None`. One row's failure is nobody else's.
+    """
+    errors: list[Exception | None] = [None] * len(rows)  # of the user's objects and settings, and NaN
+    tokens: dict[int, int] = {}
+    plain: list[int] = []
+    shaped: list[int] = []
+    for index, row in enumerate(rows):
+        simple = not (row.do_sample or row.called or row.stages or row.wished or row.wishes.logprobs is not None)
+        (plain if simple else shaped).append(index)
+    if plain:
+        tokens |= _picked(plain, stack([logits[index] for index in plain]), None, errors)
+    if shaped:
+        device = rows[shaped[0]].input_ids.device
+        scores = stack([logits[index] for index in shaped]).to(device=device, dtype=torch.float32)
+        tokens |= _shaped([rows[index] for index in shaped], shaped, scores, errors)
+    for index, token in tokens.items():
+        try:
+            rows[index].accept(token)
+        except Exception as error:
+            errors[index] = error
+    return errors
+
+
+def stack(rows: Sequence[Tensor]) -> Tensor:
+    """`[rows, vocabulary]`, without a copy where the rows lie behind one another, as those of one pass do."""
+    first, step = rows[0], rows[0].numel()
+    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for index, row in enumerate(rows):
+        if row.untyped_storage().data_ptr() != storage or row.storage_offset() != start + index * step:
+            return torch.stack(list(rows))
+    return first.as_strided((len(rows), step), (step, 1))
+
+
+def _shaped(
+    rows: Sequence[Row], places: Sequence[int], logits: Tensor, errors: list[Exception | None]
+) -> dict[int, int]:
+    """Tokens of rows with processors, noise or log-probabilities, by their place."""
+    scores = _applied([row.wished for row in rows], rows, places, logits, errors)
+    if any(row.called for row in rows):
+        scores = scores.clone()
+    for row, place, own in zip(rows, places, scores, strict=True):
+        if row.called:
+            try:
+                own.copy_(_call_processors(row, own))
+            except Exception as error:
+                errors[place] = error
+    scores = _applied([row.stages for row in rows], rows, places, scores, errors)
+    alive = [index for index, place in enumerate(places) if errors[place] is None]
+    drawing = [index for index in alive if rows[index].do_sample]
+    choosing = [index for index in alive if not rows[index].do_sample]
+    tokens: dict[int, int] = {}
+    for chosen in (choosing, drawing):
+        if chosen:
+            part = scores if len(chosen) == len(rows) else scores[chosen]
+            noise = None
+            if chosen is drawing:
+                noise = torch.cat([draw(part[:1], rows[index].generator) for index in chosen])
+            tokens |= _picked([places[index] for index in chosen], part, noise, errors)
+    _report_chosen(rows, places, logits, tokens)
+    return tokens
+
+
+def _applied(
+    stages: Sequence[Sequence[Shaped]],
+    rows: Sequence[Row],
+    places: Sequence[int],
+    scores: Tensor,
+    errors: list[Exception | None],
+) -> Tensor:
+    """The scores after each row's stages; a row whose stages cannot be applied gets an error and keeps its own."""
+    try:
+        return apply(list(zip(stages, rows, strict=True)), scores)
+    except Exception:  # whose fault it was shows row by row
+        found = [scores[index : index + 1] for index in range(len(rows))]
+        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+            try:
+                found[index] = apply([(stages[index], row)], found[index])
+            except Exception as error:
+                errors[place] = error
+        return torch.cat(found)
+
+
+def _call_processors(row: Row, scores: Tensor) -> Tensor:
+    found = row._call("logits processor", row.called, row.ids(), scores[None].clone())
+    if not isinstance(found, Tensor) or found.shape != (1, *scores.shape):
+        given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise CallbackFailed(f"The logits processors returned {given}, scores have shape {[1, *scores.shape]}.")
+    return found[0]
+
+
+def _picked(
+    places: Sequence[int], scores: Tensor, noise: Tensor | None, errors: list[Exception | None]
+) -> dict[int, int]:
+    """The token of each row by its place; rows with NaN get an error instead."""
+    try:
+        found: list[int] = (greedy(scores) if noise is None else sample(scores, noise)).tolist()
+        return dict(zip(places, found, strict=True))
+    except InvalidLogits as error:
+        if len(places) == 1:
+            errors[places[0]] = error
+            return {}
+    alone: dict[int, int] = {}
+    for index, place in enumerate(places):
+        own = None if noise is None else noise[index : index + 1]
+        alone |= _picked([place], scores[index : index + 1], own, errors)
+    return alone
+
+
+def _report_chosen(rows: Sequence[Row], places: Sequence[int], logits: Tensor, tokens: dict[int, int]) -> None:
+    wanted = [
+        (index, row, row.wishes.logprobs, tokens[place])
+        for index, (row, place) in enumerate(zip(rows, places, strict=True))
+        if row.wishes.logprobs is not None and place in tokens
+    ]
+    if wanted:
+        found = report(logits[[index for index, *_ in wanted]], [w[3] for w in wanted], [w[2] or 0 for w in wanted])
+        for (_, row, _, _), entry in zip(wanted, found, strict=True):
+            row.logprobs.append(entry)
+
+
+def report(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens` under `logits` `[tokens, vocabulary]`, each with its `tops` most likely ones."""
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(max(tops), logits.shape[-1]), dim=-1)
+    entries = []
+    for token, logprob, count, ids, values in zip(
+        tokens, chosen, tops, best.indices.tolist(), best.values.tolist(), strict=True
+    ):
+        entries.append(TokenLogprob(token, logprob, tuple(zip(ids[:count], values[:count], strict=True))))
+    return entries

@@ -1,0 +1,554 @@
+"""What a submitted request may ask for, and what happens to it among others."""
+
+import asyncio
+import gc
+import threading
+import time
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import LogitsProcessor
+
+from hf_llmopt import Engine, errors
+from hf_llmopt.engine import EngineLoop
+
+KW = {"pad_token_id": 0, "eos_token_id": None}
+SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
+TINY_POOL = {"page_size": 4, "max_tokens": 60}
+
+
+def stock(model, ids: list[int], seed: int = 0, **arguments) -> list[int]:
+    torch.manual_seed(seed)
+    return model.generate(torch.tensor([ids]), **{**KW, **arguments})[0, len(ids) :].tolist()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def check_pages(loop: EngineLoop) -> None:
+    """Every page is free or held by a table of a request that runs, as often as its references say."""
+    for index, pool in enumerate(loop.scheduler.pools):
+        held: dict[int, int] = {}
+        for request in loop.scheduler.running:
+            for page in request.tables[index].pages:
+                if page:
+                    held[page] = held.get(page, 0) + 1
+        assert {page: pool.refs(page) for page in held} == held
+        assert pool.used == len(held)
+        assert pool.free + pool.used == pool.num_pages
+
+
+# -- equality under traffic -------------------------------------------------------------------------------------------
+
+
+PLANS = st.lists(
+    st.tuples(
+        st.integers(2, 20),  # tokens of the prompt
+        st.integers(1, 10),  # new tokens
+        st.booleans(),  # sampled
+        st.sampled_from(["stays", "stays", "stays", "cancelled", "cancelled later", "expires"]),
+        st.integers(-1, 1),
+        st.sampled_from("ab"),
+    ),
+    min_size=2,
+    max_size=7,
+)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    plans=PLANS,
+    policy=st.sampled_from(["fcfs", "priority", "fair"]),
+    tokens=st.integers(2, 16),
+    places=st.integers(1, 5),
+    swap_bytes=st.sampled_from([0, 2**30]),
+)
+def test_batched_is_single(model, name: str, plans, policy: str, tokens: int, places: int, swap_bytes: int) -> None:
+    """Whoever else comes, goes, or takes its pages: a request gives the tokens that stock gives it alone."""
+    served = model(name)
+    batching = {"policy": policy, "max_batch_tokens": tokens, "max_requests": places, "swap_bytes": swap_bytes}
+    config = {"kv_cache": TINY_POOL, "batching": batching}
+    with pytest.MonkeyPatch.context() as patch, Engine(served, config) as engine:
+        settle, steps = EngineLoop._settle, []
+
+        def checking(self, spans) -> None:
+            settle(self, spans)
+            check_pages(self)
+            steps.append(len(spans))
+
+        patch.setattr(EngineLoop, "_settle", checking)
+        submitted = []
+        for index, (length, new, sampled, fate, priority, tenant) in enumerate(plans):
+            arguments = {"max_new_tokens": new, **(SAMPLED if sampled else {"do_sample": False})}
+            deadline = 0.0 if fate == "expires" else None
+            wishes = {"seed": index, "priority": priority, "tenant": tenant, "deadline": deadline}
+            handle = engine.submit(prompt(length, index), **KW, **arguments, **wishes)
+            if fate == "cancelled":
+                handle.cancel()
+            submitted.append((handle, prompt(length, index), index, arguments, fate))
+        for handle, *_, fate in submitted:
+            if fate == "cancelled later":
+                handle.cancel()
+        for handle, ids, seed, arguments, fate in submitted:
+            if fate == "stays":
+                assert handle.result(60) == stock(served, ids, seed, **arguments)
+                assert handle.stats.served_by == "llmopt"
+                assert handle.stats.attention
+                continue
+            try:
+                assert handle.result(60) == stock(served, ids, seed, **arguments)
+            except (errors.RequestCancelled, errors.DeadlineExceeded):
+                assert fate != "stays"
+        assert engine.loop.store.pages_used == 0
+        assert engine.loop.swapped_bytes == 0
+        assert not engine.loop.groups
+        assert not engine.waiting
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama4_text", "deepseek_v2"])
+@pytest.mark.parametrize("swaps", [True, False])
+def test_preempted_by_either_way(model, name: str, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that were saved and written back are the keys that would be computed again."""
+    served = model(name)
+    monkeypatch.setattr("hf_llmopt.engine.engine.Costs.favour_copy", lambda *_: swaps)
+    prompts = [prompt(10, seed) for seed in range(4)]
+    with Engine(served, {"kv_cache": {"page_size": 4, "max_tokens": 80}}) as engine:
+        handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
+        assert [handle.result(60) for handle in handles] == [stock(served, ids, max_new_tokens=30) for ids in prompts]
+        assert sum(handle.stats.preemptions for handle in handles) > 0
+        assert sum(handle.stats.swaps for handle in handles) == swaps * sum(h.stats.preemptions for h in handles)
+        assert engine.loop.swapped_bytes == 0
+
+
+def test_the_cheaper_way_is_taken() -> None:
+    from hf_llmopt.engine.engine import Costs
+
+    costs = Costs()
+    costs.computed(10, 1.0)
+    assert costs.favour_copy(10, 1000), "what was never measured is tried"
+    costs.copied(1000, 0.1)
+    assert costs.favour_copy(10, 1000)
+    assert not costs.favour_copy(1, 1000)
+    costs.computed(1000, 1.0)
+    assert not costs.favour_copy(10, 1000)
+
+
+def test_host_memory_for_swaps_is_bounded(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.engine.engine.Costs.favour_copy", lambda *_: True)
+    prompts = [prompt(10, seed) for seed in range(4)]
+    config = {"kv_cache": {"page_size": 4, "max_tokens": 80}, "batching": {"swap_bytes": 100}}
+    with Engine(model("llama"), config) as engine:
+        handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
+        for handle in handles:
+            handle.result(60)
+        assert sum(handle.stats.preemptions for handle in handles) > 0
+        assert not any(handle.stats.swaps for handle in handles)
+
+
+# -- what a request may ask for ---------------------------------------------------------------------------------------
+
+
+class Keeps(LogitsProcessor):
+    """Somebody's own: adds to the scores of even ids, and notes what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.tolist())
+        return scores + (torch.arange(scores.shape[1]) % 2 == 0)
+
+
+CASES = [
+    {},
+    SAMPLED,
+    {"do_sample": True, "top_k": 0, "top_p": 0.7},
+    {"do_sample": True, "top_k": 5},
+    {"do_sample": True, "top_k": 0, "min_p": 0.1},
+    {"do_sample": True, "temperature": 1.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"repetition_penalty": 1.6},
+    {"sequence_bias": {(7,): 3.0, (9,): -5.0}},
+    {"sequence_bias": {(7, 8): 9.0, (9,): -5.0}, "repetition_penalty": 1.2},
+    {"no_repeat_ngram_size": 2, **SAMPLED},
+    {"typical_p": 0.8, **SAMPLED},
+    {"min_new_tokens": 4, "eos_token_id": list(range(3, 60))},
+    {"eos_token_id": list(range(3, 40))},
+    {"bad_words_ids": [[5], [7, 9]], "repetition_penalty": 1.1, **SAMPLED},
+]
+
+
+def test_rows_of_all_kinds_in_one_batch(model) -> None:
+    """Each with its own arguments, all in the same steps: everybody gets stock's tokens."""
+    served = model("llama")
+    prompts = [prompt(3 + 5 * index % 17, index) for index in range(len(CASES))]
+    expected = [stock(served, prompts[index], index, max_new_tokens=12, **case) for index, case in enumerate(CASES)]
+    with Engine(served) as engine:
+        handles = [
+            engine.submit(ids, seed=index, max_new_tokens=12, **{**KW, **case})
+            for index, (ids, case) in enumerate(zip(prompts, CASES, strict=True))
+        ]
+        assert [handle.result(60) for handle in handles] == expected
+
+
+@pytest.mark.parametrize("case", CASES[1:6], ids=str)
+def test_a_seed_gives_the_same_tokens_in_any_company(model, case) -> None:
+    served = model("qwen3")
+    with Engine(served) as engine:
+        alone = engine.submit(prompt(9), seed=5, max_new_tokens=20, **KW, **case).result(60)
+        company = [
+            engine.submit(prompt(4 + index, index), max_new_tokens=20, **{**KW, **other})
+            for index, other in enumerate(CASES)
+        ]
+        assert engine.submit(prompt(9), seed=5, max_new_tokens=20, **KW, **case).result(60) == alone
+        for handle in company:
+            handle.cancel()
+
+
+def test_only_rows_with_processors_of_their_own_call_them(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, keeps, calls = model("llama"), Keeps(), []
+    from hf_llmopt.generation import row as module
+
+    called = module._call_processors
+    monkeypatch.setattr(module, "_call_processors", lambda row, own: (calls.append(row), called(row, own))[1])
+    ids = prompt(6)
+    with Engine(served) as engine:
+        others = [engine.submit(prompt(5, i), max_new_tokens=8, seed=i, **KW, **SAMPLED) for i in range(5)]
+        ours = engine.submit(ids, max_new_tokens=8, logits_processor=[keeps], **KW)
+        assert ours.result(60) == stock(served, ids, max_new_tokens=8, logits_processor=[Keeps()])
+        for handle in others:
+            handle.result(60)
+    assert len(calls) == 8
+    assert len(set(calls)) == 1
+    assert keeps.seen[3] == [ids + ours.result()[:3]], "the true history, without padding"
+
+
+def test_sequences_of_one_request(model) -> None:
+    """Sequence i is what seed + i gives, and the prompt is computed once."""
+    served, ids = model("llama"), prompt(33)
+    with Engine(served, {"kv_cache": {"page_size": 4}}) as engine:
+        handle = engine.submit(ids, num_return_sequences=4, seed=7, max_new_tokens=9, **KW, **SAMPLED)
+        results = [choice.result(60) for choice in handle.choices]
+        assert handle.choices[0] is handle
+        assert results == [stock(served, ids, 7 + index, max_new_tokens=9, **SAMPLED) for index in range(4)]
+        assert [choice.stats.cached_tokens for choice in handle.choices] == [0, 32, 32, 32]
+        assert engine.loop.store.pages_used == 0
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama4_text", "mistral"])
+def test_sequences_of_models_with_windows(model, name: str) -> None:
+    served, ids = model(name), prompt(21)
+    batching = {"max_batch_tokens": 6, "max_requests": 2}
+    with Engine(served, {"kv_cache": {"page_size": 4}, "batching": batching}) as engine:
+        handle = engine.submit(ids, num_return_sequences=4, seed=7, max_new_tokens=15, **KW, **SAMPLED)
+        results = [choice.result(60) for choice in handle.choices]
+        assert results == [stock(served, ids, 7 + index, max_new_tokens=15, **SAMPLED) for index in range(4)]
+
+
+def test_a_cancelled_first_sequence_takes_nobody_with_it(model) -> None:
+    served, ids = model("llama"), prompt(40)
+    with Engine(served, {"batching": {"max_batch_tokens": 4}}) as engine:
+        handle = engine.submit(ids, num_return_sequences=3, seed=1, max_new_tokens=5, **KW, **SAMPLED)
+        handle.cancel()
+        results = [choice.result(60) for choice in handle.choices[1:]]
+        assert results == [stock(served, ids, 1 + index, max_new_tokens=5, **SAMPLED) for index in (1, 2)]
+
+
+def test_logprobs(model) -> None:
+    """Of new tokens and of the prompt, against a plain forward pass over everything."""
+    served, ids = model("llama"), prompt(30)
+    with Engine(served, {"kv_cache": {"page_size": 4}, "batching": {"max_batch_tokens": 7}}) as engine:
+        other = engine.submit(prompt(12, 3), max_new_tokens=20, **KW)
+        handle = engine.submit(ids, max_new_tokens=6, logprobs=3, prompt_logprobs=2, repetition_penalty=1.8, **KW)
+        tokens = handle.result(60)
+        other.result(60)
+    everything = ids + tokens
+    truth = served(torch.tensor([everything])).logits[0].detach().float().log_softmax(-1)
+    reported = handle.prompt_logprobs + handle.logprobs
+    assert [entry.token for entry in reported] == everything[1:]
+    for place, entry in enumerate(reported):
+        count = 2 if place < len(ids) - 1 else 3
+        best = truth[place].topk(count)
+        assert entry.logprob == pytest.approx(float(truth[place, entry.token]), abs=1e-4)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_logprobs_of_a_preempted_prompt_come_once(model) -> None:
+    served = model("llama")
+    prompts = [prompt(17, seed) for seed in range(3)]
+    config = {"kv_cache": {"page_size": 4, "max_tokens": 48}, "batching": {"max_batch_tokens": 5, "swap_bytes": 0}}
+    with Engine(served, config) as engine:
+        handles = [engine.submit(ids, max_new_tokens=14, logprobs=0, prompt_logprobs=0, **KW) for ids in prompts]
+        for ids, handle in zip(prompts, handles, strict=True):
+            tokens = handle.result(60)
+            entries = handle.prompt_logprobs + handle.logprobs
+            assert [entry.token for entry in entries] == [*ids[1:], *tokens]
+            assert all(entry.top == () for entry in entries)
+
+
+def test_penalties_and_bias(model) -> None:
+    """As the API that they come from defines them, from the logits of plain forward passes."""
+    served, ids = model("llama"), prompt(9)
+    bias = {5: 4.0, 11: -100.0}
+    expected: list[int] = []
+    for _ in range(12):
+        scores = served(torch.tensor([ids + expected])).logits[0, -1].detach().float()
+        for token, value in bias.items():
+            scores[token] += value
+        for token in set(expected):
+            scores[token] -= 0.7 * expected.count(token) + 0.4
+        expected.append(int(scores.argmax()))
+    with Engine(served) as engine:
+        other = engine.submit(ids, max_new_tokens=12, **KW)
+        ours = engine.submit(ids, max_new_tokens=12, logit_bias=bias, frequency_penalty=0.7, presence_penalty=0.4, **KW)
+        assert ours.result(60) == expected
+        assert other.result(60) == stock(served, ids, max_new_tokens=12) != expected
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"priority": 101}, "at most 100"),
+        ({"priority": 1.5}, "an int"),
+        ({"seed": "x"}, "an int or None"),
+        ({"tenant": 3}, "a string"),
+        ({"deadline": -1}, "at least 0"),
+        ({"logprobs": True}, "an int or None"),
+        ({"logit_bias": {4096: 1.0}}, "ids are below 112"),
+        ({"presence_penalty": "much"}, "a number"),
+        ({"num_return_sequences": 2, "do_sample": True, "logits_processor": [Keeps()]}, "Keeps"),
+    ],
+    ids=str,
+)
+def test_wishes_that_cannot_be_met(model, wish, says: str) -> None:
+    with Engine(model("llama")) as engine, pytest.raises(errors.InvalidRequest, match=says):
+        engine.submit([5, 6, 7], max_new_tokens=4, **KW, **wish)
+
+
+def test_deadline(model) -> None:
+    with Engine(model("llama")) as engine:
+        late = engine.submit(prompt(5), max_new_tokens=10**6, deadline=0.3, **KW)
+        soon = engine.submit(prompt(5), max_new_tokens=4, deadline=60, **KW)
+        began = time.monotonic()
+        with pytest.raises(errors.DeadlineExceeded, match=r"0\.3 s passed after \d+ new tokens"):
+            late.result(60)
+        assert time.monotonic() - began < 5
+        assert len(soon.result(60)) == 4
+        with pytest.raises(TimeoutError):  # what Python code that waits expects
+            list(late)
+        assert engine.loop.store.pages_used == 0
+
+
+def test_a_full_line_refuses(model) -> None:
+    with Engine(model("llama"), {"batching": {"max_requests": 1, "max_waiting": 3}}) as engine:
+        running = engine.submit(prompt(4), max_new_tokens=10**6, **KW)
+        next(iter(running))  # it has left the line
+        waiting = [engine.submit(prompt(4), max_new_tokens=2, **KW) for _ in range(3)]
+        with pytest.raises(errors.EngineFull, match=r"3 requests wait.*max_waiting=3"):
+            engine.submit(prompt(4), max_new_tokens=2, **KW)
+        running.cancel()
+        assert [len(handle.result(60)) for handle in waiting] == [2, 2, 2]
+        assert len(engine.submit(prompt(4), max_new_tokens=2, **KW).result(60)) == 2
+
+
+# -- asyncio ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_async_readers_need_no_threads(model) -> None:
+    served = model("llama")
+    prompts = [prompt(4 + index % 7, index) for index in range(60)]
+
+    async def read(handle) -> list[int]:
+        return [token async for token in handle]
+
+    async def main(engine: Engine) -> tuple[list[list[int]], list[list[int]], int]:
+        handles = [engine.submit(ids, max_new_tokens=8, **KW) for ids in prompts]
+        readers = asyncio.gather(*map(read, handles))
+        await asyncio.sleep(0)
+        threads = threading.active_count()
+        read_tokens = await readers
+        return read_tokens, [await handle for handle in handles], threads
+
+    with Engine(served) as engine:
+        before = threading.active_count()
+        tokens, results, threads = asyncio.run(main(engine))
+    assert tokens == results == [stock(served, ids, max_new_tokens=8) for ids in prompts]
+    assert threads <= before + 1, "the engine's"
+
+
+def test_async_errors_and_cancelled_tasks(model) -> None:
+    async def main(engine: Engine) -> None:
+        handle = engine.submit(prompt(5), max_new_tokens=10**6, **KW)
+
+        async def read() -> None:
+            async for _ in handle:
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not handle.done, "who stops reading does not stop the request"
+        waiting = asyncio.ensure_future(read())
+        await asyncio.sleep(0.05)
+        handle.cancel()
+        with pytest.raises(errors.RequestCancelled):
+            await waiting
+        with pytest.raises(errors.RequestCancelled):
+            await handle
+
+    with Engine(model("llama")) as engine:
+        asyncio.run(main(engine))
+
+
+def test_submit_does_not_wait_for_a_step(model) -> None:
+    """An event loop must not stand still for a forward pass: submit takes no lock that is held for one."""
+    with Engine(model("llama")) as engine:
+        engine.submit(prompt(4), max_new_tokens=1, **KW).result(60)
+        done = []
+        with engine.loop.lock:  # as during a step
+            thread = threading.Thread(
+                target=lambda: done.append(engine.submit(prompt(4), max_new_tokens=2, **KW)), daemon=True
+            )
+            thread.start()
+            thread.join(20)
+            assert done
+        assert len(done[0].result(60)) == 2
+
+
+# -- the faults of transformers' own continuous batching --------------------------------------------------------------
+
+
+def test_an_over_long_prompt_harms_nobody(model) -> None:
+    served = model("llama")
+    with Engine(served, {"kv_cache": {"page_size": 16, "max_tokens": 128}}) as engine:
+        before = engine.submit(prompt(20), max_new_tokens=30, **KW)
+        with pytest.raises(errors.OutOfPages, match="What fits"):
+            engine.submit(prompt(200), max_new_tokens=8, **KW)
+        after = engine.submit(prompt(20, 1), max_new_tokens=8, **KW)
+        assert before.result(60) == stock(served, prompt(20), max_new_tokens=30)
+        assert after.result(60) == stock(served, prompt(20, 1), max_new_tokens=8)
+
+
+def test_no_stale_keys_after_a_weight_update() -> None:
+    served, ids = build("llama"), prompt(40)
+    with Engine(served, {"kv_cache": {"page_size": 4}}) as engine:
+        first = engine.submit(ids, max_new_tokens=8, **KW).result(60)
+        with torch.no_grad():
+            for parameter in served.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        second = engine.submit(ids, max_new_tokens=8, **KW).result(60)
+        assert second == stock(served, ids, max_new_tokens=8)
+        assert second != first
+    with Engine(served, {"kv_cache": {"page_size": 4}}) as engine:  # another session on the same pages
+        assert engine.submit(ids, max_new_tokens=8, **KW).result(60) == second
+
+
+def test_cancel_between_the_pass_and_the_choice(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request goes while its token is being chosen, a page of it just filled."""
+    served = model("llama")
+    from hf_llmopt.batching import engine as module
+
+    advance, cancelled = module.advance, []
+
+    def cancelling(rows, logits):
+        if len(rows) == 2 and not cancelled:
+            cancelled.append(True)
+            handles[0].cancel()
+        return advance(rows, logits)
+
+    monkeypatch.setattr(module, "advance", cancelling)
+    with Engine(served, {"kv_cache": {"page_size": 4}}) as engine:
+        with engine.loop.lock:
+            handles = [engine.submit(prompt(8, seed), max_new_tokens=30, **KW) for seed in range(2)]
+        with pytest.raises(errors.RequestCancelled):
+            handles[0].result(60)
+        assert handles[1].result(60) == stock(served, prompt(8, 1), max_new_tokens=30)
+        assert cancelled
+        assert engine.loop.store.pages_used == 0
+
+
+def test_masked_rows_and_rows_that_end_early() -> None:
+    """generate(llmopt="continuous_batching") is generate: masks count, rows may differ in length, dicts return."""
+    served = build("llama")
+    ids = torch.tensor([[0, 0, 0, 0, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14]])
+    mask = (ids != 0).long()
+    plain = served.generate(ids, attention_mask=mask, max_new_tokens=12, pad_token_id=0, eos_token_id=None)
+    for eos in (None, int(plain[0, -6])):
+        arguments = dict(attention_mask=mask, max_new_tokens=12, pad_token_id=0, eos_token_id=eos)
+        arguments |= dict(return_dict_in_generate=True, output_scores=True)
+        expected = served.generate(ids, **arguments)
+        ours = served.generate(ids, llmopt="continuous_batching", **arguments)
+        assert served.llmopt.stats.served_by == "llmopt"
+        assert torch.equal(ours.sequences, expected.sequences)
+        assert len(ours.scores) == len(expected.scores)
+
+
+# -- long lives, and failures that stay where they are -----------------------------------------------------------------
+
+
+def test_a_bias_for_tokens_that_do_not_exist_fails_alone(model) -> None:
+    served = model("llama")
+    with Engine(served) as engine:
+        good = [engine.submit(prompt(6, i), max_new_tokens=12, sequence_bias={(5,): 2.0}, **KW) for i in range(2)]
+        bad = engine.submit(prompt(6), max_new_tokens=12, sequence_bias={(112 + 7,): 50.0}, **KW)
+        with pytest.raises(errors.TokenOutOfRange, match="0 to 111"):
+            bad.result(60)
+        for index, handle in enumerate(good):
+            expected = stock(served, prompt(6, index), max_new_tokens=12, sequence_bias={(5,): 2.0})
+            assert handle.result(60) == expected
+
+
+def test_a_row_with_nan_in_a_sampled_batch_fails_alone(model) -> None:
+    class Breaks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores * float("nan")
+
+    served = model("llama")
+    with Engine(served) as engine:
+        good = [engine.submit(prompt(6, i), seed=i, max_new_tokens=12, **KW, **SAMPLED) for i in range(3)]
+        bad = engine.submit(prompt(6), max_new_tokens=12, logits_processor=[Breaks()], **KW, **SAMPLED)
+        with pytest.raises(errors.InvalidLogits, match="NaN"):
+            bad.result(60)
+        for index, handle in enumerate(good):
+            assert handle.result(60) == stock(served, prompt(6, index), index, max_new_tokens=12, **SAMPLED)
+
+
+def test_a_dropped_engine_owns_its_loop_no_more() -> None:
+    served = build("llama")
+    engine = Engine(served)
+    loop, thread = engine.loop, None
+    engine.submit(prompt(4), max_new_tokens=2, **KW).result(60)
+    thread = engine._thread
+    del engine
+    thread.join(10)
+    gc.collect()
+    assert loop.owners == 0
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_hundred_thousand_requests() -> None:
+    import psutil
+
+    served = build("llama", num_hidden_layers=1)
+    process, sizes = psutil.Process(), []
+    with Engine(served, {"batching": {"policy": "fair"}}) as engine:
+        for batch in range(50):
+            handles = [
+                engine.submit([3 + i % 80, 7, 9], max_new_tokens=2, tenant=str(batch * 2000 + i), **KW)
+                for i in range(2000)
+            ]
+            for handle in handles:
+                handle.result(300)
+            del handles, handle
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+        assert engine.loop.store.pages_used == 0
+        assert not engine.loop.groups
+    assert max(sizes[25:]) < 1.05 * max(sizes[5:25]), [size // 2**20 for size in sizes]
