@@ -14,11 +14,12 @@ import os
 
 from . import errors
 from .batching import Engine, RequestHandle
-from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig
+from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
 from .kv_cache import PagedCache
-from .stats import Stats
+from .prompt_cache import PromptHandle
+from .stats import PromptCacheStats, Stats
 
 __all__ = [
     "AttentionConfig",
@@ -28,6 +29,9 @@ __all__ = [
     "LLMOptConfig",
     "ModelHandle",
     "PagedCache",
+    "PromptCacheConfig",
+    "PromptCacheStats",
+    "PromptHandle",
     "RequestHandle",
     "Stats",
     "errors",

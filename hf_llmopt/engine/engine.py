@@ -11,6 +11,7 @@ engine only computes tokens that requests have and whose keys are missing.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from ..config import LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import PagedStore
+from ..prompt_cache import PromptCache
 from .probe import probe
 from .request import Request
 from .runner import Runner
@@ -59,11 +61,13 @@ class EngineLoop:
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
         self.runner = Runner(model, self.store, config)
+        self.prompts = PromptCache(model, self.store, config.prompt_cache) if config.prompt_cache else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
             config.batching.max_batch_tokens,
             config.batching.max_requests,
             self.store.provide,
+            self.prompts,
         )
         self.groups: list[Rows] = []
         self.owners = 0  # open `Engine` objects that submit here
@@ -142,10 +146,12 @@ class EngineLoop:
     def _capacity(self) -> list[int]:
         """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
         yielding = [request for request in self.scheduler.requests if not request.protected]
-        return [
-            limit - pool.used + sum(request.tables[index].held for request in yielding)
-            for index, (limit, pool) in enumerate(zip(self.store.limits(), self.scheduler.pools, strict=True))
-        ]
+        capacity = []
+        for index, (limit, pool) in enumerate(zip(self.store.limits(), self.scheduler.pools, strict=True)):
+            # A page comes back only when all who share it give way.
+            holders = Counter(page for request in yielding for page in request.tables[index].pages if page)
+            capacity.append(limit - pool.used + sum(count == pool.refs(page) for page, count in holders.items()))
+        return capacity
 
     def _does_not_fit(self, requests: Sequence[Request]) -> OutOfPages:
         size, rows = self.store.page_size, len(requests)
@@ -181,11 +187,15 @@ class EngineLoop:
 
     def finish(self, request: Request) -> None:
         """A request needs no further token: its pages go back."""
+        if self.prompts is not None and request in self.scheduler.requests:
+            self.prompts.finish(request)
         self.scheduler.remove(request)
         self.lock.notify_all()
 
     def _abandon(self, request: Request) -> None:
         """A request that failed or was cancelled leaves clean pages."""
+        if self.prompts is not None:
+            self.prompts.withdraw(request)
         for index, table in enumerate(request.tables):
             if pages := table.own():
                 self.store.wipe(index, pages)
@@ -194,6 +204,8 @@ class EngineLoop:
     def step(self) -> bool:
         """Compute one step for whoever has missing tokens; `False` if nobody can be served now. Call without grad."""
         self.store.reclaim()
+        if self.prompts is not None:
+            self.prompts.begin_step()
         plan = self.scheduler.schedule()
         if not plan.spans:
             self._starve()
@@ -252,6 +264,8 @@ class EngineLoop:
                 request.masked_tail = False
                 if request.embeds is not None:
                     request.embeds = request.embeds[: request.computed]
+            if self.prompts is not None:
+                self.prompts.enter(request)
             for group, table in zip(self.store.groups, request.tables, strict=True):
                 if group.kind != "full" and not request.keeps_passed:
                     # One token more than the next query needs, so that the last one can be computed again.

@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from ..kv_cache.pool import BlockTable
+from ..prompt_cache import Prefix
 
 _arrivals = count()
 
@@ -33,6 +34,8 @@ class Request:
         computed: Tokens whose keys are in pages.
         tables: Block tables, one per cache group.
         logits: Row `[vocabulary]` once all tokens are computed, else `None`.
+        proven: Tokens that were computed when the last token was sampled: none of their keys is NaN.
+        prefix: Whose pages may be shared, and which were; `None` for a request that shares none.
         error: Why the request failed, or `None`.
         finished: No further token will be computed.
     """
@@ -51,6 +54,8 @@ class Request:
     computed: int = 0
     tables: list[BlockTable] = field(default_factory=list)
     logits: Any = None
+    proven: int = 0
+    prefix: Prefix | None = None
     error: BaseException | None = None
     finished: bool = False
     cached_tokens: int = 0
@@ -69,6 +74,7 @@ class Request:
 
     def append(self, token: int) -> None:
         """Add a sampled token; its key will be computed in the next step."""
+        self.proven = self.computed
         self.tokens.append(token)
         self.positions.append(self.next_position)
         self.next_position += 1

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..errors import OutOfPages
 from ..kv_cache.pool import PagePool
 from .request import Request
+
+
+class Prompts(Protocol):
+    """What the scheduler needs of the prompt cache."""
+
+    def find(self, request: Request) -> None:
+        """Give a request the pages that hold the beginning of its tokens, and count those as computed."""
+        ...
+
+    def withdraw(self, request: Request) -> None:
+        """The request is about to lose its pages."""
+        ...
 
 
 @dataclass
@@ -37,6 +50,7 @@ class Scheduler:
         max_batch_tokens: Most tokens in a step.
         max_requests: Most unprotected requests that hold pages at one time.
         grow: Called with the free pages each pool should have; may enlarge the pools.
+        prompts: Where a request's pages may be found, or `None`.
     """
 
     def __init__(
@@ -45,9 +59,11 @@ class Scheduler:
         max_batch_tokens: int,
         max_requests: int,
         grow: Callable[[Sequence[int]], None],
+        prompts: Prompts | None = None,
     ) -> None:
         self.pools = pools
         self.grow = grow
+        self.prompts = prompts
         self.max_batch_tokens = max_batch_tokens
         self.max_requests = max_requests
         self.requests: list[Request] = []  # in order of arrival
@@ -77,6 +93,8 @@ class Scheduler:
             owed -= request.remaining == 1
             if not self._may_start(request) or self._awaits_parent(request):
                 continue
+            if self.prompts is not None and not request.computed:
+                self.prompts.find(request)
             length = request.next_span(budget if request.remaining == 1 else max(1, budget - owed))
             if self._reserve(request, length, plan):
                 plan.spans.append((request, length))
@@ -126,6 +144,8 @@ class Scheduler:
                 victim = self._victim(request, plan)
                 if victim is None:
                     return False
+                if self.prompts is not None:
+                    self.prompts.withdraw(victim)
                 for wipes, table in zip(plan.wipes, victim.tables, strict=True):
                     wipes += table.own()
                 victim.release()
