@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -192,12 +193,15 @@ class Engine:
     ) -> None:
         self.close()
 
-    def submit(self, input_ids: Tensor | list[int], *, seed: int | None = None, **kwargs: Any) -> RequestHandle:
+    def submit(
+        self, input_ids: Tensor | list[int], *, seed: int | None = None, salt: str | None = None, **kwargs: Any
+    ) -> RequestHandle:
         """Hand in a request; returns at once.
 
         Args:
             input_ids: Prompt ids, `[tokens]` or `[1, tokens]`.
             seed: Seed of the request's own noise; random if `None`.
+            salt: Share cached prompts only with requests of this salt (a tenant, say); `None` for the config's.
             kwargs: What `model.generate` takes: `max_new_tokens`, `do_sample`, `temperature`, `stop_strings`,
                 `logits_processor`, `streamer`, ...
 
@@ -209,7 +213,7 @@ class Engine:
             EngineClosed: The engine was closed.
         """
         handle = RequestHandle(self)
-        handle._group = group = self._prepare(handle, input_ids, seed, kwargs)
+        handle._group = group = self._prepare(handle, input_ids, seed, self._config(salt), kwargs)
         with self.loop.lock:
             if self._closed or os.getpid() != self._process:
                 raise EngineClosed("The engine was closed, or belongs to the process this one was forked from.")
@@ -226,8 +230,21 @@ class Engine:
             self.loop.lock.notify_all()
         return handle
 
+    def _config(self, salt: str | None) -> LLMOptConfig:
+        """The engine's config, with the salt of one request."""
+        if salt is None:
+            return self.config
+        if self.config.prompt_cache is None:
+            raise InvalidOption(f"salt={salt!r} keeps cached prompts apart, and {self.config!r} has no prompt cache.")
+        return replace(self.config, prompt_cache=replace(self.config.prompt_cache, salt=salt))
+
     def _prepare(
-        self, handle: RequestHandle, input_ids: Tensor | list[int], seed: int | None, kwargs: dict[str, Any]
+        self,
+        handle: RequestHandle,
+        input_ids: Tensor | list[int],
+        seed: int | None,
+        config: LLMOptConfig,
+        kwargs: dict[str, Any],
     ) -> Group:
         """Let transformers prepare the call as `generate` would, and take its group instead of running it."""
         if "llmopt" in kwargs:
@@ -256,7 +273,7 @@ class Engine:
         # The handle refers to its group, whose callback must not refer back strongly.
         put = weakref.WeakMethod(handle._put)
         submit = {"generator": generator, "on_tokens": lambda tokens: (put() or (lambda _: None))(tokens)}
-        token = ACTIVE.set(Active(self.model, self.config, submit))
+        token = ACTIVE.set(Active(self.model, config, submit))
         try:
             generate: Any = self.model.generate
             group = generate(ids.to(torch.long), **kwargs)

@@ -129,7 +129,7 @@ def test_returned_caches_keep_what_is_found(name, llmopt):
         served(model, llmopt=llmopt, input_ids=longer, past_key_values=past, **arguments),
         stock(model, input_ids=longer, **arguments),
     )
-    same(model, llmopt, SHARED + NEW - 1, input_ids=torch.cat([first.sequences, ids(7, 2)], dim=1))
+    same(model, llmopt, SHARED + NEW - 1, input_ids=torch.cat([first.sequences, ids(7, 5)], dim=1))
     if any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
         return
     past.crop(-30)
