@@ -87,20 +87,31 @@ class Scheduler:
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
         ready.sort(key=lambda request: (not request.protected, request.remaining > 1))
         owed = sum(request.remaining == 1 for request in ready)  # a long prompt must not stall those who decode
+        self._find(ready)
         for request in ready:
             if budget <= 0:
                 break
             owed -= request.remaining == 1
             if not self._may_start(request) or self._awaits_parent(request):
                 continue
-            if self.prompts is not None and not request.computed:
-                self.prompts.find(request)
             length = request.next_span(budget if request.remaining == 1 else max(1, budget - owed))
             if self._reserve(request, length, plan):
                 plan.spans.append((request, length))
                 budget -= length
         plan.spans.sort(key=lambda span: span[1])
         return plan
+
+    def _find(self, ready: Sequence[Request]) -> None:
+        """Look up whoever may start in this step. Found pages are filled now, so nothing may be planned for any yet."""
+        budget = self.max_batch_tokens if self.prompts is not None else 0
+        for request in ready:
+            if budget <= 0:
+                return
+            if not self._may_start(request) or self._awaits_parent(request):
+                continue
+            if self.prompts is not None and not request.computed:
+                self.prompts.find(request)
+            budget -= request.next_span(budget)
 
     def _may_start(self, request: Request) -> bool:
         if request.protected or request.pages_held:

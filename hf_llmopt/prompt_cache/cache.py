@@ -54,14 +54,14 @@ class Prefix:
         salt: Whose pages it may share.
         name: The tree it was looked up in.
         entered: Full pages that are in the tree.
-        brought: Nodes whose pages it computed and no sampled token has proven yet, with the end of their tokens.
+        claimed: Nodes whose pages it computed and no sampled token had proven then.
     """
 
     prompt: int
     salt: str | None
     name: Name | None = None
     entered: int = 0
-    brought: list[tuple[Node, int]] = field(default_factory=list)
+    claimed: list[Node] = field(default_factory=list)
 
 
 class Computed(Protocol):
@@ -196,6 +196,8 @@ class PromptCache:
         elsewhere = True  # pages may come from the other tiers
 
         def has(node: Node, group: int) -> bool:
+            if not _proven(node):
+                return False
             copied = elsewhere and (node.copies[group] is not None or group in node.stored)
             return bool(node.pages[group]) or copied
 
@@ -314,7 +316,7 @@ class PromptCache:
         """Let others find the full pages that were computed since the last call."""
         prefix, full = request.prefix, request.computed // self.store.page_size
         if prefix is not None and prefix.name is not None and full > prefix.entered and self._is_current(prefix):
-            prefix.brought = [item for item in prefix.brought if item[1] > request.proven]
+            prefix.claimed = [node for node in prefix.claimed if not _proven(node)]
             self._enter(request, prefix, full * self.store.page_size)
             prefix.entered = full
 
@@ -330,22 +332,24 @@ class PromptCache:
             nodes = self._enter(request, prefix, request.computed)
             if self._disk is not None:
                 self._save(self._disk, nodes)
-        prefix.brought.clear()
+        _release(prefix)
 
     def withdraw(self, request: Computed) -> None:
         """A request is about to lose its pages before it ended: what nothing proves is found no longer.
 
         Pages that hold NaN must not reach others, not even masked; those that nobody holds are zeroed here.
         """
-        if request.prefix is None:
+        prefix = request.prefix
+        if prefix is None:
             return
-        for node, end in request.prefix.brought:
-            if end > request.proven:
+        for node in prefix.claimed:
+            if not _proven(node):
                 for index, pages in enumerate(self._drop(node)):
                     if pages:
                         self.store.wipe(index, pages)
                 self._prune(node.parent)
-        request.prefix.brought.clear()
+        prefix.entered = 0
+        _release(prefix)
 
     def clear(self) -> None:
         """Forget everything but what is on disk."""
@@ -368,6 +372,10 @@ class PromptCache:
         if root is None and self._disk is None:
             return [], 0
         return walk(root or self._root(name), tokens, self.store.page_size, len(tokens), self._child)
+
+    def is_held(self, node: Node) -> bool:
+        """Whether a request or a pinned prompt holds a page of the node."""
+        return any(group.pool.refs(page) for group, page in zip(self.store.groups, node.pages, strict=True))
 
     def delete(self, node: Node) -> None:
         """Forget a node and all below it, on disk too."""
@@ -412,7 +420,8 @@ class PromptCache:
             end = min(self.store.page_size * (entry + 1), stop)
             own = any(page and page == found for page, found in zip(pages, nodes[entry].pages, strict=True))
             if own and end > request.proven:
-                prefix.brought.append((nodes[entry], end))
+                nodes[entry].claim = request, end
+                prefix.claimed.append(nodes[entry])
         return nodes
 
     def _is_current(self, prefix: Prefix) -> bool:
@@ -479,10 +488,23 @@ class PromptCache:
     def _prune(self, node: Node | None) -> None:
         """Take nodes without contents out of the tree, from this one upwards."""
         while node is not None and node.bare:
-            if node.parent is None:
-                self._roots.pop(node.name, None)
+            if node.parent is None and self._roots.get(node.name) is node:
+                del self._roots[node.name]
             node.detach()
             node = node.parent
+
+
+def _proven(node: Node) -> bool:
+    """Whether the node's pages are known to hold no NaN: others may read them."""
+    if node.claim is not None and node.claim[0].proven >= node.claim[1]:
+        node.claim = None
+    return node.claim is None
+
+
+def _release(prefix: Prefix) -> None:
+    for node in prefix.claimed:
+        node.claim = None
+    prefix.claimed.clear()
 
 
 def _calls(method: weakref.WeakMethod[Any], group: int) -> Callable[[Sequence[int]], None]:

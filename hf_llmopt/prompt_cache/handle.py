@@ -128,7 +128,7 @@ class PromptHandle:
             self._lock.notify_all()
 
     def delete(self) -> None:
-        """Forget the prompt and all that continues it; what other prompts share with it stays.
+        """Forget the prompt and all that continues it; what others hold of it or go on from before its end stays.
 
         Its pages on disk are removed too. Files of longer texts can be found no longer without them.
         """
@@ -140,7 +140,7 @@ class PromptHandle:
                 self._cache.delete(nodes[-1])
                 nodes, found = self._cache.path(self._name(), self.tokens)
             for node in reversed(nodes[: found // self._cache.store.page_size]):
-                if node.children:
+                if node.children or self._cache.is_held(node):
                     break
                 self._cache.delete(node)
 

@@ -32,6 +32,7 @@ class Node:
         stored: Cache groups whose page is on disk.
         used: When the node was last found or entered, in seconds.
         ttl: Seconds after its last use at which it is given up, or `None`.
+        claim: Who computed the page, and the end of its tokens, until a sampled token proves it free of NaN.
         name: Of a root: what else its tree's keys depend on.
     """
 
@@ -43,6 +44,7 @@ class Node:
     stored: frozenset[int] = frozenset()
     used: float = 0.0
     ttl: float | None = None
+    claim: tuple[Any, int] | None = None
     name: Any = None
     children: dict[Tokens, Node] = field(default_factory=dict)
     _order: list[Tokens] = field(default_factory=list)

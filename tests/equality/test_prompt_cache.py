@@ -146,7 +146,9 @@ def test_returned_caches_keep_what_is_found(name, llmopt):
 def test_engine_requests(name, llmopt):
     model, shared = tiny(name), ids(SHARED, 0)[0].tolist()
     texts = [shared + ids(3 + index, index)[0].tolist() for index in range(8)]
-    theirs = [stock(model, input_ids=torch.tensor([text]), **NEVER, max_new_tokens=NEW)[0, len(text) :] for text in texts]
+    theirs = [
+        stock(model, input_ids=torch.tensor([text]), **NEVER, max_new_tokens=NEW)[0, len(text) :] for text in texts
+    ]
     with Engine(model, llmopt) as engine:
         first = engine.submit(texts[0], **NEVER, max_new_tokens=NEW)
         assert first.result(60) == theirs[0].tolist()
