@@ -173,7 +173,7 @@ def test_generate_stops(folder: Path) -> None:
         (("{empty}", "x"), "has no config.json"),
         (("{folder}", "x", "--llmopt=kv_cach"), "Did you mean 'kv_cache'?"),
         (("{folder}", "x", "--llmopt", "kv_cahce"), "Did you mean 'kv_cache'?"),
-        (("{folder}", "--llmopt", "ture", "x"), "Allowed: 'false', 'kv_cache', 'true'"),
+        (("{folder}", "--llmopt", "ture", "x"), "Allowed: 'false', 'kv_cache', 'prompt_cache', 'true'"),
         (("{folder}", "x", "--dtype", "float31"), "Allowed: auto, float32"),
         (("{folder}", "x", "--device", "abacus"), "cannot use device 'abacus'"),
         (("{folder}", ""), "the prompt is empty"),

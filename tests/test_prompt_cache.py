@@ -129,8 +129,11 @@ class Weights(nn.Module):
 
 
 class Traffic(RuleBasedStateMachine):
-    """Random requests over tiny pools. A token's key is a number made from all tokens before it and the weights, so that
-    a page that holds anything but what would be computed is seen at once, in every group."""
+    """Random requests over tiny pools.
+
+    A token's key is a number made from all tokens before it and the weights: a page that holds anything but what would
+    be computed is seen at once, in every group.
+    """
 
     @initialize(
         pages=st.integers(3, 14),
@@ -577,7 +580,7 @@ def test_figures() -> None:
 
 
 def test_nan_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt whose keys are NaN fails; nothing of it is found, and no page keeps a NaN that a mask would let through."""
+    """A prompt whose keys are NaN fails; nothing of it is found, and no page keeps a NaN, which masks let through."""
     model = build("gemma3_text")
     clean = text(20)
     poison = torch.cat([clean[:, :9], ids(99), clean[:, 9:]], dim=1)
