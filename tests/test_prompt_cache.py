@@ -662,6 +662,7 @@ def test_a_dropped_model_takes_its_pages_along() -> None:
     run(model, text(20))
     cache = model.llmopt.engine.prompts
     hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
+    gc.collect()  # what other tests left
     count = len(hooks)
     gone = weakref.ref(cache)
     del model, cache
