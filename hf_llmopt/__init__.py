@@ -14,11 +14,12 @@ import os
 
 from . import errors
 from .batching import BatchingPipeline, Engine, RequestHandle, generate_batch
-from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig
+from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
 from .kv_cache import PagedCache
-from .stats import Stats
+from .prompt_cache import PromptHandle
+from .stats import PromptCacheStats, Stats
 
 __all__ = [
     "AttentionConfig",
@@ -29,6 +30,9 @@ __all__ = [
     "LLMOptConfig",
     "ModelHandle",
     "PagedCache",
+    "PromptCacheConfig",
+    "PromptCacheStats",
+    "PromptHandle",
     "RequestHandle",
     "Stats",
     "errors",

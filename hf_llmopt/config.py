@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from .errors import InvalidOption, unknown
@@ -39,7 +40,7 @@ class Section:
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
             wanted = {int: "an int", float: "a number", str: "a string"}[rule["kind"]]
             raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")
-        elif not rule["low"] <= value <= rule["high"]:
+        elif rule["kind"] is not str and not rule["low"] <= value <= rule["high"]:
             above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
             raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
 
@@ -133,16 +134,53 @@ class BatchingConfig(Section):
     continuous: bool = _option(False, choices=(False, True))
 
 
+@dataclass(frozen=True)
+class PromptCacheConfig(Section):
+    """Part 2, prompt caching: pages are found instead of computed. Exact.
+
+    Args:
+        path: Folder in which prompts outlive the process, `None` for none. Processes may share it.
+        max_bytes: Most bytes of pages on the model's device that are kept though no request holds them; `None` for an
+            eighth of the memory that is free when the engine is made.
+        host_bytes: Most bytes of host memory for pages that had to leave the device; `None` for an eighth of what is
+            free if the model is on an accelerator, else 0.
+        disk_bytes: Most bytes of files in `path`.
+        ttl: Seconds after its last use at which a page is given up, `None` for no such limit.
+        salt: Only prompts with the same salt share pages; `None` is a salt like any other.
+
+    Example:
+        >>> from hf_llmopt import PromptCacheConfig
+        >>> PromptCacheConfig(salt="tenant 7")
+        PromptCacheConfig(salt='tenant 7')
+    """
+
+    main: ClassVar[str | None] = "path"
+    path: str | Path | None = _option(None)  # noqa: RUF009 - a field, like the others
+    max_bytes: int | None = _option(None, kind=int)
+    host_bytes: int | None = _option(None, kind=int)
+    disk_bytes: int = _option(16 * 2**30, kind=int)
+    ttl: float | None = _option(None, kind=float)
+    salt: str | None = _option(None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, Path):
+            object.__setattr__(self, "path", str(self.path))
+        super().__post_init__()
+
+
 # The names that `llmopt=` accepts, the section that each switches on, and what it sets there.
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_cache": ("kv_cache", {}),
+    "prompt_cache": ("prompt_cache", {}),
     "continuous_batching": ("batching", {"continuous": True}),
 }
 SECTIONS: dict[str, type[Section]] = {
     "kv_cache": KVCacheConfig,
+    "prompt_cache": PromptCacheConfig,
     "attention": AttentionConfig,
     "batching": BatchingConfig,
 }
+OPTIONAL = ("prompt_cache",)  # sections that `None` and `False` switch off
 
 
 @dataclass(frozen=True)
@@ -151,6 +189,7 @@ class LLMOptConfig:
 
     Args:
         kv_cache: The paged KV cache, see `KVCacheConfig`.
+        prompt_cache: Prompt caching, see `PromptCacheConfig`; `None` and `False` for none.
         attention: How pages are read, see `AttentionConfig`.
         batching: How steps are filled, see `BatchingConfig`.
         batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
@@ -169,6 +208,7 @@ class LLMOptConfig:
     """
 
     kv_cache: KVCacheConfig = KVCacheConfig()
+    prompt_cache: PromptCacheConfig | None = None
     attention: AttentionConfig = AttentionConfig()
     batching: BatchingConfig = BatchingConfig()
     batch_invariant: bool = False
@@ -176,7 +216,9 @@ class LLMOptConfig:
 
     def __post_init__(self) -> None:
         for name, section in SECTIONS.items():
-            object.__setattr__(self, name, section.parse(getattr(self, name)))
+            value = getattr(self, name)
+            off = name in OPTIONAL and (value is None or value is False)
+            object.__setattr__(self, name, None if off else section.parse(value))
         for name in ("batch_invariant", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")
@@ -195,8 +237,8 @@ class LLMOptConfig:
             return None
         if isinstance(value, cls):
             return value
-        if value is True:
-            return cls()
+        if value is True:  # every part that is exact
+            return cls(prompt_cache=PromptCacheConfig())
         if isinstance(value, str):
             value = [name.strip() for name in value.split(",")]
         if isinstance(value, Section):

@@ -10,6 +10,7 @@ LLMOptError
 │   ├── PromptTooLong    more tokens than the model has positions for
 │   └── TokenOutOfRange  an id outside the vocabulary
 ├── OutOfPages           the KV cache's budget cannot hold the request                  (MemoryError)
+├── InvalidPromptCache   a saved prompt is damaged or belongs to another model          (ValueError)
 ├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
 ├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
@@ -61,6 +62,10 @@ class TokenOutOfRange(InvalidRequest):
 
 class OutOfPages(LLMOptError, MemoryError):
     """The KV cache's budget cannot hold the request; the message says what fits."""
+
+
+class InvalidPromptCache(LLMOptError, ValueError):
+    """A saved prompt is damaged, or was made by another model, with other weights or another page size."""
 
 
 class InvalidLogits(LLMOptError, ArithmeticError):

@@ -78,3 +78,46 @@ class Stats:
             f"{self.pages} page(s) ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
             + (f"; fused: {', '.join(self.fused)}" if self.fused else "")
         )
+
+
+@dataclass
+class PromptCacheStats:
+    """Figures of a model's prompt cache, over all requests since its engine was made.
+
+    Attributes:
+        requests: Requests whose prompt was looked up.
+        prompt_tokens: Tokens of their prompts.
+        cached_tokens: Those whose keys and values were found.
+        device_bytes: Bytes of pages on the model's device that can be found, held by a request or not.
+        host_bytes: Bytes of pages in host memory.
+        disk_bytes: Bytes of files in the folder, as of the last time they were counted.
+        host_loads: Pages that came back from host memory.
+        disk_loads: Pages that came back from disk.
+        evictions: Pages that were given up on the device.
+        invalidations: How often new weights emptied the cache.
+
+    Example:
+        >>> from hf_llmopt import PromptCacheStats
+        >>> PromptCacheStats(prompt_tokens=200, cached_tokens=150).hit_rate
+        0.75
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    host_loads: int = 0
+    disk_loads: int = 0
+    evictions: int = 0
+    invalidations: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that was found."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, the hit rate included, ready for JSON."""
+        return {**asdict(self), "hit_rate": self.hit_rate}

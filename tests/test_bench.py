@@ -13,7 +13,7 @@ from architectures import build
 from typer.testing import CliRunner
 
 from hf_llmopt import bench
-from hf_llmopt.bench import continuous_batching, equality, kv_cache, measure, report, workloads
+from hf_llmopt.bench import continuous_batching, equality, kv_cache, measure, prompt_cache, report, workloads
 from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
@@ -319,6 +319,36 @@ def test_command_user_errors(args: tuple[str, ...], says: str) -> None:
     assert result.exit_code == 1
     assert says in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- prompt_cache
+
+
+def test_prompt_cache(tiny: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.prompt_cache.cache.compute_seconds", lambda model, tokens: 1.0)
+    seen: list[tuple[str, str]] = []
+    found = prompt_cache.bench(tiny, prompt_cache.QUICK, repeats=2, on_run=lambda *run: seen.append(run))
+    assert found["passed"], [workload["reasons"] for workload in found["workloads"]]
+    assert len(seen) == sum(prompt_cache.runs_of(workload, 2) for workload in prompt_cache.QUICK)
+    nothing, most, chat = found["workloads"]
+    for way in ("computed", "memory", "disk"):
+        assert nothing["ways"][way]["cached_tokens"] == [0, 0]
+    assert most["ways"]["computed"]["cached_tokens"] == [0, 0]
+    assert all(36 <= tokens <= 41 for tokens in most["ways"]["memory"]["cached_tokens"])
+    assert most["ways"]["disk"]["cached_tokens"] == [32, 32], "whole pages of 16"
+    # Of each later turn, what was said and the last sampled token.
+    assert chat["prefilled_tokens"] <= chat["new_prompt_tokens"] + 2 * 2 < chat["prompt_tokens"]
+    shown = prompt_cache.table(json.loads(json.dumps(found)))
+    assert [row[:2] for row in shown.rows[:2]] == [["prefix-0", "stock"], ["prefix-0", "computed"]]
+    assert "×" in shown.columns[-1]
+
+
+def test_prompt_cache_refuses_other_tokens(tiny: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.generation.group.greedy", lambda scores: scores.argmin(-1))
+    found = prompt_cache.bench(tiny, prompt_cache.QUICK[:1], repeats=1)
+    assert not found["passed"]
+    assert found["workloads"][0]["ratios"] == []
+    assert "FAILED" in prompt_cache.table(found).rows[1]
 
 
 # -------------------------------------------------------------------------------------------------- continuous_batching

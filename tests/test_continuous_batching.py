@@ -47,7 +47,7 @@ def check_pages(loop: EngineLoop) -> None:
 
 PLANS = st.lists(
     st.tuples(
-        st.integers(2, 20),  # tokens of the prompt
+        st.integers(1, 20),  # tokens of the prompt
         st.integers(1, 10),  # new tokens
         st.booleans(),  # sampled
         st.sampled_from(["stays", "stays", "stays", "cancelled", "cancelled later", "expires"]),
@@ -64,7 +64,7 @@ PLANS = st.lists(
 @given(
     plans=PLANS,
     policy=st.sampled_from(["fcfs", "priority", "fair"]),
-    tokens=st.integers(2, 16),
+    tokens=st.integers(1, 16),
     places=st.integers(1, 5),
     swap_bytes=st.sampled_from([0, 2**30]),
 )

@@ -58,6 +58,25 @@ def test_equality(name: str, sampling: dict) -> None:
     assert model.llmopt.engine.store.pages_used == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_found_prompts(name: str) -> None:
+    """What is found on the device, and in host memory after the pool had to give it up."""
+    model = build(name).cuda()
+    config = {"kv_cache": {"page_size": 4, "max_tokens": 64}, "prompt_cache": {"host_bytes": 10**8}, "strict": True}
+    shared = torch.randint(3, 90, (1, 21), device="cuda")
+    found = []
+    for turn in range(4):
+        own = torch.randint(3, 90, (1, 6), device="cuda")
+        for prompt in (torch.cat([shared, own], dim=1), own.repeat(1, 4)):
+            arguments = {"attention_mask": torch.ones_like(prompt), **KW}
+            ours = model.generate(prompt, **arguments, llmopt=config)
+            assert torch.equal(ours, model.generate(prompt, **arguments)), turn
+            found.append(model.llmopt.stats.cached_tokens)
+    assert found[0] == 0
+    assert all(tokens >= 16 for tokens in found[2::2])
+    assert model.llmopt.engine.store.pages_used == 0
+
+
 @pytest.mark.parametrize("shape", [(1, 50), (4, 5000), (8, 151936)])
 def test_noise_equals_multinomial(shape: tuple[int, int]) -> None:
     scores = torch.randn(shape, device="cuda")

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -116,6 +117,7 @@ class Engine:
         input_ids: Tensor | list[int],
         *,
         seed: int | None = None,
+        salt: str | None = None,
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
@@ -132,11 +134,12 @@ class Engine:
             input_ids: Prompt ids, `[tokens]` or `[1, tokens]`.
             seed: Seed of the request's own noise; random if `None`. With `num_return_sequences`, sequence `i` is what
                 `seed + i` gives.
+            salt: Share cached prompts only with requests of this salt (a tenant, say); `None` for the config's.
             priority: Under the policy `"priority"`: higher goes first, -100 to 100.
             tenant: Under the policy `"fair"`: whose request it is.
             deadline: Seconds from now after which the request ends with `DeadlineExceeded`.
             logprobs: Report the log-probability of each new token, and of that many most likely ones.
-            prompt_logprobs: The same for each prompt token but the first.
+            prompt_logprobs: The same for each prompt token but the first; the whole prompt is computed.
             logit_bias: Added to the scores of these token ids.
             frequency_penalty: Subtracted from a token's score for each time it was generated.
             presence_penalty: Subtracted from the scores of tokens that were generated.
@@ -152,7 +155,16 @@ class Engine:
             EngineClosed: The engine was closed.
         """
         wishes = Wishes(
-            seed, priority, tenant, deadline, logprobs, prompt_logprobs, logit_bias, frequency_penalty, presence_penalty
+            seed,
+            salt,
+            priority,
+            tenant,
+            deadline,
+            logprobs,
+            prompt_logprobs,
+            logit_bias,
+            frequency_penalty,
+            presence_penalty,
         )
         if "llmopt" in kwargs:
             raise InvalidOption(
@@ -174,7 +186,7 @@ class Engine:
         """
         if wishes.logit_bias and max(wishes.logit_bias) >= (size := self.model.config.get_text_config().vocab_size):
             raise InvalidRequest(f"logit_bias names token {max(wishes.logit_bias)}; the model's ids are below {size}.")
-        rows = self._prepare(call)
+        rows = self._prepare(call, self.config_for(wishes))
         for index, row in enumerate(rows):
             generator = torch.Generator(row.input_ids.device)
             if wishes.seed is None:
@@ -205,9 +217,22 @@ class Engine:
             raise InvalidRequest(f"submit takes one prompt of token ids, got shape {list(ids.shape)}, {ids.dtype}.")
         return ids.to(torch.long)
 
-    def _prepare(self, call: Callable[[], Any]) -> list[Row]:
+    def config_for(self, wishes: Wishes) -> LLMOptConfig:
+        """The engine's config, with the salt of one request.
+
+        Raises:
+            InvalidOption: There is a salt, and no prompt cache.
+        """
+        salt = wishes.salt
+        if salt is None:
+            return self.config
+        if self.config.prompt_cache is None:
+            raise InvalidOption(f"salt={salt!r} keeps cached prompts apart, and {self.config!r} has no prompt cache.")
+        return replace(self.config, prompt_cache=replace(self.config.prompt_cache, salt=salt))
+
+    def _prepare(self, call: Callable[[], Any], config: LLMOptConfig) -> list[Row]:
         """Let transformers prepare a call as `generate` would, and take its rows instead of running them."""
-        token = ACTIVE.set(Active(self.model, self.config, submitted=True))
+        token = ACTIVE.set(Active(self.model, config, submitted=True))
         try:
             call()
         except Prepared as prepared:

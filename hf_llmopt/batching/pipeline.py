@@ -28,8 +28,8 @@ class BatchingPipeline(TextGenerationPipeline):
     starts, and none is padded. `batch_size` and `num_workers` are not needed and have no effect.
 
     Every call also takes `progress_bar=True`, and what `Engine.submit` takes beyond the arguments of `generate`:
-    `seed`, `priority`, `deadline`, ... With sampling, `torch.manual_seed` makes a call repeatable, and the tokens of an
-    input do not depend on the others.
+    `seed`, `salt`, `priority`, `deadline`, ... With sampling, `torch.manual_seed` makes a call repeatable, and the
+    tokens of an input do not depend on the others.
 
     Args:
         args: As of `TextGenerationPipeline`.
@@ -138,6 +138,8 @@ class BatchingPipeline(TextGenerationPipeline):
             on_device = self._ensure_tensor_on_device(dict(inputs), device=self.device)
             return self.engine.submit_call(lambda: prepare(on_device, **forward), wishes)
         except NotServed:
+            if wishes.salt is not None:
+                forward = {**forward, "llmopt": self.engine.config_for(wishes)}
             inputs["served"] = self.forward(dict(inputs), **forward)
             return None
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..config import BatchingConfig, LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import BlockTable, PagedStore, Swapped
+from ..prompt_cache import PromptCache
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
 from .request import Request, Rows
@@ -84,6 +85,7 @@ class EngineLoop:
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
         self.runner = Runner(model, self.store, config)
+        self.prompts = PromptCache(model, self.store, config.prompt_cache) if config.prompt_cache else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
             _policy(config.batching),
@@ -92,6 +94,8 @@ class EngineLoop:
             self._tables,
             self._grow,
             self._saves,
+            self._move_pages,
+            self.prompts,
         )
         self.costs = Costs()
         self.swapped_bytes = 0  # of host memory
@@ -199,9 +203,10 @@ class EngineLoop:
     def _capacity(self) -> list[int]:
         """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
         yielding = [request for request in self.scheduler.running if not request.protected]
+        coming = self.scheduler.freed(yielding)
         return [
-            limit - pool.used + sum(request.tables[index].held for request in yielding)
-            for index, (limit, pool) in enumerate(zip(self.store.limits(), self.scheduler.pools, strict=True))
+            limit - pool.used + count
+            for limit, pool, count in zip(self.store.limits(), self.scheduler.pools, coming, strict=True)
         ]
 
     def _does_not_fit(self, requests: Sequence[Request]) -> OutOfPages:
@@ -238,13 +243,19 @@ class EngineLoop:
 
     def finish(self, request: Request) -> None:
         """A request needs no further token: its pages go back."""
+        if self.prompts is not None and request in self.scheduler.running:
+            self.prompts.finish(request)
         self.scheduler.remove(request)
         self.lock.notify_all()
 
     def _abandon(self, request: Request) -> None:
         """A request that failed or was cancelled leaves clean pages."""
-        for index, table in enumerate(request.tables):
-            if pages := table.own():
+        stale: list[list[int]]
+        stale = [[] for _ in self.store.groups] if self.prompts is None else self.prompts.withdraw(request)
+        for pages, table in zip(stale, request.tables, strict=False):
+            pages += table.own()
+        for index, pages in enumerate(stale):
+            if pages:
                 self.store.wipe(index, pages)
         self._drop_saved(request)
         self.scheduler.remove(request)
@@ -257,6 +268,8 @@ class EngineLoop:
     def step(self) -> bool:
         """Compute one step for whoever has missing tokens; `False` if nobody can be served now. Call without grad."""
         self.store.reclaim()
+        if self.prompts is not None:
+            self.prompts.begin_step()
         plan = self.scheduler.schedule()
         began = perf_counter()
         self._move_pages(plan)
@@ -281,7 +294,7 @@ class EngineLoop:
         return True
 
     def _move_pages(self, plan: Plan) -> None:
-        """What must happen to pages before the step writes to them."""
+        """What must happen to pages before anything else is written to them."""
         for request, pages in plan.saves:
             began = perf_counter()
             request.swapped = Swapped(self.store, pages)
@@ -293,9 +306,13 @@ class EngineLoop:
             targets = {target for _, target in copies}
             if left := [page for page in wipes if page not in targets]:
                 self.store.wipe(index, left)
+            wipes.clear()
+            copies.clear()
         for request in plan.restores:
             request.swapped.restore(self.store, [table.pages for table in request.tables])
             self._drop_saved(request)
+        plan.saves.clear()
+        plan.restores.clear()
 
     def _run(self, spans: Sequence[tuple[Request, int]]) -> None:
         """One pass over these spans, and what follows from it."""
@@ -338,6 +355,8 @@ class EngineLoop:
                 request.masked_tail = False
                 if request.embeds is not None:
                     request.embeds = request.embeds[: request.computed]
+            if self.prompts is not None:
+                self.prompts.enter(request)
             for group, table in zip(self.store.groups, request.tables, strict=True):
                 if group.kind != "full" and not request.keeps_passed:
                     # One token more than the next query needs, so that the last one can be computed again.

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from ..kv_cache.pool import BlockTable
+from ..prompt_cache import Prefix
 
 _arrivals = count()
 
@@ -55,6 +56,8 @@ class Request:
         swapped: Keys and values that lie in host memory until the request goes on, or `None`.
         tables: Block tables, one per cache group; none before it starts.
         logits: Row `[vocabulary]` once all tokens are computed, else `None`.
+        proven: Tokens that were computed when the last token was sampled: none of their keys is NaN.
+        prefix: Whose pages may be shared, and which were; `None` for a request that shares none.
         error: Why the request failed, or `None`.
         finished: No further token will be computed.
     """
@@ -78,6 +81,8 @@ class Request:
     swapped: Any = None
     tables: list[BlockTable] = field(default_factory=list)
     logits: Any = None
+    proven: int = 0
+    prefix: Prefix | None = None
     error: BaseException | None = None
     finished: bool = False
     cached_tokens: int = 0
@@ -98,6 +103,7 @@ class Request:
 
     def append(self, token: int) -> None:
         """Add a sampled token; its key will be computed in the next step."""
+        self.proven = self.computed
         self.tokens.append(token)
         self.positions.append(self.next_position)
         self.next_position += 1
@@ -118,7 +124,7 @@ class Request:
         """Give every page back and forget what was computed."""
         self.leave_pages()
         self.swapped = None
-        self.computed = 0
+        self.computed = self.proven = 0
         self.logits = None
 
     def leave_pages(self) -> None:

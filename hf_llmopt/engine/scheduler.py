@@ -6,17 +6,36 @@ only in how many tokens are missing, and share one token budget.
 Requests that were submitted wait in a line until a place and pages for all of their tokens are free. Nobody passes the
 first in the line, and nobody starts while one that runs lacks pages: so none starves. Who runs may lose its pages to a
 request of lower rank; it goes back into the line, its keys to host memory or away.
+
+What past requests computed is looked up when it is a request's turn to start; if it does not fit all the same, it gives
+that back: who waits holds no pages.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from ..errors import OutOfPages
 from ..kv_cache.pool import BlockTable, PagePool
 from .policy import Policy
 from .request import Request
+
+
+class Prompts(Protocol):
+    """What the scheduler needs of the prompt cache."""
+
+    def find(self, request: Request, settle: Callable[[], None]) -> None:
+        """Give a request the pages that hold the beginning of its tokens, and count those as computed.
+
+        `settle` is called before pages are written to: it does what was planned for them.
+        """
+        ...
+
+    def withdraw(self, request: Request) -> list[list[int]]:
+        """The request is about to lose its pages; returns free pages, per cache group, that have to be zeroed."""
+        ...
 
 
 @dataclass
@@ -51,6 +70,8 @@ class Scheduler:
         tables: Makes the empty block tables of a request that starts.
         grow: Called with the free pages each pool should have; may enlarge the pools.
         saves: Whether the keys of a request that loses its pages are to be saved instead of computed again.
+        settle: Does what a plan says about pages, and takes it out of the plan.
+        prompts: Where a request's pages may be found, or `None`.
     """
 
     def __init__(
@@ -62,15 +83,19 @@ class Scheduler:
         tables: Callable[[Request], list[BlockTable]],
         grow: Callable[[Sequence[int]], None],
         saves: Callable[[Request], bool],
+        settle: Callable[[Plan], None] = lambda plan: None,
+        prompts: Prompts | None = None,
     ) -> None:
         self.pools = pools
         self.line = policy
+        self.prompts = prompts
         self.max_batch_tokens = max_batch_tokens
         self.max_requests = max_requests
         self.running: list[Request] = []
         self._tables = tables
         self._grow = grow
         self._saves = saves
+        self._settle = settle
 
     def add(self, request: Request) -> None:
         """Let a request take part in the steps that follow: at once if it has its tables, else from the line."""
@@ -97,6 +122,7 @@ class Scheduler:
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
         ready.sort(key=lambda request: (not request.protected, request.remaining > 1, self.line.rank(request)))
         owed = sum(request.remaining == 1 for request in ready)  # a long prompt must not stall those who decode
+        self._find([request for request in ready if not request.computed], plan)
         short = False  # somebody who runs lacks pages
         for request in ready:
             if budget <= 0:
@@ -117,21 +143,54 @@ class Scheduler:
     def _plan_span(self, request: Request, length: int, plan: Plan) -> int:
         plan.spans.append((request, length))
         end = request.computed + length
-        if not request.protected:
-            self.line.served(request, max(0, end - request.charged))
+        if not request.protected:  # found and shared tokens are nobody's work
+            self.line.served(request, min(length, max(0, end - request.charged)))
         request.charged = max(request.charged, end)
         return length
+
+    def _find(self, starting: Sequence[Request], plan: Plan) -> None:
+        """Look up whoever starts in this step, before others of the step take the pages that were kept for it."""
+        budget = self.max_batch_tokens
+        for request in starting:
+            if budget <= 0:
+                return
+            if not self._awaits_parent(request):
+                self._look_up(request, plan)
+                budget -= request.next_span(budget)
+
+    def _look_up(self, request: Request, plan: Plan) -> None:
+        if self.prompts is not None and not request.computed:
+            request.tables = request.tables or self._tables(request)
+            self.prompts.find(request, lambda: self._settle(plan))
+
+    def _forget(self, request: Request) -> None:
+        """A request that was looked up does not start: it waits on, and holds nothing."""
+        if self.prompts is not None:
+            self.prompts.withdraw(request)
+        request.release()
+        if not request.preemptions:
+            request.cached_tokens = 0
 
     def _start_waiting(self, budget: int, plan: Plan) -> None:
         aside: list[Request] = []
         places = self._places()
         while budget > 0 and places > 0 and (request := self.line.first()) is not None:
-            if request in plan.preempted or not self._fits(request):
+            if request in plan.preempted:
                 break
-            self.line.discard(request)
+            parent = request.parent
             if self._awaits_parent(request):
+                self.line.discard(request)
                 aside.append(request)  # the one exception: who waits for a parent's pages lets others pass
                 continue
+            self._look_up(request, plan)
+            if not self._fits(request):
+                if not request.tables:
+                    break
+                self._forget(request)
+                request.parent = parent
+                if not self._fits(request):  # with empty tables: what is found may need a page more, for a copy
+                    break
+            self.line.discard(request)
             request.tables = request.tables or self._tables(request)
             self.running.append(request)
             if request.swapped is not None:
@@ -160,24 +219,39 @@ class Scheduler:
         return all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True))
 
     def _needs(self, request: Request) -> list[int]:
-        """Pages that a waiting request needs for all of its tokens, per cache group."""
-        tables = self._tables(request)
-        return [min(room, t.missing(0, len(request.tokens))) for room, t in zip(request.rooms, tables, strict=True)]
+        """Pages that a waiting request needs for all of its tokens, per cache group, beside those that were found."""
+        tables, start = request.tables or self._tables(request), request.computed
+        return [
+            min(room, table.missing(start, len(request.tokens)))
+            for room, table in zip(request.rooms, tables, strict=True)
+        ]
+
+    def freed(self, requests: Sequence[Request]) -> list[int]:
+        """Pages that come back, per cache group, if all of these give way: those that nobody else holds."""
+        freed = []
+        for index, pool in enumerate(self.pools):
+            holders = Counter(page for request in requests for page in request.tables[index].pages if page)
+            freed.append(sum(count == pool.refs(page) for page, count in holders.items()))
+        return freed
 
     def _make_way(self, plan: Plan) -> None:
         """The first in the line takes the place and the pages of those who run and rank behind it."""
         first = self.line.first()
-        if first is None:
+        behind = [] if first is None else self._behind(first, plan)
+        if first is None or not behind:
             return
-        for index, (need, pool) in enumerate(zip(self._needs(first), self.pools, strict=True)):
-            held = sum(other.tables[index].held for other in self._behind(first, plan))
-            if need > pool.free + held:
-                return  # others hold so much that nobody's pages would help
-        while not (self._places() > 0 and self._fits(first)):
-            victim = self._victim(first, plan)
-            if victim is None:
-                return
-            self._preempt(victim, plan)
+        if first.parent is None:
+            self._look_up(first, plan)
+        needs, freed = self._needs(first), self.freed(behind)
+        # Otherwise others hold so much that nobody's pages would help.
+        if all(need <= pool.free + count for need, pool, count in zip(needs, self.pools, freed, strict=True)):
+            while not (self._places() > 0 and self._fits(first)):
+                victim = self._victim(first, plan)
+                if victim is None:
+                    break
+                self._preempt(victim, plan)
+        if first.tables:
+            self._forget(first)  # it is looked up again when it starts
 
     def _awaits_parent(self, request: Request) -> bool:
         """Share the parent's pages once it has computed all but the last prompt token; `True` while it has not.
@@ -205,20 +279,18 @@ class Scheduler:
         """Take the span's pages, from requests that rank behind if too few are free. `False` if that fails."""
         start = request.computed
         while True:
-            try:
-                for copies, table in zip(plan.copies, request.tables, strict=True):
-                    copies += table.reserve(start, start + length)
-            except OutOfPages:
-                needs = [table.missing(start, start + length) for table in request.tables]
-                self._grow(needs)
-                if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
-                    continue
+            needs = [table.missing(start, start + length) for table in request.tables]
+            if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
+                break
+            self._grow(needs)
+            if any(need > pool.free for need, pool in zip(needs, self.pools, strict=True)):
                 victim = self._victim(request, plan)
                 if victim is None:
                     return False
                 self._preempt(victim, plan)
-            else:
-                return True
+        for copies, table in zip(plan.copies, request.tables, strict=True):
+            copies += table.reserve(start, start + length)
+        return True
 
     def _behind(self, request: Request, plan: Plan) -> list[Request]:
         """Who may lose its pages to `request`, because it ranks behind and is not needed in this step."""
@@ -243,6 +315,9 @@ class Scheduler:
             pages = [list(table.pages[: -(-victim.computed // table.page_size)]) for table in victim.tables]
             plan.saves.append((victim, pages))
             victim.swaps += 1
+        if self.prompts is not None:
+            for wipes, freed in zip(plan.wipes, self.prompts.withdraw(victim), strict=True):
+                wipes += freed
         for wipes, table in zip(plan.wipes, victim.tables, strict=True):
             wipes += table.own()
         if saved:

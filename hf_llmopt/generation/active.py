@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..config import LLMOptConfig
 from ..engine import EngineLoop, input_weight, unsupported
-from ..stats import Stats
+from ..errors import EmptyPrompt, InvalidOption, InvalidRequest
+from ..prompt_cache import PromptHandle
+from ..stats import PromptCacheStats, Stats
 
 
 @dataclass
@@ -48,7 +54,7 @@ ACTIVE: ContextVar[Active | None] = ContextVar("hf_llmopt_active", default=None)
 
 
 class ModelHandle:
-    """`model.llmopt`: the default config of later `generate` calls, the engine, and the last call's figures.
+    """`model.llmopt`: the default config of later `generate` calls, the engine, cached prompts, and figures.
 
     Copies and pickles of a model carry the config only. The engine refers to the model weakly.
 
@@ -89,22 +95,34 @@ class ModelHandle:
         """
         # Moved or cast weights change what pages hold; a new engine is made, old caches keep their old pages.
         weight = input_weight(model)
-        key = (replace(config, strict=False), weight.device, weight.dtype, _structure(model))
+        config = _shared(config)
+        key = (config, weight.device, weight.dtype, _structure(model))
         latest = self._latest  # read without the lock: who steps the engine holds it for as long as a step takes
         if latest is not None and latest[0] == key and self._model is not None and self._model() is model:
             return latest[1]
         with self._lock:
-            if self._model is None or self._model() is not model:
-                self._model, self._engines = weakref.ref(model), {}
+            self.bind(model)
             if key not in self._engines:
                 engine = EngineLoop(model, config, self._lock)
-                # Engines nobody is waiting for make way: their pages would only lie about.
-                self._engines = {k: e for k, e in self._engines.items() if e.groups or e.owners or e.store.pages_used}
+                # Engines nobody is waiting for make way, unless their prompts can still be found.
+                self._engines = {
+                    k: e
+                    for k, e in self._engines.items()
+                    if e.groups or e.owners or e.store.pages_used or (e.prompts and k[1:] == key[1:])
+                }
             else:
                 engine = self._engines.pop(key)
             self._engines[key] = engine
             self._latest = key, engine
             return engine
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Belong to this model; engines of another one are given up."""
+        if self._model is not None and self._model() is model:
+            return  # without the lock, which is held for as long as a step takes
+        with self._lock:
+            if self._model is None or self._model() is not model:
+                self._model, self._engines, self._latest = weakref.ref(model), {}, None
 
     @property
     def engine(self) -> EngineLoop | None:
@@ -117,6 +135,119 @@ class ModelHandle:
             self._engines = {k: e for k, e in self._engines.items() if e.groups or e.owners}
             self._latest = None
 
+    @property
+    def prompt_cache(self) -> PromptCacheStats | None:
+        """Figures of the prompt cache that was used last, or `None` if there is none."""
+        with self._lock:
+            caches = [engine.prompts for engine in self._engines.values() if engine.prompts is not None]
+            return caches[-1].figures() if caches else None
+
+    def weights_changed(self) -> None:
+        """Say that weights were written in a way that cannot be seen: cached prompts are stale.
+
+        Steps of torch's optimizers, `load_state_dict`, in-place operations, exchanged tensors and adapters are seen,
+        and writes through `.data` that change whole tensors.
+        """
+        with self._lock:
+            for engine in self._engines.values():
+                if engine.prompts is not None:
+                    engine.prompts.weights_changed()
+
+    def cache_prompt(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        *,
+        tokenizer: Any = None,
+        ttl: float | None = None,
+        llmopt: Any = None,
+    ) -> PromptHandle:
+        """Compute a prompt now, a system prompt or a document, say, and hold its keys and values for later calls.
+
+        Calls whose prompt begins with the same tokens find them. Text is cut into tokens here alone: where the next
+        text is joined to it, the last tokens may differ; all before them are found.
+
+        Args:
+            prompt: Text, or token ids `[tokens]` or `[1, tokens]`.
+            tokenizer: For text; by default the one that lies beside the model.
+            ttl: Seconds after its last use at which the prompt is given up; `None` for the cache's own limit.
+            llmopt: As in `generate`; by default the model's own default, else `True`.
+
+        Returns:
+            The prompt's handle, pinned.
+
+        Raises:
+            InvalidOption: The config has no prompt cache.
+            InvalidRequest: The prompt cannot be generated from.
+            NotServed: The model runs on stock transformers.
+            OutOfPages: The KV cache has no room for the prompt.
+
+        Example:
+            >>> import hf_llmopt
+            >>> from hf_llmopt import demo
+            >>> model, tokenizer = demo.load()
+            >>> prompt = hf_llmopt.optimize(model).llmopt.cache_prompt("import os, sys, re, json", tokenizer=tokenizer)
+            >>> inputs = tokenizer("import os, sys, re, json, math", return_tensors="pt")
+            >>> _ = model.generate(**inputs, max_new_tokens=1)
+            >>> model.llmopt.stats.cached_tokens >= len(prompt.tokens) - 1
+            True
+        """
+        model, config = self._served(llmopt)
+        if isinstance(prompt, str):
+            tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model.name_or_path)
+            prompt = tokenizer(prompt)["input_ids"]
+        tokens = _tokens(prompt)
+        handle = PromptHandle(*self._cache_of(model, config), tokens, *self._computing(model, config))
+        handle.pin()
+        handle.ttl = ttl
+        return handle
+
+    def load_prompt(self, path: str | PathLike[str], *, llmopt: Any = None) -> PromptHandle:
+        """Read a prompt that `PromptHandle.save` wrote, in this process or another.
+
+        Args:
+            path: The file.
+            llmopt: As in `cache_prompt`.
+
+        Returns:
+            The prompt's handle, pinned.
+
+        Raises:
+            InvalidPromptCache: The file is damaged, or the prompt was computed by another model or other weights.
+            OSError: The file cannot be read.
+            OutOfPages: The KV cache has no room for the prompt.
+        """
+        model, config = self._served(llmopt)
+        return PromptHandle.load(path, *self._cache_of(model, config), *self._computing(model, config))
+
+    def _served(self, llmopt: Any) -> tuple[PreTrainedModel, LLMOptConfig]:
+        config = LLMOptConfig.parse(llmopt) if llmopt is not None else self.config or LLMOptConfig.parse(True)
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise InvalidOption("This handle has no model yet; call hf_llmopt.optimize(model) first.")
+        if config is None or config.prompt_cache is None:
+            raise InvalidOption(f"{config!r} has no prompt cache; llmopt='prompt_cache' or llmopt=True has one.")
+        return model, config
+
+    def _cache_of(self, model: PreTrainedModel, config: LLMOptConfig) -> tuple[Any, threading.Condition]:
+        return self.engine_for(model, config).prompts, self._lock
+
+    def _computing(
+        self, model: PreTrainedModel, config: LLMOptConfig
+    ) -> tuple[str | None, Callable[[list[int]], None]]:
+        """The salt, and what computes a prompt's keys: a call that samples one token."""
+        assert config.prompt_cache is not None
+        reference = weakref.ref(model)
+
+        def compute(tokens: list[int]) -> None:
+            alive: Any = reference()
+            if alive is None:
+                raise ReferenceError("The model of this prompt was deleted.")
+            ids = torch.tensor([tokens], device=input_weight(alive).device)
+            once = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
+            alive.generate(ids, attention_mask=torch.ones_like(ids), **once, llmopt=replace(config, strict=True))
+
+        return config.prompt_cache.salt, compute
+
     def __repr__(self) -> str:
         return f"ModelHandle(config={self.config!r}, stats={self.stats})"
 
@@ -125,6 +256,28 @@ class ModelHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelHandle, (self.config,)
+
+
+def _tokens(prompt: Any) -> list[int]:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(
+            f"cache_prompt takes text or the ids of one prompt, got a {type(prompt).__name__}."
+        ) from error
+    ids = ids[0] if ids.dim() == 2 and ids.shape[0] == 1 else ids
+    if not ids.numel():
+        raise EmptyPrompt("cache_prompt got an empty prompt; give at least one token.")
+    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise InvalidRequest(f"cache_prompt takes the ids of one prompt, got shape {list(ids.shape)}, {ids.dtype}.")
+    tokens: list[int] = ids.tolist()
+    return tokens
+
+
+def _shared(config: LLMOptConfig) -> LLMOptConfig:
+    """What decides which engine serves a call: tenants share one, whatever their salt."""
+    prompts = config.prompt_cache
+    return replace(config, strict=False, prompt_cache=None if prompts is None else replace(prompts, salt=None))
 
 
 def _structure(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -138,4 +291,5 @@ def handle_of(model: PreTrainedModel) -> ModelHandle:
     """The model's handle, made on first use."""
     # setdefault is atomic: two threads that ask first at the same time must share one lock.
     handle: ModelHandle = model.__dict__.get("llmopt") or model.__dict__.setdefault("llmopt", ModelHandle())
+    handle.bind(model)
     return handle

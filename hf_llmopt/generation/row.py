@@ -46,6 +46,7 @@ class Wishes:
     """
 
     seed: int | None = None
+    salt: str | None = None
     priority: int = 0
     tenant: str = ""
     deadline: float | None = None
@@ -57,6 +58,7 @@ class Wishes:
 
     def __post_init__(self) -> None:
         _check("seed", self.seed, int, optional=True, low=-(2**63), high=2**64 - 1)
+        _check("salt", self.salt, str, optional=True)
         _check("priority", self.priority, int, low=-100, high=100)
         _check("tenant", self.tenant, str)
         _check("deadline", self.deadline, (int, float), optional=True, low=0)

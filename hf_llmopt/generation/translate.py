@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from ..engine import EngineLoop, Request, input_weight
 from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, TokenOutOfRange, UnsupportedModel
 from ..kv_cache import PagedCache
+from ..prompt_cache import Prefix
 from .active import Active, handle_of
 from .group import Group
 from .output import export_cache, import_cache, keeps_every_key, write_back
@@ -81,6 +82,10 @@ def translate(
     _check_lengths(model, engine, prompt, total)
     requests = [_request(engine, prompt, row, total, generation_config) for row in range(input_ids.shape[0])]
     _share_prompts(requests, prompt, generation_config)
+    if active.config.prompt_cache is not None and prompt.past is None and prompt.embeds is None:
+        for request in requests:
+            if _is_plain(engine, request):
+                request.prefix = Prefix(len(request.tokens), active.config.prompt_cache.salt)
     rows = range(len(requests))
     groups = [
         (Row if active.submitted else Group)(
@@ -324,6 +329,13 @@ def _share_prompts(requests: list[Request], prompt: _Prompt, generation_config: 
         parent = first.setdefault(key, request)
         if parent is not request:
             request.parent = parent
+
+
+def _is_plain(engine: EngineLoop, request: Request) -> bool:
+    """Whether the keys of a request depend on nothing but its tokens and what the prompt cache names beside them."""
+    if request.masked_tail or (engine.store.reads_columns and request.left_padding):
+        return False
+    return request.positions == list(range(len(request.tokens)))
 
 
 def _keeps_running(

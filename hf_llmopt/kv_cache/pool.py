@@ -7,13 +7,17 @@ reads and writes it.
 
 from __future__ import annotations
 
+import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ..errors import OutOfPages
 
-_FREE, _HELD, _PLANNED = 0, 1, 2  # a planned page is free, but lies where some table expects to grow
+# A planned page is free, but lies where some table expects to grow. A kept page is held by nobody, and given up only
+# when blank ones run out: the prompt cache can find it.
+_FREE, _HELD, _PLANNED, _KEPT = 0, 1, 2, 3
 
 
 class PagePool:
@@ -21,19 +25,35 @@ class PagePool:
 
     Pages are handed out in runs where possible: attention reads a run without gathering. A request says how many pages
     it may need in all (`room`); others are placed behind that room while there is space elsewhere.
+
+    Attributes:
+        num_pages: Pages of the pool.
+        used: Pages that somebody holds.
+        kept: Pages that nobody holds and the prompt cache can find, the least recently used one first.
+        most_kept: How many pages `kept` may have.
+        on_evict: Called with kept pages that are about to be given up, while their contents are still there.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = 0
         self.used = 0
+        self.kept: dict[int, None] = {}
+        self.most_kept = sys.maxsize
+        self.on_evict: Callable[[Sequence[int]], None] = lambda pages: None
+        self._found: set[int] = set()  # pages that the prompt cache can find, held or kept
         self._state = bytearray([_HELD])
         self._refs = [0]
         self.grow(num_pages)
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that nobody holds: those that can be taken."""
         return self.num_pages - self.used
+
+    @property
+    def blank(self) -> int:
+        """Free pages that can be taken without giving up a kept one."""
+        return self.free - len(self.kept)
 
     def grow(self, num_pages: int) -> None:
         """Raise the number of pages to `num_pages`; ids that are held stay valid."""
@@ -45,6 +65,10 @@ class PagePool:
     def refs(self, page: int) -> int:
         """How many tables hold `page`."""
         return self._refs[page]
+
+    def shared(self, page: int) -> bool:
+        """Whether somebody else may read what the only holder of `page` finds in it."""
+        return self._refs[page] > 1 or page in self._found
 
     def next_held(self, page: int) -> int:
         """The first page from `page` on that somebody holds, or the end of the pool."""
@@ -67,9 +91,10 @@ class PagePool:
         """
         if count > self.free:
             raise OutOfPages(f"{count} pages are needed, {self.free} of {self.num_pages} are free.")
+        self.evict(count - self.blank)
         pages: list[int] = []
         if after is not None:
-            while len(pages) < count and after < self.num_pages and self._state[after + 1] != _HELD:
+            while len(pages) < count and after < self.num_pages and self._state[after + 1] in (_FREE, _PLANNED):
                 after += 1
                 pages.append(self._hold(after))
         if len(pages) == count:
@@ -99,23 +124,57 @@ class PagePool:
         self.used += 1
         return page
 
-    def share(self, pages: Iterable[int]) -> None:
+    def share(self, pages: Sequence[int]) -> None:
         """Add a reference to each page (page 0 is skipped)."""
         for page in pages:
-            if page:
+            if not page:
+                continue
+            if page in self.kept:
+                del self.kept[page]
+                self._hold(page)
+            else:
                 self._refs[page] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Drop a reference to each page (page 0 is skipped); a page without references is free."""
-        for page in pages:
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop a reference to each page (page 0 is skipped); a page without references is free.
+
+        Of pages that are kept, the last of the sequence are given up first: a prompt's beginning outlives its end.
+        """
+        for page in reversed(pages):
             if not page:
                 continue
             if self._refs[page] <= 0:
                 raise AssertionError(f"page {page} was released more often than it was taken")
             self._refs[page] -= 1
-            if not self._refs[page]:
+            if self._refs[page]:
+                continue
+            self.used -= 1
+            if page in self._found:
+                self._state[page] = _KEPT
+                self.kept[page] = None
+            else:
                 self._state[page] = _FREE
-                self.used -= 1
+        self.evict(len(self.kept) - self.most_kept)
+
+    def keep(self, page: int) -> None:
+        """Remember that the prompt cache can find a held page: it is kept when its last holder releases it."""
+        self._found.add(page)
+
+    def forget(self, page: int) -> None:
+        """The prompt cache finds this page no longer; kept, it is free."""
+        self._found.discard(page)
+        if page in self.kept:
+            del self.kept[page]
+            self._state[page] = _FREE
+
+    def evict(self, count: int) -> None:
+        """Give up `count` kept pages, the least recently used ones (none if `count` is not positive)."""
+        if count <= 0:
+            return
+        pages = list(islice(self.kept, count))
+        self.on_evict(pages)
+        for page in pages:
+            self.forget(page)
 
     def unplan(self, plan: range) -> None:
         """Forget that a table expected to grow into these pages."""
@@ -156,7 +215,7 @@ class BlockTable:
         From the first entry in that range that somebody else reads too, entries are replaced by copies.
         """
         written = range(start // self.page_size, len(self.pages))
-        keep = next((i for i in written if self.pool.refs(self.pages[i]) > 1), len(self.pages))
+        keep = next((i for i in written if self.pool.shared(self.pages[i])), len(self.pages))
         return keep, max(-(-stop // self.page_size), len(self.pages)) - keep
 
     def missing(self, start: int, stop: int) -> int:
@@ -195,6 +254,15 @@ class BlockTable:
         self.passed = self.run = first_token // self.page_size
         self.pages.extend([0] * self.passed)
 
+    def begin(self, pages: Sequence[int]) -> None:
+        """Start an empty table with pages that were found; leading ones are 0 where a window has passed."""
+        self.pool.share(pages)
+        self.pages.extend(pages)
+        self.passed = next((entry for entry, page in enumerate(pages) if page), len(pages))
+        self.run = max(self.passed, len(pages) - 1)
+        while self.run > self.passed and pages[self.run - 1] + 1 == pages[self.run]:
+            self.run -= 1
+
     def fork(self) -> BlockTable:
         """A second table over the same pages; the first to write to a page copies it."""
         self.pool.share(self.pages)
@@ -217,8 +285,8 @@ class BlockTable:
         self.passed, self.run = min(self.passed, keep), min(self.run, keep)
 
     def own(self) -> list[int]:
-        """Pages that nobody else holds."""
-        return [page for page in self.pages if page and self.pool.refs(page) == 1]
+        """Pages that nobody else reads."""
+        return [page for page in self.pages if page and not self.pool.shared(page)]
 
     def clear(self) -> None:
         """Give every page back."""

@@ -137,15 +137,18 @@ class PagedStore:
                 limits.append(max(group.pool.num_pages, -(-self.config.max_tokens // self.page_size)))
                 continue
             share = self.page_bytes(index) / sum(self.page_bytes(other) for other in range(len(self.groups)))
-            free = min(_free_bytes(self.layers[layer].device) for layer in group.layers)
+            free = min(free_bytes(self.layers[layer].device) for layer in group.layers)
             extra = int(free * self.config.memory_fraction * share) // self.page_bytes(index)
             limits.append(group.pool.num_pages + extra)
         return limits
 
     def provide(self, pages: Sequence[int]) -> None:
-        """Grow the pools, as far as the budget allows, until `pages[group]` pages are free in each group."""
+        """Grow the pools, as far as the budget allows, until `pages[group]` pages are blank in each group.
+
+        Beyond the budget, pages that the prompt cache keeps make way.
+        """
         self.reclaim()
-        missing = [count - group.pool.free for count, group in zip(pages, self.groups, strict=True)]
+        missing = [count - group.pool.blank for count, group in zip(pages, self.groups, strict=True)]
         if all(count <= 0 for count in missing):
             return
         for index, (count, limit) in enumerate(zip(missing, self.limits(), strict=True)):
@@ -185,6 +188,28 @@ class PagedStore:
             for slots in (self.keys[index], self.values[index]):
                 slots.view(-1, self.page_size, *slots.shape[1:])[list(pages)] = 0
 
+    def read_pages(self, group: int, pages: Sequence[int], tokens: int) -> Tensor:
+        """The first `tokens` slots of pages in all layers of a group, as bytes: uint8 `[pages, bytes]` on the CPU."""
+        parts = []
+        for slots in self._tensors(group):
+            paged = slots.view(-1, self.page_size, *slots.shape[1:])[list(pages), :tokens]
+            parts.append(paged.flatten(1).view(torch.uint8).cpu())
+        return torch.cat(parts, dim=1)
+
+    def write_pages(self, group: int, pages: Sequence[int], tokens: int, rows: Tensor) -> None:
+        """Fill the first `tokens` slots of each page with what `read_pages` returned."""
+        start = 0
+        for slots in self._tensors(group):
+            shape = (len(pages), tokens, *slots.shape[1:])
+            stop = start + tokens * slots.shape[1] * slots.shape[2] * slots.dtype.itemsize
+            part = rows[:, start:stop].contiguous().view(slots.dtype).view(shape)
+            slots.view(-1, self.page_size, *slots.shape[1:])[list(pages), :tokens] = part.to(slots.device)
+            start = stop
+
+    def _tensors(self, group: int) -> list[Tensor]:
+        """Keys and values of each layer of a group."""
+        return [slots[index] for index in self.groups[group].layers for slots in (self.keys, self.values)]
+
     def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
         """Slots of tokens [start, stop), int64 on the CPU. Passed tokens lie in page 0."""
         tokens = torch.arange(start, stop, device="cpu")
@@ -197,7 +222,8 @@ class PagedStore:
         self.values[layer].index_copy_(0, slots, values)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that can still be taken on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -155,7 +155,7 @@ def assert_falls_through(model: PreTrainedModel, arguments: dict[str, Any] | Cal
     hook = model.register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
         with pytest.raises(NotServed, match="strict"):
-            model.generate(llmopt=LLMOptConfig(strict=True), **arguments)
+            model.generate(llmopt=LLMOptConfig(prompt_cache=True, strict=True), **arguments)
     finally:
         hook.remove()
     assert not forwards, "the model ran before the error"

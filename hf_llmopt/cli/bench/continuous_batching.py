@@ -11,7 +11,7 @@ import typer
 
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
-from .kv_cache import load
+from .kv_cache import load_or_build
 
 
 def continuous_batching(
@@ -63,7 +63,7 @@ def continuous_batching(
     for name in load_ or []:
         if name not in cb.LOADS_BY_NAME:
             raise unknown("load", name, cb.LOADS_BY_NAME)
-    loaded, texts = load("demo" if model is None else model, shape, dtype, device, seed)
+    loaded, texts = load_or_build("demo" if model is None else model, shape, dtype, device, seed)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", 2**20)
     named = [cb.LOADS_BY_NAME[name] for name in load_ or cb.DEFAULT]
     chosen = list(cb.QUICK) if quick else [cb.in_miniature(item, limit) for item in named]

@@ -60,7 +60,7 @@ def kv_cache(
     chosen = _workloads(
         kv.QUICK if quick else kv.WORKLOADS, workload, all_of_them=quick or (model == "demo" and not shape)
     )
-    loaded, texts = load(model, shape, dtype, device, seed)
+    loaded, texts = load_or_build(model, shape, dtype, device, seed)
     ways = sum(len(kv.ways_of(item)) for item in chosen)
     with ui.progress("kv_cache", ways * (repeat + 1)) as on_run:
         report = kv.bench(
@@ -104,7 +104,7 @@ def _workloads(known: tuple[Workload, ...], names: list[str] | None, all_of_them
     return [item for item in known if all_of_them or item.name not in WITHOUT_CACHE]
 
 
-def load(
+def load_or_build(
     model: str, shape: str | None, dtype: str, device: str | None, seed: int
 ) -> tuple[Any, list[list[int]] | None]:
     """The model, and the texts its prompts are cut from, `None` for random ids."""

@@ -1,0 +1,123 @@
+"""Whether keys that were computed before are still those that the model would compute now.
+
+Everything that changes a key or value is in one of two places. What can be switched back and forth (adapters, rotary
+settings) is part of an entry's name, so that both states keep their entries. Weights only move on: each change begins
+an epoch, and what was computed in an earlier one is dropped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import chain
+from os import urandom
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
+
+SAMPLES = 4  # elements of each tensor that are compared before a hit
+
+
+class WeightsEpoch:
+    """Counts the changes of a model's weights, as far as they can be seen.
+
+    Seen are: steps of torch's optimizers, fused ones too; writes that torch counts (`load_state_dict`, in-place
+    operations); tensors that were exchanged, moved or added; and writes through `.data` that reach one of four random
+    elements of some tensor. Others need `advance`.
+
+    Attributes:
+        number: The current epoch.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._tensors: tuple[tuple[int, int, int], ...] = ()
+        self._samples = b""
+        self._places: list[Tensor] = []
+        reference = weakref.ref(self)
+
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            epoch = reference()
+            if epoch is not None:
+                known = {identity for identity, _, _ in epoch._tensors}
+                groups = optimizer.param_groups
+                if any(id(parameter) in known for group in groups for parameter in group["params"]):
+                    epoch.advance()
+
+        weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+
+    def advance(self) -> None:
+        """Begin a new epoch."""
+        self.number += 1
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Compare the model's weights with those of the last check, and begin a new epoch if they differ."""
+        tensors = [tensor for tensor in _weights(model) if tensor.device.type != "meta"]
+        seen = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if [tensor[:2] for tensor in seen] != [tensor[:2] for tensor in self._tensors]:
+            # Where to look is chosen anew for every set of tensors, and is nobody's to guess.
+            random = Random()
+            self._places = [
+                torch.tensor([random.randrange(tensor.numel()) for _ in range(SAMPLES)], device=tensor.device)
+                for tensor in tensors
+                if tensor.numel()
+            ]
+        samples = self._sample(tensors)
+        if (seen, samples) != (self._tensors, self._samples):
+            self._tensors, self._samples = seen, samples
+            self.advance()
+
+    @torch.no_grad()
+    def _sample(self, tensors: list[Tensor]) -> bytes:
+        filled = [tensor for tensor in tensors if tensor.numel()]
+        taken = [torch.take(tensor, places) for tensor, places in zip(filled, self._places, strict=True)]
+        kinds = {(part.device, part.dtype): None for part in taken}
+        together = [torch.cat([part for part in taken if (part.device, part.dtype) == kind]) for kind in kinds]
+        # Bytes, because NaN differs from itself.
+        return b"".join(part.cpu().view(torch.uint8).numpy().tobytes() for part in together)
+
+
+def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def settings(model: PreTrainedModel) -> str:
+    """What changes keys and can be switched back: adapters and rotary settings, as text."""
+    config = model.config.get_text_config(decoder=True)
+    adapters = []
+    for name, module in model.named_modules():
+        if hasattr(module, "_active_adapter"):  # a layer of PEFT
+            parts = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+            adapters.append((name, [getattr(module, part, None) for part in parts]))
+    return repr((getattr(config, "rope_parameters", None), adapters))
+
+
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> bytes:
+    """128 bits that name a model's weights and config in every process.
+
+    Each tensor is summed as 64-bit words, along two grids of different widths: a word that changes or changes its place
+    changes a sum of one of them. That runs at the memory's speed; the sums are hashed.
+    """
+    digest = blake2b(digest_size=16)
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(repr((transformers.__version__, type(model).__name__, sorted(config.items()))).encode())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":  # offloaded: not here to be looked at, so no other process may match
+            return urandom(16)
+        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        whole = flat.numel() - flat.numel() % 8
+        digest.update(flat[whole:].cpu().numpy().tobytes())
+        words = flat[:whole].view(torch.int64)
+        for width in (1024, 1009):
+            rows = words.numel() - words.numel() % width
+            for part in (words[:rows].view(-1, width).sum(0), words[rows:]):
+                digest.update(part.cpu().numpy().tobytes())
+    return digest.digest()
