@@ -221,6 +221,16 @@ def test_norms_in_float32() -> None:
     assert found.same, found.differences
 
 
+def test_a_model_of_one_layer() -> None:
+    """The model around the layer has the same parts, and is none."""
+    model, ids = build("llama", num_hidden_layers=1), torch.tensor([[3, 7, 9]])
+    arguments = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+    ours = model.generate(ids, llmopt="kv_cache", **arguments)
+    assert torch.equal(ours, model.generate(ids, **arguments))
+    if cpu.available():
+        assert model.llmopt.engine.runner.fusion.replaced["decoder layer"] == 1
+
+
 def test_few_rows_only() -> None:
     """Prompts and batches above the limit are torch's: nothing of them may depend on ours."""
     model = build("llama")

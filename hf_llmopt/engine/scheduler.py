@@ -280,14 +280,14 @@ class Scheduler:
         start = request.computed
         while True:
             needs = [table.missing(start, start + length) for table in request.tables]
+            if any(need > pool.blank for need, pool in zip(needs, self.pools, strict=True)):
+                self._grow(needs)  # before kept pages are given up, and those of others
             if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
                 break
-            self._grow(needs)
-            if any(need > pool.free for need, pool in zip(needs, self.pools, strict=True)):
-                victim = self._victim(request, plan)
-                if victim is None:
-                    return False
-                self._preempt(victim, plan)
+            victim = self._victim(request, plan)
+            if victim is None:
+                return False
+            self._preempt(victim, plan)
         for copies, table in zip(plan.copies, request.tables, strict=True):
             copies += table.reserve(start, start + length)
         return True

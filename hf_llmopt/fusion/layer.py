@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..attention import SHORT, Span, StepInputs, backend, current_step, serving
 from ..config import KVCacheConfig
@@ -48,6 +49,8 @@ class Candidate(NamedTuple):
 
 def recognise(layer: nn.Module, rows: Rows) -> Candidate | None:
     """Whether a module may be a decoder layer of products, norms and activations around one attention."""
+    if isinstance(layer, (PreTrainedModel, nn.ModuleList)):
+        return None  # a model of one layer
     attentions = [m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "config") and m is not layer]
     if len(attentions) != 1 or not all(map(is_plain, layer.modules())):
         return None
