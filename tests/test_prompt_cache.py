@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import LogitsProcessor
 
 import hf_llmopt
@@ -398,6 +399,32 @@ def one_hidden_element(model) -> None:
     model.llmopt.weights_changed()
 
 
+class Halved(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) / 2
+
+
+def replace_forward(model) -> None:
+    layer = model.model.layers[0].mlp
+    layer.forward = lambda x, eager=layer.forward: eager(x) / 2
+
+
+def hook_all(model) -> None:
+    """As long as the test runs; only modules of this model are changed."""
+    values = {layer.self_attn.v_proj for layer in model.model.layers}
+    hooks.append(register_module_forward_hook(lambda m, inputs, output: -output if m in values else None))
+
+
+hooks: list = []  # on every module
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_are_left():
+    yield
+    while hooks:
+        hooks.pop().remove()
+
+
 WRITES = {
     "optimizer": sgd,
     "fused optimizer": fused_adam,
@@ -409,6 +436,12 @@ WRITES = {
     ".data exchanged": lambda model: setattr(model.model.layers[0].mlp.up_proj.weight, "data", torch.randn(96, 64)),
     "another parameter": swap_parameter,
     "weights_changed": one_hidden_element,
+    "hook": lambda model: model.model.layers[0].mlp.register_forward_hook(lambda m, inputs, output: output / 2),
+    "hook before": lambda model: model.model.layers[0].mlp.register_forward_pre_hook(lambda m, inputs: inputs[0] / 2),
+    "hook on all modules": hook_all,
+    "replaced forward": replace_forward,
+    "another class": lambda model: setattr(model.model.layers[0].self_attn.k_proj, "__class__", Halved),
+    "another module": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.Tanh()),
 }
 
 

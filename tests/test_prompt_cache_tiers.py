@@ -80,6 +80,16 @@ def test_new_weights_write_under_another_name(tmp_path: Path) -> None:
     assert run(build("llama"), text(22), config(path=tmp_path)) == 20, "the old ones are still theirs"
 
 
+def test_hooks_share_no_files(tmp_path: Path) -> None:
+    """What a hook does is nothing that a file's name can say."""
+    for _ in range(2):
+        model = build("llama")
+        model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output / 2)
+        assert run(model, text(22), config(path=tmp_path)) == 0
+        assert run(model, text(22), config(path=tmp_path)) == 21, "its own it finds"
+    assert run(build("llama"), text(22), config(path=tmp_path)) == 0
+
+
 def damage_nothing_left(path: Path) -> None:
     path.write_bytes(b"")
 

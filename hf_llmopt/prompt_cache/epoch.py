@@ -1,8 +1,8 @@
 """Whether keys that were computed before are still those that the model would compute now.
 
 Everything that changes a key or value is in one of two places. What can be switched back and forth (adapters, rotary
-settings) is part of an entry's name, so that both states keep their entries. Weights only move on: each change begins
-an epoch, and what was computed in an earlier one is dropped.
+settings) is part of an entry's name, so that both states keep their entries. Weights, and what runs beside the modules'
+own code, only move on: each change begins an epoch, and what was computed in an earlier one is dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
@@ -25,11 +26,11 @@ SAMPLES = 4  # elements of each tensor that are compared before a hit
 
 
 class WeightsEpoch:
-    """Counts the changes of a model's weights, as far as they can be seen.
+    """Counts the changes of a model's weights and modules, as far as they can be seen.
 
     Seen are: steps of torch's optimizers, fused ones too; writes that torch counts (`load_state_dict`, in-place
-    operations); tensors that were exchanged, moved or added; and writes through `.data` that reach one of four random
-    elements of some tensor. Others need `advance`.
+    operations); tensors and modules that were exchanged, moved or added; hooks and replaced forwards; and writes
+    through `.data` that reach one of four random elements of some tensor. Others need `advance`.
 
     Attributes:
         number: The current epoch.
@@ -39,6 +40,7 @@ class WeightsEpoch:
         self.number = 0
         self._tensors: tuple[tuple[int, int, int], ...] = ()
         self._samples = b""
+        self._modules: tuple[object, ...] = ()
         self._places: list[Tensor] = []
         reference = weakref.ref(self)
 
@@ -57,7 +59,7 @@ class WeightsEpoch:
         self.number += 1
 
     def check(self, model: PreTrainedModel) -> None:
-        """Compare the model's weights with those of the last check, and begin a new epoch if they differ."""
+        """Compare the model with what it was at the last check, and begin a new epoch if it differs."""
         tensors = [tensor for tensor in _weights(model) if tensor.device.type != "meta"]
         seen = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
         if [tensor[:2] for tensor in seen] != [tensor[:2] for tensor in self._tensors]:
@@ -68,9 +70,9 @@ class WeightsEpoch:
                 for tensor in tensors
                 if tensor.numel()
             ]
-        samples = self._sample(tensors)
-        if (seen, samples) != (self._tensors, self._samples):
-            self._tensors, self._samples = seen, samples
+        samples, modules = self._sample(tensors), _modules(model)
+        if (seen, samples, modules) != (self._tensors, self._samples, self._modules):
+            self._tensors, self._samples, self._modules = seen, samples, modules
             self.advance()
 
     @torch.no_grad()
@@ -87,6 +89,23 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
 
 
+def _modules(model: PreTrainedModel) -> tuple[object, ...]:
+    """Which modules there are, and what runs beside their classes' code."""
+    of_all = (*torch_module._global_forward_hooks, 0, *torch_module._global_forward_pre_hooks)
+    return of_all, *(
+        (id(m), type(m), *m._forward_hooks, 0, *m._forward_pre_hooks, m.__dict__.get("forward"))
+        for m in model.modules()
+    )
+
+
+def _runs_more(module: torch.nn.Module) -> bool:
+    """Whether more runs than the class's own code, and what accelerate does to move weights."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    hook = getattr(module, "_hf_hook", None)
+    return "forward" in module.__dict__ and not type(hook).__module__.startswith("accelerate.")
+
+
 def settings(model: PreTrainedModel) -> str:
     """What changes keys and can be switched back: adapters and rotary settings, as text."""
     config = model.config.get_text_config(decoder=True)
@@ -100,7 +119,7 @@ def settings(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> bytes:
-    """128 bits that name a model's weights and config in every process.
+    """128 bits that name a model's weights, modules and config in every process.
 
     Each tensor is summed as 64-bit words, along two grids of different widths: a word that changes or changes its place
     changes a sum of one of them. That runs at the memory's speed; the sums are hashed.
@@ -108,6 +127,10 @@ def fingerprint(model: PreTrainedModel) -> bytes:
     digest = blake2b(digest_size=16)
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(repr((transformers.__version__, type(model).__name__, sorted(config.items()))).encode())
+    for module in model.modules():
+        if _runs_more(module):  # what, no other process can know
+            return urandom(16)
+        digest.update(repr(type(module)).encode())
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type == "meta":  # offloaded: not here to be looked at, so no other process may match
             return urandom(16)
