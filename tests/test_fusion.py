@@ -610,6 +610,7 @@ class BetweenLayers(nn.Module):
         super().__init__()
         self.layer = layer
         self.between = between
+        self.register_forward_hook(lambda *_: None)  # so that it is no layer itself
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.layer(self.between(hidden_states), **kwargs)  # type: ignore[no-any-return]
