@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..attention import SHORT, Span, StepInputs, backend, current_step, serving
 from ..config import KVCacheConfig
-from ..errors import LLMOptError
+from ..errors import LLMOptError, UnsupportedModel
 from ..kernels import cpu
 from ..kernels.arguments import Layer, Product, Stage, Turns
 from ..kv_cache import LayerSpec, PagedStore
@@ -166,7 +166,7 @@ class Joined:
         follows = ahead is not None and ahead.is_read(hidden_states, turns)
         if ahead is not None and self._order <= ahead.order:
             if not follows:
-                raise LLMOptError(
+                raise UnsupportedModel(
                     "The model changed its hidden states between two decoder layers that were joined. Choose "
                     "AttentionConfig(backend='sdpa'), which joins none, and report the model."
                 )

@@ -156,46 +156,65 @@ LOCAL void FN(join)(const attention *a, long first_head, int heads, long parts, 
     }
 }
 
-/* Called by every thread of a team; all have finished when it returns. */
-void FN(attention_team)(const attention *a) {
-    long group = a->heads / a->kv_heads, blocks = attention_blocks(a), most = attention_parts(a);
-    long jobs = a->tokens * a->kv_heads * blocks, size = attention_room(a);
+/* The query token, key head and query heads of a job. */
+typedef struct FN(job) {
+    long token, kv_head, first;
+    int heads;
+} FN(job);
+
+INLINE FN(job) FN(job_at)(const attention *a, long index) {
+    long group = a->heads / a->kv_heads, blocks = attention_blocks(a), kv_head = index / blocks % a->kv_heads;
+    long first = kv_head * group + index % blocks * MAX_GROUP, left = (kv_head + 1) * group - first;
+    return (FN(job)){index / (a->kv_heads * blocks), kv_head, first, (int)(left < MAX_GROUP ? left : MAX_GROUP)};
+}
+
+/* Part p of a job, if it has so many. */
+LOCAL void FN(job_part)(const attention *a, FN(job) job, long p, float *state) {
+    const int32_t *item = a->items + 3 * job.token;
+    long from = item[1] + p * SPLIT, to = from + SPLIT < item[2] ? from + SPLIT : item[2];
+    if (from >= to) return;
     long query_room = (a->key_dim + CHUNK - 1) / CHUNK * CHUNK;
+    FN(element) query[MAX_GROUP * MAX_DIM];
+    for (int g = 0; g < job.heads; g++) {
+        FN(element) *row = query + g * query_room;
+        FN(widen)(row, (const E *)a->query + job.token * a->query_token + (job.first + g) * a->query_head, a->key_dim);
+        memset(row + a->key_dim, 0, (size_t)(query_room - a->key_dim) * sizeof *row);
+    }
+    FN(part)(a, a->table + item[0] * a->table_width, job.kv_head, query, query_room, job.heads, from, to, state,
+             state + MAX_GROUP, state + 2 * MAX_GROUP);
+}
+
+LOCAL void FN(job_end)(const attention *a, FN(job) job, float *states) {
+    long parts = (a->items[3 * job.token + 2] - a->items[3 * job.token + 1] + SPLIT - 1) / SPLIT;
+    FN(join)(a, job.first, job.heads, parts, states, (E *)a->output + (job.token * a->heads + job.first) * a->value_dim);
+}
+
+/* Called by every thread of a team; all have finished when it returns. */
+void FN(attention_team)(const attention *a, int threads) {
+    long jobs = attention_jobs(a), most = attention_parts(a), size = attention_room(a);
+    if (attention_many(a, threads)) {
+        float *states = a->states + team_thread() * most * size;
 #pragma omp for schedule(dynamic, 1)
-    for (long index = 0; index < jobs * most; index++) {
-        long job = index / most, p = index % most, token = job / (a->kv_heads * blocks);
-        long kv_head = job / blocks % a->kv_heads, first = kv_head * group + job % blocks * MAX_GROUP;
-        int heads = (int)((kv_head + 1) * group - first < MAX_GROUP ? (kv_head + 1) * group - first : MAX_GROUP);
-        const int32_t *item = a->items + 3 * token;
-        long from = item[1] + p * SPLIT, to = from + SPLIT < item[2] ? from + SPLIT : item[2];
-        if (from >= to) continue;
-        FN(element) query[MAX_GROUP * MAX_DIM];
-        float *state = a->states + index * size;
-        for (int g = 0; g < heads; g++) {
-            FN(element) *row = query + g * query_room;
-            FN(widen)(row, (const E *)a->query + token * a->query_token + (first + g) * a->query_head, a->key_dim);
-            memset(row + a->key_dim, 0, (size_t)(query_room - a->key_dim) * sizeof *row);
+        for (long index = 0; index < jobs; index++) {
+            for (long p = 0; p < most; p++) FN(job_part)(a, FN(job_at)(a, index), p, states + p * size);
+            FN(job_end)(a, FN(job_at)(a, index), states);
         }
-        FN(part)(a, a->table + item[0] * a->table_width, kv_head, query, query_room, heads, from, to, state,
-                 state + MAX_GROUP, state + 2 * MAX_GROUP);
+        return;
     }
+#pragma omp for schedule(dynamic, 1)
+    for (long index = 0; index < jobs * most; index++)
+        FN(job_part)(a, FN(job_at)(a, index / most), index % most, a->states + index * size);
 #pragma omp for schedule(static)
-    for (long job = 0; job < jobs; job++) {
-        long token = job / (a->kv_heads * blocks);
-        long kv_head = job / blocks % a->kv_heads, first = kv_head * group + job % blocks * MAX_GROUP;
-        int heads = (int)((kv_head + 1) * group - first < MAX_GROUP ? (kv_head + 1) * group - first : MAX_GROUP);
-        long parts = (a->items[3 * token + 2] - a->items[3 * token + 1] + SPLIT - 1) / SPLIT;
-        E *output = (E *)a->output + (token * a->heads + first) * a->value_dim;
-        FN(join)(a, first, heads, parts, a->states + job * most * size, output);
-    }
+    for (long index = 0; index < jobs; index++)
+        FN(job_end)(a, FN(job_at)(a, index), a->states + index * most * size);
 }
 
 int FN(attention)(const void *arguments, int threads) {
     attention a = *(const attention *)arguments;
-    a.states = malloc((size_t)attention_states(&a) * sizeof *a.states);
+    a.states = malloc((size_t)attention_states(&a, threads) * sizeof *a.states);
     if (!a.states) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.tokens * a.heads * a.longest * a.key_dim > SMALL)
-    FN(attention_team)(&a);
+    FN(attention_team)(&a, threads);
     free(a.states);
     return 0;
 }

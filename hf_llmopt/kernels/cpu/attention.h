@@ -12,7 +12,7 @@ typedef struct {
     const int32_t *table, *items;
     const float *sinks; /* [heads], or NULL */
     void *output;
-    float *states; /* attention_states() floats */
+    float *states; /* attention_states(threads) floats */
     long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head,
         longest; /* visible tokens of the longest item */
     float scaling, softcap; /* softcap 0: none */
@@ -28,7 +28,14 @@ static inline long attention_parts(const attention *a) {
 static inline long attention_room(const attention *a) { /* floats of a part's maxima, sums and values */
     return MAX_GROUP * (2 + (a->value_dim + 15) / 16 * 16);
 }
-static inline long attention_states(const attention *a) {
-    return a->tokens * a->kv_heads * attention_blocks(a) * attention_parts(a) * attention_room(a);
+static inline long attention_jobs(const attention *a) {
+    return a->tokens * a->kv_heads * attention_blocks(a);
+}
+/* With jobs enough for all threads, each does whole jobs and keeps the parts of one only. */
+static inline int attention_many(const attention *a, int threads) {
+    return attention_jobs(a) >= 4L * threads;
+}
+static inline long attention_states(const attention *a, int threads) {
+    return (attention_many(a, threads) ? threads : attention_jobs(a)) * attention_parts(a) * attention_room(a);
 }
 #endif

@@ -5,7 +5,7 @@
  * bias      [outputs] or NULL
  * y         [rows, outputs]
  *
- * Threads split the outputs; each adds four inputs at a time to float sums that stay in its cache. A sum's order is that of the
+ * Threads split the outputs; each adds eight inputs at a time to float sums that stay in its cache. A sum's order is that of the
  * inputs, whatever the number of rows. */
 #ifndef LLMOPT_CONV1D
 #define LLMOPT_CONV1D
@@ -14,6 +14,7 @@
 #include <omp.h>
 #endif
 #define SMALL 32768 /* weights below which waking a thread costs more than it saves */
+#define STEPS 8 /* inputs at a time */
 #define SELF "conv1d.c"
 #include "levels.h"
 #elif defined(FORMAT)
@@ -24,17 +25,20 @@ LOCAL void FN(columns)(const conv1d *a, long from, long to, float *sums) {
     const E *x = a->x, *weight = a->weight, *bias = a->bias;
     for (long m = 0; m < a->rows; m++)
         for (long n = 0; n < width; n++) sums[m * width + n] = bias ? FN(get)(bias + from + n) : 0.0f;
-    for (long k = 0; k < a->inputs; k += 4) {
-        int steps = (int)(a->inputs - k < 4 ? a->inputs - k : 4);
+    for (long k = 0; k < a->inputs; k += STEPS) {
+        int steps = (int)(a->inputs - k < STEPS ? a->inputs - k : STEPS);
         const E *w = weight + k * a->outputs + from;
         long n = 0;
-        for (; n + WIDTH <= width; n += WIDTH) {
-            vec wide[4];
-            for (int i = 0; i < steps; i++) wide[i] = FN(load)(w + i * a->outputs + n);
+        for (; steps == STEPS && n + WIDTH <= width; n += WIDTH) {
+            vec wide[STEPS];
+            _Pragma("GCC unroll 8") for (int i = 0; i < STEPS; i++) {
+                wide[i] = FN(load)(w + i * a->outputs + n);
+                if (n * (long)sizeof(E) % 64 == 0) __builtin_prefetch(w + (STEPS + i) * a->outputs + n);
+            }
             for (long m = 0; m < a->rows; m++) {
                 vec sum;
                 memcpy(&sum, sums + m * width + n, sizeof sum);
-                for (int i = 0; i < steps; i++) sum += wide[i] * FN(get)(x + m * a->inputs + k + i);
+                _Pragma("GCC unroll 8") for (int i = 0; i < STEPS; i++) sum += wide[i] * FN(get)(x + m * a->inputs + k + i);
                 memcpy(sums + m * width + n, &sum, sizeof sum);
             }
         }

@@ -27,7 +27,7 @@ extern void FN(linear_prepare)(const linear *);
 extern void FN(linear_range)(const linear *, long, long, long *, long *);
 extern void FN(linear_share)(const linear *, long, long);
 extern void FN(rotary_head)(const rotary *, long, long);
-extern void FN(attention_team)(const attention *);
+extern void FN(attention_team)(const attention *, int);
 extern void FN(activation_part)(const void *, const void *, void *, long, int);
 
 /* What the first thread did since `*since` counts as `part`. */
@@ -63,7 +63,7 @@ INLINE void FN(normed)(const norm *before, const E *from, const linear *product)
     FN(linear_prepare)(product);
 }
 
-LOCAL void FN(layer_team)(const layer *a, double *spent) {
+LOCAL void FN(layer_team)(const layer *a, int threads, double *spent) {
     double since = spent ? now() : 0;
     long t = team_thread(), n = team_size(), tokens = a->query.rows, heads = a->turns.heads + a->turns.kv_heads;
     FN(normed)(&a->before_attention, a->x, &a->query);
@@ -94,7 +94,7 @@ LOCAL void FN(layer_team)(const layer *a, double *spent) {
         FN(rotary_head)(turns, token, h);
     }
     FN(count)(spent, &since, OTHERS);
-    FN(attention_team)(&a->attention);
+    FN(attention_team)(&a->attention, threads);
     FN(count)(spent, &since, ATTENTION);
     FN(add_product)(&a->output, &a->after_attention, spent, &since);
     FN(normed)(&a->before_mlp, a->parallel ? a->x : a->after_mlp.x, &a->gate);
@@ -127,7 +127,7 @@ INLINE void *FN(take)(FN(space) space, size_t bytes) {
 }
 
 /* Where a layer's operations read and write, in memory that every layer uses anew. */
-LOCAL void FN(place)(layer *a, const stack *all, FN(space) space) {
+LOCAL void FN(place)(layer *a, const stack *all, int threads, FN(space) space) {
     attention *seen = &a->attention;
     long tokens = all->tokens, hidden = all->hidden, widest = hidden;
     long joined = a->query.outputs + a->key.outputs + a->value.outputs;
@@ -139,7 +139,7 @@ LOCAL void FN(place)(layer *a, const stack *all, FN(space) space) {
     E *attended = FN(take)(space, row * (size_t)a->output.inputs);
     E *gate = FN(take)(space, row * (size_t)a->gate.outputs), *up = FN(take)(space, row * (size_t)a->up.outputs);
     void *scratch = FN(take)(space, linear_scratch(tokens, widest));
-    seen->states = FN(take)(space, (size_t)attention_states(seen) * sizeof(float));
+    seen->states = FN(take)(space, (size_t)attention_states(seen, threads) * sizeof(float));
     if (!space->start) return;
     E *inner = a->before_attention.width ? normed : (E *)a->x;
     a->query.x = a->key.x = a->value.x = inner;
@@ -169,7 +169,7 @@ int FN(layers)(const void *arguments, int threads) {
     size_t most = 0;
     for (long i = 0; i < all->count; i++) { /* how much, then where */
         struct FN(space) space = {0};
-        FN(place)(all->layers + i, all, &space);
+        FN(place)(all->layers + i, all, threads, &space);
         if (space.used > most) most = space.used;
     }
     char *start = malloc(most);
@@ -177,10 +177,10 @@ int FN(layers)(const void *arguments, int threads) {
     for (long i = 0; i < all->count; i++) {
         struct FN(space) space = {start, 0};
         all->layers[i].x = i ? all->y : all->x, all->layers[i].y = all->y;
-        FN(place)(all->layers + i, all, &space);
+        FN(place)(all->layers + i, all, threads, &space);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1 && all->hidden * all->layers->gate.outputs > SMALL)
-    for (long i = 0; i < all->count; i++) FN(layer_team)(all->layers + i, all->spent);
+    for (long i = 0; i < all->count; i++) FN(layer_team)(all->layers + i, threads, all->spent);
     free(start);
     return 0;
 }
