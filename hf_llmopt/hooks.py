@@ -21,7 +21,7 @@ from . import attention
 from .batching import BatchingPipeline
 from .config import LLMOptConfig
 from .errors import InstallConflict, NotServed, UnsupportedModel
-from .generation import ACTIVE, Active, Prepared, handle_of, translate
+from .generation import ACTIVE, Active, Prepared, handle_of, require_model, translate
 from .stats import Stats
 
 _TASK = "text-generation"
@@ -98,8 +98,7 @@ def optimize(model: PreTrainedModel, llmopt: Any = True) -> PreTrainedModel:
         True
     """
     config = LLMOptConfig.parse(llmopt)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModel(f"llmopt= optimizes a transformers PreTrainedModel, got {type(model).__name__}.")
+    require_model(model, "llmopt= optimizes")
     if config is not None:
         _require_stock_loop(model)
     handle_of(model).config = config

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from .. import adapters
 from ..config import LLMOptConfig
 from ..engine import EngineLoop
 from ..errors import (
@@ -29,9 +30,8 @@ from ..errors import (
     LLMOptError,
     RequestCancelled,
     RequestFailed,
-    UnsupportedModel,
 )
-from ..generation import ACTIVE, Active, Prepared, Row, Wishes, advance, handle_of
+from ..generation import ACTIVE, Active, Prepared, Row, Wishes, advance, handle_of, require_model
 from .handle import RequestHandle
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -71,8 +71,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, llmopt: Any = True) -> None:
         config = LLMOptConfig.parse(llmopt)
-        if not isinstance(model, PreTrainedModel):
-            raise UnsupportedModel(f"Engine serves a transformers PreTrainedModel, got {type(model).__name__}.")
+        require_model(model, "Engine serves")
         if "llmopt" not in AttentionInterface().valid_keys():
             raise InvalidOption("hf_llmopt is not installed in transformers; call hf_llmopt.install() first.")
         if config is None:
@@ -120,6 +119,7 @@ class Engine:
         salt: str | None = None,
         priority: int = 0,
         tenant: str = "",
+        adapter: str | None = None,
         deadline: float | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -137,6 +137,8 @@ class Engine:
             salt: Share cached prompts only with requests of this salt (a tenant, say); `None` for the config's.
             priority: Under the policy `"priority"`: higher goes first, -100 to 100.
             tenant: Under the policy `"fair"`: whose request it is.
+            adapter: Name of the LoRA adapter that this request goes through, whatever is active in the model;
+                `"__base__"` for none. Requests with different adapters share a pass.
             deadline: Seconds from now after which the request ends with `DeadlineExceeded`.
             logprobs: Report the log-probability of each new token, and of that many most likely ones.
             prompt_logprobs: The same for each prompt token but the first; the whole prompt is computed.
@@ -159,6 +161,7 @@ class Engine:
             salt,
             priority,
             tenant,
+            adapter,
             deadline,
             logprobs,
             prompt_logprobs,
@@ -186,6 +189,8 @@ class Engine:
         """
         if wishes.logit_bias and max(wishes.logit_bias) >= (size := self.model.config.get_text_config().vocab_size):
             raise InvalidRequest(f"logit_bias names token {max(wishes.logit_bias)}; the model's ids are below {size}.")
+        if wishes.adapter is not None:
+            adapters.check(self.model, wishes.adapter)
         rows = self._prepare(call, self.config_for(wishes))
         for index, row in enumerate(rows):
             generator = torch.Generator(row.input_ids.device)

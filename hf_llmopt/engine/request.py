@@ -49,6 +49,7 @@ class Request:
         protected: Its pages cannot be taken away (they hold imported keys, or belong to a `generate` call).
         priority: Levels by which it goes before others, under that policy.
         tenant: Whose request it is, under the policy `"fair"`.
+        adapter: The LoRA adapter its tokens go through, `None` for what is active in the model.
         on_prompt: Called with the place of a prompt token and the logits `[tokens, vocabulary]` from there on, or
             `None` if nobody wants logits inside the prompt.
         group: Who is told about logits, errors and figures; set when the request is added to an engine.
@@ -75,6 +76,7 @@ class Request:
     protected: bool = False
     priority: int = 0
     tenant: str = ""
+    adapter: str | None = None
     on_prompt: Callable[[int, Any], None] | None = None
     group: Rows | None = None
     computed: int = 0

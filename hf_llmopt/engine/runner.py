@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..adapters import LoraLayers
 from ..attention import Span, StepInputs, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..fusion import Fusion
@@ -42,6 +43,7 @@ class Runner:
         self.store = store
         self.cache = SpanCache(len(store.layers))
         device = store.layers[0].device
+        self._lora = LoraLayers()
         self.attend = backend(config.attention.backend, device, config.batch_invariant)
         on_cpu = device.type == "cpu"
         layers = config.attention.backend in ("auto", "cpu")
@@ -59,6 +61,7 @@ class Runner:
         """Look at the model again: modules may have been exchanged, adapted or hooked since the last call."""
         self._configs = configs_of(self.model)
         self._device = input_device(self.model)
+        self._lora.refresh(self.model)
         if self.fusion is not None:
             self.fusion.refresh(self.model)
 
@@ -131,7 +134,9 @@ class Runner:
         slots = [slots.to(device) for slots in self._slots(spans)]
         step = StepInputs(self.store, placed, slots, self.attend, note)
         fused = nullcontext() if self.fusion is None else self.fusion.entered(len(positions))
-        with serving(self._configs, step), fused:
+        names = [request.adapter for request, length in spans for _ in range(length)]
+        adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
+        with serving(self._configs, step), adapted, fused:
             began = perf_counter()
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
             seconds = perf_counter() - began

@@ -1,5 +1,5 @@
 """Small operations joined: modules of a model replaced by C kernels for the time of a step."""
 
-from .modules import Fusion
+from .modules import Fusion, Replacement
 
-__all__ = ["Fusion"]
+__all__ = ["Fusion", "Replacement"]

@@ -28,14 +28,14 @@ from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, epsilon_of, inside, is_
 from .layer import Joined, Structure, recognise
 
 
-class _Replacement:
+class Replacement:
     """A `forward` of one module instance that copies and pickles as the module's own."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module = weakref.ref(module)
         self.forward = forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self.forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -76,7 +76,7 @@ class Fusion:
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
         self._proofs: dict[Any, Structure | None] = {}
-        self._entries: list[tuple[dict[str, Any], _Replacement]] = []
+        self._entries: list[tuple[dict[str, Any], Replacement]] = []
         self._outer = self._entries  # those that are not inside a joined layer
         self._limit = 0  # tokens up to which joined layers serve
         self._mark: tuple[object, ...] = ()
@@ -150,7 +150,7 @@ class Fusion:
             return None
 
     def _add(self, module: nn.Module, kind: str, forward: Callable[..., Any]) -> None:
-        self._entries.append((module.__dict__, _Replacement(module, forward)))
+        self._entries.append((module.__dict__, Replacement(module, forward)))
         self.replaced[kind] = self.replaced.get(kind, 0) + 1
 
     def _rows(self, model: PreTrainedModel) -> Rows:

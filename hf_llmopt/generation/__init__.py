@@ -3,7 +3,7 @@
 from .active import ACTIVE, Active, ModelHandle, Prepared, handle_of
 from .group import Group
 from .row import Row, TokenLogprob, Wishes, advance
-from .support import reason_against
+from .support import reason_against, require_model
 from .translate import translate
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "advance",
     "handle_of",
     "reason_against",
+    "require_model",
     "translate",
 ]

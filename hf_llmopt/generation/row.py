@@ -49,6 +49,7 @@ class Wishes:
     salt: str | None = None
     priority: int = 0
     tenant: str = ""
+    adapter: str | None = None
     deadline: float | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -61,6 +62,7 @@ class Wishes:
         _check("salt", self.salt, str, optional=True)
         _check("priority", self.priority, int, low=-100, high=100)
         _check("tenant", self.tenant, str)
+        _check("adapter", self.adapter, str, optional=True)
         _check("deadline", self.deadline, (int, float), optional=True, low=0)
         for name in ("logprobs", "prompt_logprobs"):
             _check(name, getattr(self, name), int, optional=True, low=0)
@@ -140,6 +142,9 @@ class Row(Group):
         """
         self.wishes, self.generator = wishes, generator
         self.request.priority, self.request.tenant = wishes.priority, wishes.tenant
+        self.request.adapter = wishes.adapter
+        if self.request.prefix is not None:
+            self.request.prefix.adapter = wishes.adapter
         if wishes.prompt_logprobs is not None:
             self.request.parent = None
             self.request.chunk = min(self.request.chunk or MAX_PROMPT_SPAN, MAX_PROMPT_SPAN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.generation import GenerationMixin
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from ..errors import UnsupportedModel
 from ..kv_cache import PagedCache
 
 # What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not
@@ -24,6 +26,22 @@ TEXT_INPUTS = {
     "tokenizer",
     "assistant_tokenizer",
 }
+
+
+def require_model(model: Any, what: str) -> None:
+    """Refuse what is not a model of transformers.
+
+    Args:
+        model: What was given.
+        what: Who wants it and for what, the beginning of a sentence.
+
+    Raises:
+        UnsupportedModel: It is something else; a wrapper of PEFT's, say.
+    """
+    if not isinstance(model, PreTrainedModel):
+        wraps = hasattr(model, "get_base_model")
+        hint = " Give it what that wraps: model.get_base_model()." if wraps else ""
+        raise UnsupportedModel(f"{what} a transformers PreTrainedModel, got {type(model).__name__}.{hint}")
 
 
 def reason_against(
@@ -63,7 +81,13 @@ def reason_against(
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in TEXT_INPUTS)
     if unknown:
         return f"the model input {unknown[0]!r} is not one of a plain text prompt"
+    if any("adapter_names" in getattr(hook, "keywords", ()) for m in model.modules() for hook in _before(m)):
+        return "adapter_names= gives each row an adapter of its own; Engine.submit(adapter=...) does"
     return _cache_reason(kwargs.get("past_key_values")) or _override_reason(model)
+
+
+def _before(module: torch.nn.Module) -> Iterable[Any]:
+    return module._forward_pre_hooks.values()
 
 
 def _cache_reason(cache: Cache | None) -> str | None:

@@ -52,6 +52,7 @@ class Prefix:
     Attributes:
         prompt: Tokens of its prompt.
         salt: Whose pages it may share.
+        adapter: Which adapter its keys go through, `None` for what is active in the model.
         name: The tree it was looked up in.
         entered: Full pages that are in the tree.
         claimed: Nodes whose pages it computed and no sampled token had proven then.
@@ -59,6 +60,7 @@ class Prefix:
 
     prompt: int
     salt: str | None
+    adapter: str | None = None
     name: Name | None = None
     entered: int = 0
     claimed: list[Node] = field(default_factory=list)
@@ -106,7 +108,7 @@ class PromptCache:
         self._epoch = WeightsEpoch()
         self._checked = False  # the weights, in this step
         self._seen = 0  # epoch that the trees belong to
-        self._settings = ""
+        self._settings: dict[str | None, str] = {}  # by adapter
         self._fingerprint: bytes | None = None
         self._roots: dict[Name, Node] = {}
         self._owners: list[dict[int, Node]] = [{} for _ in store.groups]
@@ -150,7 +152,7 @@ class PromptCache:
             self.stats.invalidations += bool(self._roots)
             self.clear()
             self._seen, self._fingerprint = self._epoch.number, None
-        self._settings = settings(model)
+        self._settings = {}
         if self._disk is not None:
             self.fingerprint()
         for handle in list(self.pinned):
@@ -160,9 +162,12 @@ class PromptCache:
         """What was computed until now is stale."""
         self._epoch.advance()
 
-    def name(self, salt: str | None) -> Name:
-        """The tree of a salt, as of the last `refresh`."""
-        return Name(self._seen, self._settings, salt)
+    def name(self, salt: str | None, adapter: str | None = None) -> Name:
+        """The tree of a salt and an adapter, as of the last `refresh`."""
+        model = self._model()
+        if adapter not in self._settings and model is not None:
+            self._settings[adapter] = settings(model, adapter)
+        return Name(self._seen, self._settings.get(adapter, ""), salt)
 
     def find(self, request: Computed, settle: Callable[[], None]) -> None:
         """Give a request, of which nothing is computed, the pages that hold the beginning of its tokens.
@@ -179,7 +184,7 @@ class PromptCache:
             return
         if not self._checked or self._seen != self._epoch.number:
             self.refresh()
-        prefix.entered, prefix.name = 0, self.name(prefix.salt)
+        prefix.entered, prefix.name = 0, self.name(prefix.salt, prefix.adapter)
         limit = len(request.tokens) - 1 if request.on_prompt is None else 0
         found = self.attach(prefix.name, request.tokens, limit, request.tables, settle)
         if found:

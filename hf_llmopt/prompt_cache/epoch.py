@@ -106,14 +106,20 @@ def _runs_more(module: torch.nn.Module) -> bool:
     return "forward" in module.__dict__ and not type(hook).__module__.startswith("accelerate.")
 
 
-def settings(model: PreTrainedModel) -> str:
-    """What changes keys and can be switched back: adapters and rotary settings, as text."""
+def settings(model: PreTrainedModel, adapter: str | None = None) -> str:
+    """What changes keys and can be switched back: adapters and rotary settings, as text.
+
+    Args:
+        model: The model.
+        adapter: The one adapter of a request, `None` for what is active in the model.
+    """
     config = model.config.get_text_config(decoder=True)
     adapters = []
     for name, module in model.named_modules():
         if hasattr(module, "_active_adapter"):  # a layer of PEFT
-            parts = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-            adapters.append((name, [getattr(module, part, None) for part in parts]))
+            active = [] if module.disable_adapters else list(module.active_adapters)
+            parts = [getattr(module, part, None) for part in ("merged_adapters", "scaling")]
+            adapters.append((name, active if adapter is None else [adapter], *parts))
     return repr((getattr(config, "rope_parameters", None), adapters))
 
 
