@@ -55,7 +55,7 @@ class Section:
             value = {cls.main: value}
         if not isinstance(value, Mapping):
             forms = "True, a dict" + (f", a string ({cls.main})" if cls.main else "")
-            raise InvalidOption(f"{cls.__name__} is made from {forms} or a {cls.__name__}, got {value!r}.")
+            raise InvalidOption(f"{cls.__name__} is made from {forms} or an object of that class, got {value!r}.")
         names = [option.name for option in fields(cls)]
         for name in value:
             if name not in names:
@@ -257,6 +257,8 @@ class LLMOptConfig:
         if not names:
             raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, PARTS))}, True or False.")
         for name in names:
+            if isinstance(name, str) and name in SECTIONS and name not in PARTS:
+                raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
             if not isinstance(name, str) or name not in PARTS:
                 raise unknown("llmopt= option", name, PARTS)
         sections: dict[str, dict[str, Any]] = {}

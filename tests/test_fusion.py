@@ -17,10 +17,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from architectures import build
 from torch import nn
+from transformers import LlamaModel, LogitsProcessorList
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_llmopt.bench import compare
-from hf_llmopt.errors import RequestFailed, UnsupportedModel
-from hf_llmopt.fusion import Fusion
+from hf_llmopt.errors import RequestFailed
+from hf_llmopt.fusion import Fusion, Replacement
 from hf_llmopt.kernels import cpu
 from hf_llmopt.kernels.cpu import ops
 
@@ -133,7 +136,7 @@ def inputs(*lengths: int) -> dict[str, torch.Tensor]:
 
 def generate(model: Any, llmopt: bool, lengths: tuple[int, ...] = (9,), **arguments: Any) -> Any:
     torch.manual_seed(0)
-    output = model.generate(**inputs(*lengths), llmopt=llmopt, **{**GREEDY, **arguments})
+    output = model.generate(**inputs(*lengths), llmopt=llmopt and "kv_cache", **{**GREEDY, **arguments})
     if llmopt:
         assert model.llmopt.stats.served_by == "llmopt", model.llmopt.stats.reason
         assert not held(model)
@@ -142,8 +145,7 @@ def generate(model: Any, llmopt: bool, lengths: tuple[int, ...] = (9,), **argume
 
 def held(model: nn.Module) -> list[str]:
     """Modules that carry a replacement now; what others attached is no concern of ours."""
-    entries = [forward for _, forward in fusion(model)._entries]
-    return [name for name, module in model.named_modules() if module.__dict__.get("forward") in entries]
+    return [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Replacement)]
 
 
 def fusion(model: Any) -> Fusion:
@@ -634,12 +636,258 @@ def test_layers_with_something_between_them_run_one_by_one(in_place: bool) -> No
     assert calls["layers"] >= 2 * (GREEDY["max_new_tokens"] - 1), "the layer behind it begins a call of its own"
 
 
-def test_something_new_between_joined_layers_is_an_error() -> None:
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All code counts as transformers' own, so that the checks behind that one are met."""
+    for part in ("layer", "modules"):
+        monkeypatch.setattr(f"hf_llmopt.fusion.{part}.is_library_code", lambda module: True)
+
+
+@pytest.mark.usefixtures("trusting")
+def test_something_new_between_joined_layers_parts_them() -> None:
     model = build("llama")
     between = BetweenLayers(model.model.layers[1], lambda x: x)
     model.model.layers[1] = between
     check(model)
+    assert check(model)["layers"] == GREEDY["max_new_tokens"], "they were not joined"
     between.between = lambda x: x * 0.5
-    with pytest.raises(UnsupportedModel, match="between two decoder layers"):
-        generate(model, True)
+    check(model)
     assert not held(model)
+
+
+class Skips(nn.Module):
+    """A decoder layer that some passes leave out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.skips = False
+        self.register_forward_hook(lambda *_: None)  # so that it is no layer itself
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # Its keys are kept all the same: stock's cache counts them.
+        after = self.layer(hidden_states, **kwargs)
+        return hidden_states if self.skips else after
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_layer_that_is_left_out_parts_them(place: int) -> None:
+    model = build("llama")
+    skips = model.model.layers[place] = Skips(model.model.layers[place])
+    check(model)
+    skips.skips = True
+    check(model)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_fewer_layers_later(layers: int) -> None:
+    model = build("qwen2")
+    check(model)
+    model.config.num_hidden_layers = layers
+    check(model)
+    model.config.num_hidden_layers = 3
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    check(model)
+
+
+class Collects(LlamaModel):
+    """A user's model that reads the states between its layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states: list[torch.Tensor] = []
+        hooks = [self.layers[1].register_forward_pre_hook(lambda _, given: states.append(given[0].clone()))]
+        output = super().forward(*args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        output.last_hidden_state = output.last_hidden_state + 0.5 * states[0]
+        return output
+
+
+class Loops(LlamaModel):
+    """A user's model with a loop of its own."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, past_key_values: Any = None, **_: Any) -> Any:
+        x, states = self.embed_tokens(input_ids), []
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(start, start + x.shape[1])[None]
+        turns = self.rotary_emb(x, position_ids=position_ids)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=past_key_values,
+            position_ids=position_ids,
+        )  # fmt: skip
+        for layer in self.layers:
+            x = layer(x, attention_mask=mask, past_key_values=past_key_values, position_embeddings=turns)
+            states.append(x)
+        x = self.norm(x + 0.5 * states[0])
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+
+
+@pytest.mark.parametrize("kind", [Collects, Loops])
+def test_users_code_meets_every_layer(kind: type) -> None:
+    model = build("llama")
+    model.model.__class__ = kind
+    check(model)
+    assert "decoder layer" not in fusion(model).replaced or kind is Collects
+
+
+def zero_output(model: Any) -> None:
+    model.model.layers[0].self_attn.o_proj.weight.zero_()
+
+
+def strided_weight(model: Any) -> None:
+    layer = model.model.layers[1]
+    layer.mlp.up_proj.weight = nn.Parameter(torch.randn(*layer.mlp.up_proj.weight.shape, 2)[..., 0])
+
+
+def strided_norm(model: Any) -> None:
+    norm = model.model.layers[1].input_layernorm
+    norm.weight = nn.Parameter(torch.randn(len(norm.weight), 2)[:, 0])
+
+
+def expanded_norm(model: Any) -> None:
+    norm = model.model.layers[1].input_layernorm
+    norm.weight = nn.Parameter(torch.full((1,), 0.5).expand(len(norm.weight)))
+
+
+def strided_turns(model: Any) -> None:
+    own = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda *args, **kwargs: torch.stack(own(*args, **kwargs), -1).unbind(-1)
+
+
+def rounded_turns(model: Any) -> None:
+    own = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda *args, **kwargs: tuple(t.bfloat16() for t in own(*args, **kwargs))
+
+
+def other_epsilon(model: Any) -> None:
+    width = model.config.hidden_size
+    for layer in model.model.layers:
+        layer.input_layernorm = nn.RMSNorm(width)
+    model.model.embed_tokens.weight.mul_(0.02)
+
+
+def by_keyword(model: Any) -> None:
+    class Named(type(model.model.layers[0])):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            normed = self.input_layernorm(hidden_states=hidden_states)
+            hidden_states = hidden_states + self.self_attn(hidden_states=normed, **kwargs)[0]
+            return hidden_states + self.mlp(x=self.post_attention_layernorm(hidden_states=hidden_states))
+
+    for layer in model.model.layers:
+        layer.__class__ = Named
+
+
+def clipped(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj.weight.mul_(40)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "name", "options"),
+    [
+        (zero_output, "llama", {}),
+        (strided_weight, "llama", {}),
+        (strided_norm, "llama", {}),
+        (expanded_norm, "llama", {}),
+        (strided_turns, "llama", {}),
+        (rounded_turns, "llama", {}),
+        (other_epsilon, "llama", {}),
+        (by_keyword, "llama", {}),
+        (clipped, "olmo", {"clip_qkv": 8.0}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_random_input_does_not_show(change: Callable[[Any], None], name: str, options: dict[str, Any]) -> None:
+    model = build(name, **options)
+    change(model)
+    check(model)
+    check(model, lengths=(4, 11, 7))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_weights_that_were_zero_and_learn(name: str) -> None:
+    """What a layer computes must not be concluded from values that an optimizer changes in place."""
+    model = build(name)
+    parts = ("o_proj.weight", "out_proj.weight", "layer_norm.weight", "layernorm.weight")
+    learnt = [parameter for key, parameter in model.named_parameters() if key.endswith(parts)]
+    values = [parameter.clone() for parameter in learnt]
+    for parameter in learnt:
+        parameter.zero_()
+    check(model)
+    for parameter, value in zip(learnt, values, strict=True):
+        parameter.copy_(value)
+    check(model)
+
+
+@pytest.mark.parametrize("path", ["layers.1.mlp.down_proj", "layers.1.input_layernorm", "layers.0", "layers.2", "norm"])
+def test_a_hook_that_a_processor_adds_is_met(path: str) -> None:
+    model = build("llama")
+    check(model)
+
+    def hooked(llmopt: bool) -> Any:
+        hooks: list[Any] = []
+
+        def add(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if ids.shape[1] == 12:
+                module = model.model.get_submodule(path)
+                hooks.append(module.register_forward_hook(lambda _, given, gave: gave * 1.5))
+            return scores
+
+        try:
+            return generate(model, llmopt, logits_processor=LogitsProcessorList([add]))
+        finally:
+            hooks[0].remove()
+
+    check_equal(hooked(True), hooked(False))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_models_that_share_modules(joined: bool) -> None:
+    """Each in its thread: neither takes the other's replacements out in the middle of a pass."""
+    models = [build("llama"), build("llama", seed=1)]
+    models[1].model, models[1].lm_head = models[0].model, models[0].lm_head
+    expected = [generate(models[0], False, lengths=lengths).sequences for lengths in ((5,), (9,))]
+    options: Any = "kv_cache" if joined else {"attention": "sdpa"}
+    failed: list[Any] = []
+
+    def run(index: int) -> None:
+        for _ in range(15):
+            given = inputs((5, 9)[index])
+            found = models[index].generate(**given, llmopt=options, max_new_tokens=10, eos_token_id=None)
+            if not torch.equal(found, expected[index]):
+                failed.append(found)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_training_beside_a_step() -> None:
+    """A forward pass with gradients, in another thread while a step holds the replacements."""
+    model = build("llama")
+    generate(model, True)
+    ids = inputs(6)["input_ids"]
+    missing: list[str] = []
+
+    def train() -> None:
+        model(ids, labels=ids).loss.backward()
+        missing.extend(name for name, parameter in model.named_parameters() if parameter.grad is None)
+
+    def beside(name: str) -> None:
+        if name == "layers" and not other.ident:
+            other.start()
+            other.join(60)
+
+    other = threading.Thread(target=train)
+    with watched() as watch:
+        watch.before = beside
+        generate(model, True)
+    assert other.ident
+    assert not missing

@@ -221,8 +221,7 @@ def backend(name: str, device: torch.device, batch_invariant: bool = False) -> A
         raise InvalidOption(f"AttentionConfig(backend='cpu') cannot run: {reason}. Use 'auto' or 'sdpa'.")
     if batch_invariant:
         if name != "cpu":
-            raise InvalidOption(
-                f"batch_invariant=True needs the C kernels and a model on the CPU, not backend {name!r}."
-            )
+            given = f"the model is on {device}" if device.type != "cpu" else cpu.why_not() or f"backend={name!r}"
+            raise InvalidOption(f"batch_invariant=True needs the C kernels and a model on the CPU: {given}.")
         return partial(cpu_paged, short=sys.maxsize)
     return BACKENDS[name]

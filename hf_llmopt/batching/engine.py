@@ -354,7 +354,7 @@ class Engine:
 
     def _enter(self) -> None:
         if self._entering:
-            self.loop.runner.refresh()
+            self.loop.refresh()
         while self._entering:
             handle = self._entering.popleft()
             row = handle._row

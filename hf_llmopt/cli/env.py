@@ -90,8 +90,8 @@ def _kernels() -> tuple[bool, str]:
 
     if not cpu.available():
         return False, cpu.why_not() or ""
-    *others, used = cpu.levels()
-    return True, f"level {used}" + (f"; this machine also runs {', '.join(others)}" if others else "")
+    others = [level for level in cpu.levels() if level != cpu.used()]
+    return True, f"level {cpu.used()}" + (f"; this machine also runs {', '.join(others)}" if others else "")
 
 
 def _backend(name: str) -> tuple[bool, str]:

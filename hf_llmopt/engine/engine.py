@@ -24,6 +24,7 @@ from ..kv_cache import BlockTable, PagedStore, Swapped
 from ..prompt_cache import PromptCache
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
+from .proof import prove
 from .request import Request, Rows
 from .runner import Runner
 from .scheduler import Plan, Scheduler
@@ -85,6 +86,7 @@ class EngineLoop:
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
         self.runner = Runner(model, self.store, config)
+        prove(self.runner)
         self.prompts = PromptCache(model, self.store, config.prompt_cache) if config.prompt_cache else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
@@ -103,6 +105,15 @@ class EngineLoop:
         self.groups: dict[Rows, None] = {}  # in order of arrival
         self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
+
+    def refresh(self) -> None:
+        """Look at the model again: modules may have been exchanged, adapted or hooked since the last call.
+
+        Raises:
+            UnsupportedModel: The model, as it is now, cannot be served.
+        """
+        if self.runner.refresh():
+            prove(self.runner)
 
     def rooms(self, prompt: int, total: int, keeps_passed: bool = False) -> list[int]:
         """Pages to set aside for a request, per cache group.
@@ -225,10 +236,12 @@ class EngineLoop:
         allowed = (
             f"max_tokens={budget.max_tokens}" if budget.max_tokens else f"memory_fraction={budget.memory_fraction}"
         )
+        fits = [f"{free // longest} row(s) of this length"] if free >= longest else []
+        each = max(1, free // rows)
+        fits += [f"{min(rows, free)} row(s) of {each * size} tokens, prompt and new tokens together"] if free else []
         return OutOfPages(
             f"{rows} row(s) need {wanted[worst]} pages of {size} tokens, the KV cache's budget ({allowed}) has "
-            f"{free} left. What fits: {free // longest} row(s) of this length, or {rows} row(s) of "
-            f"{free // rows * size} tokens, prompt and new tokens together. Lower max_new_tokens or the number of "
+            f"{free} left. What fits: {', or '.join(fits) or 'nothing'}. Lower max_new_tokens or the number of "
             "rows, or raise KVCacheConfig(max_tokens=..., memory_fraction=...)."
         )
 

@@ -57,6 +57,7 @@ class _Recorder(SpanCache):
         self.stored: dict[int, Tensor] = {}
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.options: set[str] = set()
+        self.causal = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -68,6 +69,7 @@ class _Recorder(SpanCache):
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, options: dict[str, Any]
     ) -> Tensor:
         self.seen[int(module.layer_idx)] = key, value  # type: ignore[arg-type]
+        self.causal &= bool(getattr(module, "is_causal", True))
         self.options |= {name for name, option in options.items() if option is not None and option is not False}
         softcap, sinks = options.get("softcap"), options.get("s_aux")
         return reference.attention(query, key, value, None, scaling, softcap, sinks).transpose(1, 2)
@@ -144,6 +146,8 @@ def _incomplete(model: PreTrainedModel, recorder: _Recorder) -> str | None:
     layers = list(range(len(recorder.stored)))
     if not layers or sorted(recorder.stored) != layers or sorted(recorder.seen) != layers:
         return "not every layer stores its keys and attends through transformers' attention interface"
+    if not recorder.causal:
+        return "its attention is not causal: it sees later tokens"
     if unknown := recorder.options - KNOWN - IGNORED:
         return f"its attention needs {', '.join(sorted(unknown))}"
     former = model.config.get_text_config(decoder=True)._attn_implementation
@@ -158,7 +162,8 @@ def _lifetimes(model: PreTrainedModel, count: int) -> list[tuple[str, int]]:
     types = getattr(config, "layer_types", None) or [""] * count
     chunk = getattr(config, "attention_chunk_size", None)
     lifetimes = []
-    for layer, layer_type in zip(DynamicCache(config=config).layers, types, strict=True):
+    # A model may have fewer layers than its config names: users cut some off.
+    for layer, layer_type in zip(DynamicCache(config=config).layers[:count], types, strict=False):
         if not isinstance(layer, DynamicSlidingWindowLayer):
             lifetimes.append(("full", 0))
         elif layer_type == "chunked_attention" or (not layer_type and layer.sliding_window == chunk):

@@ -45,9 +45,10 @@ class Runner:
         device = store.layers[0].device
         self._lora = LoraLayers()
         self.attend = backend(config.attention.backend, device, config.batch_invariant)
-        on_cpu = device.type == "cpu"
+        self._invariant = config.batch_invariant
         layers = config.attention.backend in ("auto", "cpu")
-        self.fusion = Fusion(model, store.layers, layers, config.batch_invariant) if on_cpu else None
+        self.fusion = Fusion(model, store.layers, layers, self._invariant) if device.type == "cpu" else None
+        self._less: tuple[str, ...] = ()  # what the engine does without
 
     @property
     def model(self) -> PreTrainedModel:
@@ -57,18 +58,26 @@ class Runner:
             raise ReferenceError("The model of this engine was deleted; keep a reference to it while you generate.")
         return model
 
-    def refresh(self) -> None:
-        """Look at the model again: modules may have been exchanged, adapted or hooked since the last call."""
+    def fall_back(self) -> bool:
+        """Do without joined layers, then without any replaced module; `False` if nothing is left to do without."""
+        if self.fusion is None or self._invariant:
+            return False
+        part = "decoder layer" if self.fusion.layers else "modules"
+        self._less = (f"{part}: eager, together they gave other logits",)
+        self.fusion = Fusion(self.model, self.store.layers, False) if self.fusion.layers else None
+        return True
+
+    def refresh(self) -> bool:
+        """Look at the model again; `True` if modules were exchanged, adapted or hooked since the last call."""
         self._configs = configs_of(self.model)
         self._device = input_device(self.model)
         self._lora.refresh(self.model)
-        if self.fusion is not None:
-            self.fusion.refresh(self.model)
+        return self.fusion is not None and self.fusion.refresh(self.model)
 
     @property
     def fused(self) -> tuple[str, ...]:
         """What runs in C instead of the model's own modules."""
-        return () if self.fusion is None else self.fusion.describe()
+        return self._less if self.fusion is None else (*self.fusion.describe(), *self._less)
 
     def run(
         self, spans: Sequence[tuple[Request, int]], note: Callable[[str], None]
@@ -133,13 +142,15 @@ class Runner:
             inputs["logits_to_keep"] = keep if kept else keep.new_zeros(1)
         slots = [slots.to(device) for slots in self._slots(spans)]
         step = StepInputs(self.store, placed, slots, self.attend, note)
-        fused = nullcontext() if self.fusion is None else self.fusion.entered(len(positions))
+        fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
         names = [request.adapter for request, length in spans for _ in range(length)]
         adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
-        with serving(self._configs, step), adapted, fused:
+        with serving(self._configs, step), fused, adapted:
             began = perf_counter()
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
             seconds = perf_counter() - began
+            if step.ahead is not None:
+                step.ahead.close()
         logits: Tensor = output.logits[0]
         if keep is not None and not self._keeps_logits:
             logits = logits[keep.to(logits.device)]

@@ -91,7 +91,7 @@ class Group:
         lock = self.engine.lock
         try:
             with lock:
-                self.engine.runner.refresh()
+                self.engine.refresh()
                 while not self.start():
                     lock.wait(0.05)
             while not self.done:

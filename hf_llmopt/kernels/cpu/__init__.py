@@ -16,6 +16,7 @@ from .ops import (
     linear,
     norm,
     timing,
+    used,
     using,
     why_not,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "linear",
     "norm",
     "timing",
+    "used",
     "using",
     "why_not",
 ]

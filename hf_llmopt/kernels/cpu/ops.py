@@ -6,26 +6,31 @@ Callers see to it that tensors are on the CPU, of one dtype in `DTYPES`, and con
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch  # before the extension: both must share torch's OpenMP runtime
 from torch import Tensor
 
+from ...errors import unknown
 from ..arguments import Norm, Product, Seen, Stage
 
+VARIABLE = "HF_LLMOPT_CPU"  # a level to use instead of the best one, or "off"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
 _C: Any = None
 _reason: str | None = None
-try:
-    from . import _C  # type: ignore[attr-defined,no-redef]
-except ImportError as error:
-    _reason = f"the extension was not built ({error}); install a C compiler and reinstall hf-llmopt"
-
-_level = len(_C.levels()) - 1 if _C is not None else -1
+if os.environ.get(VARIABLE) == "off":
+    _reason = f"{VARIABLE}=off in the environment"
+else:
+    try:
+        _C = import_module("._C", __package__)
+    except ImportError as error:
+        _reason = f"the extension was not built ({error}); install a C compiler and reinstall hf-llmopt"
 
 
 def available() -> bool:
@@ -39,15 +44,31 @@ def why_not() -> str | None:
 
 
 def levels() -> tuple[str, ...]:
-    """Names of the instruction set levels this machine can run, best last; the last is used."""
+    """Names of the instruction set levels this machine can run, best last."""
     return tuple(_C.levels()) if _C is not None else ()
+
+
+def _index(level: str, where: str) -> int:
+    if level not in levels():
+        raise unknown(where, level, levels())
+    return levels().index(level)
+
+
+_level = len(levels()) - 1
+if _C is not None and VARIABLE in os.environ:
+    _level = _index(os.environ[VARIABLE], VARIABLE)
+
+
+def used() -> str:
+    """Name of the level that is used."""
+    return levels()[_level]
 
 
 @contextmanager
 def using(level: str) -> Iterator[None]:
     """Force an instruction set level inside the block, for tests."""
     global _level
-    before, _level = _level, levels().index(level)
+    before, _level = _level, _index(level, "using")
     try:
         yield
     finally:

@@ -1,0 +1,97 @@
+"""Whether the engine gives the logits of the model's own forward pass, before anybody relies on it.
+
+What is known of a model (how its layers attend, what its modules compute) was found by watching it, and watching may
+miss something. So a few tokens run through both: once as transformers runs them, once over pages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from ..config import KVCacheConfig
+from ..errors import LLMOptError, UnsupportedModel
+from ..kv_cache import PagedStore
+from .probe import input_device, input_weight
+from .request import Request
+from .runner import Runner
+
+PROMPT, NEW = 8, 4  # tokens computed together, and one by one
+# What another order of additions may change, as a share of the logits' size; deep models in half precision drift far.
+FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF = 0.25
+
+
+def prove(runner: Runner) -> None:
+    """Take what is replaced by C out of the engine, step by step, until it gives the model's own logits.
+
+    Args:
+        runner: Of an engine that runs nothing now.
+
+    Raises:
+        UnsupportedModel: Not even torch's operators over pages give them.
+    """
+    model = runner.model
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens = torch.randint(input_weight(model).shape[0], (PROMPT + NEW,), generator=generator, device="cpu")
+    try:
+        truth, noise = _own_logits(model, tokens)
+    except Exception:  # nothing to compare with: a hook that raises, say
+        return
+    if not truth.isfinite().all():
+        return
+    bound = max(FLOORS.get(runner.store.layers[0].dtype, HALF), 4 * noise)
+    while True:
+        try:
+            distance = _distance(_over_pages(runner, tokens.tolist()), truth)
+        except (LLMOptError, RuntimeError, TypeError, ValueError, LookupError) as error:
+            distance, reason = float("inf"), f"its pass over pages raised {type(error).__name__}: {error}"
+        else:
+            reason = f"its logits over pages differ from its own by {distance:.1%} of their size"
+        if distance <= bound:
+            return
+        if not runner.fall_back():
+            raise UnsupportedModel(f"{type(model).__name__} cannot be optimized: {reason}")
+
+
+@torch.no_grad()
+def _own_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
+    """The model's logits `[1 + NEW, vocabulary]` behind the prompt, and how far its own two ways are apart."""
+    ids = tokens.to(input_device(model))[None]
+    whole = model(input_ids=ids, use_cache=False).logits[0, PROMPT - 1 :]
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    steps = []
+    for start, stop in [(0, PROMPT), *((place, place + 1) for place in range(PROMPT, PROMPT + NEW))]:
+        steps.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0, -1])
+    found = torch.stack(steps).float()
+    return found, _distance(whole.float(), found)
+
+
+@torch.no_grad()
+def _over_pages(runner: Runner, tokens: list[int]) -> Tensor:
+    """The same logits from the engine, over pages of their own."""
+    store = runner.store
+    runner.store = PagedStore(store.layers, KVCacheConfig(page_size=4), store.dense, store.reads_columns)
+    try:
+        rooms = [group.pages_for(len(tokens), 4, len(tokens)) for group in runner.store.groups]
+        runner.store.provide(rooms)
+        request = Request(tokens[:PROMPT], list(range(PROMPT)), PROMPT, rooms, tables=runner.store.tables(rooms))
+        rows = []
+        for token in [*tokens[PROMPT:], None]:
+            start, stop = request.computed, len(request.tokens)
+            for table in request.tables:
+                table.reserve(start, stop)
+            ((_, logits),), _ = runner.run([(request, stop - start)], lambda path: None)
+            rows.append(logits)
+            request.computed = stop
+            if token is not None:
+                request.append(token)
+        return torch.stack(rows).float()
+    finally:
+        runner.store = store
+
+
+def _distance(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth.to(found.device)).norm() / truth.norm().clamp_min(1e-6))
