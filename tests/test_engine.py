@@ -189,7 +189,7 @@ def test_close_ends_what_runs(model) -> None:
 def test_what_can_never_fit_is_refused_at_once(model) -> None:
     served = model("llama")
     config = {"kv_cache": {"page_size": 4, "max_tokens": 20}}
-    with Engine(served, config) as engine, pytest.raises(errors.OutOfPages, match="What fits: 0 row"):
+    with Engine(served, config) as engine, pytest.raises(errors.OutOfPages, match="What fits: 1 row"):
         engine.submit([5] * 10, max_new_tokens=20, **KW)
     with pytest.raises(errors.OutOfPages, match=r"3 row\(s\) need"):
         served.generate(torch.full((3, 8), 5), max_new_tokens=8, llmopt=config, **KW)

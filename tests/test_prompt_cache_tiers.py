@@ -217,7 +217,7 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
             writer.wait()
             writer.stdout.close()
     whole = [path for path in files(tmp_path) if path.suffix == ".safetensors"]
-    assert len(whole) > 20
+    assert len(whole) > 4
     for path in whole:
         tensors, metadata = read(path)
         assert tensors["0"].dtype == torch.uint8

@@ -150,6 +150,11 @@ def _incomplete(model: PreTrainedModel, recorder: _Recorder) -> str | None:
         return "its attention is not causal: it sees later tokens"
     if unknown := recorder.options - KNOWN - IGNORED:
         return f"its attention needs {', '.join(sorted(unknown))}"
+    windows = [window for kind, window in _lifetimes(model, len(layers)) if kind == "sliding"]
+    if 1 in windows:
+        return "its window is a single token, and transformers' own cache keeps more"
+    if windows and "sliding_window" not in recorder.options:
+        return "its cache keeps a window, of which its attention is not told"
     former = model.config.get_text_config(decoder=True)._attn_implementation
     if former == "sdpa" and recorder.options & {"softcap", "s_aux"}:
         return "it needs a softcap or sinks, which its sdpa attention ignores; load it with attn_implementation='eager'"

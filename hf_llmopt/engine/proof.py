@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from ..config import KVCacheConfig
 from ..errors import LLMOptError, UnsupportedModel
@@ -58,15 +57,10 @@ def prove(runner: Runner) -> None:
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
-    """The model's logits `[1 + NEW, vocabulary]` behind the prompt, and how far its own two ways are apart."""
+    """The model's logits `[1 + NEW, vocabulary]` behind the prompt, and what a pass of another size changes in them."""
     ids = tokens.to(input_device(model))[None]
-    whole = model(input_ids=ids, use_cache=False).logits[0, PROMPT - 1 :]
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    steps = []
-    for start, stop in [(0, PROMPT), *((place, place + 1) for place in range(PROMPT, PROMPT + NEW))]:
-        steps.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits[0, -1])
-    found = torch.stack(steps).float()
-    return found, _distance(whole.float(), found)
+    whole, shorter = (model(input_ids=given, use_cache=False).logits[0].float() for given in (ids, ids[:, :PROMPT]))
+    return whole[PROMPT - 1 :], _distance(whole[:PROMPT], shorter)
 
 
 @torch.no_grad()
