@@ -29,8 +29,8 @@ class WeightsEpoch:
     """Counts the changes of a model's weights and modules, as far as they can be seen.
 
     Seen are: steps of torch's optimizers, fused ones too; writes that torch counts (`load_state_dict`, in-place
-    operations); tensors and modules that were exchanged, moved or added; hooks and replaced forwards; and writes
-    through `.data` that reach one of four random elements of some tensor. Others need `advance`.
+    operations); tensors and modules that were exchanged, moved or added; hooks, replaced forwards and plain attributes; and
+    writes through `.data` that reach one of four random elements of some tensor. Others need `advance`.
 
     Attributes:
         number: The current epoch.
@@ -90,12 +90,15 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def _modules(model: PreTrainedModel) -> tuple[object, ...]:
-    """Which modules there are, and what runs beside their classes' code."""
+    """Which modules there are, their plain attributes, and what runs beside their classes' code."""
     of_all = (*torch_module._global_forward_hooks, 0, *torch_module._global_forward_pre_hooks)
-    return of_all, *(
-        (id(m), type(m), *m._forward_hooks, 0, *m._forward_pre_hooks, m.__dict__.get("forward"))
-        for m in model.modules()
-    )
+    return of_all, *map(_mark, model.modules())
+
+
+def _mark(module: torch.nn.Module) -> tuple[object, ...]:
+    plain = [value for value in vars(module).values() if isinstance(value, (int, float, str))]
+    hooks = *module._forward_hooks, 0, *module._forward_pre_hooks
+    return id(module), type(module), type(module).forward, vars(module).get("forward"), *hooks, *plain
 
 
 def _runs_more(module: torch.nn.Module) -> bool:
