@@ -29,8 +29,8 @@ class WeightsEpoch:
     """Counts the changes of a model's weights and modules, as far as they can be seen.
 
     Seen are: steps of torch's optimizers, fused ones too; writes that torch counts (`load_state_dict`, in-place
-    operations); tensors and modules that were exchanged, moved or added; hooks, replaced forwards and plain attributes; and
-    writes through `.data` that reach one of four random elements of some tensor. Others need `advance`.
+    operations); tensors and modules that were exchanged, moved or added; hooks, replaced forwards and plain attributes;
+    and writes through `.data` that reach one of four random elements of some tensor. Others need `advance`.
 
     Attributes:
         number: The current epoch.
