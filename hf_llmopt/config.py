@@ -115,6 +115,8 @@ class BatchingConfig(Section):
         aging: Later arrivals that outweigh one level of priority, so that nobody waits for ever.
         swap_bytes: Most bytes of host memory for the keys of requests that lost their pages to others. Where copying
             is slower than computing them again, or with 0, they are computed again.
+        overlap: Launch the next step of submitted requests before the tokens of the last one are read; a request that
+            ends is noticed one step late. `None`: where the model is not on the CPU.
         continuous: A text-generation pipeline submits its inputs as requests that come and go, instead of one padded
             batch after the other. Set by `llmopt="continuous_batching"`.
 
@@ -131,6 +133,7 @@ class BatchingConfig(Section):
     max_waiting: int = _option(10_000, kind=int, low=1)
     aging: int = _option(256, kind=int, low=1)
     swap_bytes: int = _option(2**30, kind=int)
+    overlap: bool | None = _option(None, choices=(False, True))
     continuous: bool = _option(False, choices=(False, True))
 
 

@@ -59,6 +59,22 @@ class Stats:
         """Milliseconds a step spends outside the model's forward pass."""
         return 1e3 * (self.seconds - self.forward_seconds) / self.steps if self.steps else 0.0
 
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The token counts in the form of the field `usage` of OpenAI's API.
+
+        Example:
+            >>> from hf_llmopt import Stats
+            >>> Stats(prompt_tokens=50, cached_tokens=48, generated_tokens=7).usage["prompt_tokens_details"]
+            {'cached_tokens': 48}
+        """
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """All figures, the derived ones included, ready for JSON."""
         derived = {

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,14 @@ from transformers import LogitsProcessor
 
 from hf_llmopt import Engine, errors
 from hf_llmopt.engine import EngineLoop
+from hf_llmopt.engine.request import UNKNOWN
+from hf_llmopt.engine.runner import Runner
+from hf_llmopt.kernels import cpu
+from hf_llmopt.kv_cache import Download
 
 KW = {"pad_token_id": 0, "eos_token_id": None}
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
+TASKS = Path("/proc/self/task")
 TINY_POOL = {"page_size": 4, "max_tokens": 60}
 
 
@@ -67,11 +73,15 @@ PLANS = st.lists(
     tokens=st.integers(1, 16),
     places=st.integers(1, 5),
     swap_bytes=st.sampled_from([0, 2**30]),
+    overlap=st.booleans(),
 )
-def test_batched_is_single(model, name: str, plans, policy: str, tokens: int, places: int, swap_bytes: int) -> None:
+def test_batched_is_single(
+    model, name: str, plans, policy: str, tokens: int, places: int, swap_bytes: int, overlap: bool
+) -> None:
     """Whoever else comes, goes, or takes its pages: a request gives the tokens that stock gives it alone."""
     served = model(name)
     batching = {"policy": policy, "max_batch_tokens": tokens, "max_requests": places, "swap_bytes": swap_bytes}
+    batching["overlap"] = overlap
     config = {"kv_cache": TINY_POOL, "batching": batching}
     with pytest.MonkeyPatch.context() as patch, Engine(served, config) as engine:
         settle, steps = EngineLoop._settle, []
@@ -450,21 +460,22 @@ def test_no_stale_keys_after_a_weight_update() -> None:
         assert engine.submit(ids, max_new_tokens=8, **KW).result(60) == second
 
 
-def test_cancel_between_the_pass_and_the_choice(model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_cancel_between_the_pass_and_the_choice(model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request goes while its token is being chosen, a page of it just filled."""
     served = model("llama")
     from hf_llmopt.batching import engine as module
 
-    advance, cancelled = module.advance, []
+    choose, cancelled = module.choose, []
 
     def cancelling(rows, logits):
         if len(rows) == 2 and not cancelled:
             cancelled.append(True)
             handles[0].cancel()
-        return advance(rows, logits)
+        return choose(rows, logits)
 
-    monkeypatch.setattr(module, "advance", cancelling)
-    with Engine(served, {"kv_cache": {"page_size": 4}}) as engine:
+    monkeypatch.setattr(module, "choose", cancelling)
+    with Engine(served, {"kv_cache": {"page_size": 4}, "batching": {"overlap": overlap}}) as engine:
         with engine.loop.lock:
             handles = [engine.submit(prompt(8, seed), max_new_tokens=30, **KW) for seed in range(2)]
         with pytest.raises(errors.RequestCancelled):
@@ -488,6 +499,148 @@ def test_masked_rows_and_rows_that_end_early() -> None:
         assert served.llmopt.stats.served_by == "llmopt"
         assert torch.equal(ours.sequences, expected.sequences)
         assert len(ours.scores) == len(expected.scores)
+
+
+# -- overlap: a step is launched before the tokens of the last one are read --------------------------------------------
+
+
+OVERLAP = {"kv_cache": {"page_size": 4}, "batching": {"overlap": True}}
+WAYS = {
+    "greedy": {},
+    "sampled": SAMPLED,
+    "penalized": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    "stop": {"min_new_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_overlap_reads_tokens_late_and_gives_the_same(model, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass but the first is launched with a token that the host has not read."""
+    served, unread, passes = model("llama"), 0, []
+    run, read, init = Runner.run, Download.read, Download.__init__
+
+    def counting_init(self, tensor) -> None:
+        nonlocal unread
+        unread += 1
+        init(self, tensor)
+
+    def counting_read(self) -> list[int]:
+        nonlocal unread
+        unread -= 1
+        return read(self)
+
+    def counting_run(self, spans, note):
+        passes.append(unread)
+        assert all((request.tokens[-1] == UNKNOWN) == (request.pending is not None) for request, _ in spans)
+        return run(self, spans, note)
+
+    expected = stock(served, prompt(9), seed=3, max_new_tokens=14, **WAYS[way])
+    with Engine(served, OVERLAP) as engine:
+        monkeypatch.setattr(Download, "__init__", counting_init)
+        monkeypatch.setattr(Download, "read", counting_read)
+        monkeypatch.setattr(Runner, "run", counting_run)
+        handle = engine.submit(prompt(9), max_new_tokens=14, seed=3, logprobs=2, **WAYS[way], **KW)
+        assert handle.result(60) == expected
+        assert [entry.token for entry in handle.logprobs] == expected
+        assert handle.stats.steps == len(expected) == len(passes)
+    assert passes == [0] + [1] * (len(expected) - 1)
+    assert unread == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama4_text"])
+def test_overlap_notices_an_end_late_and_leaves_no_trace(model, name: str) -> None:
+    served, ids = model(name), prompt(10)
+    eos = stock(served, ids, max_new_tokens=12)[6]
+    arguments = {"max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": eos}
+    expected = stock(served, ids, **arguments)
+    assert len(expected) < 30
+    with Engine(served, {**OVERLAP, "prompt_cache": True}) as engine:
+        neighbour = engine.submit(prompt(12, 1), max_new_tokens=40, **KW)
+        for found in (0, 9, 9):
+            handle = engine.submit(ids, **arguments)
+            assert handle.result(60) == expected
+            assert handle.stats.generated_tokens == len(expected)
+            assert handle.stats.cached_tokens == found
+        chat = ids + expected + prompt(3, 2)
+        follow = engine.submit(chat, max_new_tokens=5, **KW)
+        assert follow.result(60) == stock(served, chat, max_new_tokens=5)
+        assert follow.stats.cached_tokens == len(ids) + len(expected) - 1  # the last token's key was nobody's wish
+        assert neighbour.result(60) == stock(served, prompt(12, 1), max_new_tokens=40)
+        assert engine.loop.store.pages_used == 0
+
+
+def test_overlap_and_nan(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose scores are NaN takes part in one step more; it fails alone, and its pages are nobody's trouble."""
+    served = build("llama")
+    run, calls = Runner.run, []
+
+    def breaking(self, spans, note):
+        results, clocks = run(self, spans, note)
+        calls.append(len(results))
+        if len(calls) == 5:
+            results[0][1].fill_(float("nan"))
+        return results, clocks
+
+    with Engine(served, OVERLAP) as engine:
+        monkeypatch.setattr(Runner, "run", breaking)
+        with engine.loop.lock:
+            handles = [engine.submit(prompt(8, seed), max_new_tokens=20, **KW) for seed in range(3)]
+        outcomes = []
+        for handle in handles:
+            try:
+                outcomes.append(handle.result(60))
+            except errors.InvalidLogits:
+                outcomes.append(None)
+        assert outcomes.count(None) == 1
+        for seed, found in enumerate(outcomes):
+            assert found in (None, stock(served, prompt(8, seed), max_new_tokens=20))
+        assert engine.loop.store.pages_used == 0
+        assert engine.submit(prompt(8), max_new_tokens=20, **KW).result(60) == stock(
+            served, prompt(8), max_new_tokens=20
+        )
+
+
+def test_overlap_beside_generate_calls(model) -> None:
+    """Other threads step the engine too, before its own thread has read the last tokens."""
+    served = model("qwen3")
+    expected = [stock(served, prompt(7, seed), max_new_tokens=25) for seed in range(4)]
+    with Engine(served, OVERLAP) as engine:
+        handles = [engine.submit(prompt(7, seed), max_new_tokens=25, **KW) for seed in range(4)]
+        ids = torch.tensor([prompt(7, 0)])
+        for _ in range(6):
+            output = served.generate(ids, max_new_tokens=25, llmopt=OVERLAP, **KW)
+            assert output[0, 7:].tolist() == expected[0]
+        assert [handle.result(60) for handle in handles] == expected
+
+
+def test_overlap_stops_at_the_last_position() -> None:
+    served = build("gpt2", max_position_embeddings=32)
+    found = []
+    for overlap in (False, True):
+        with Engine(served, {"batching": {"overlap": overlap}}) as engine:
+            handle, tokens = engine.submit(prompt(20), max_new_tokens=30, **KW), []
+            with pytest.raises(errors.PromptTooLong, match="32 positions"):
+                tokens.extend(handle)
+            assert engine.loop.store.pages_used == 0
+        found.append(tokens)
+    assert found[0] == found[1]
+    assert len(found[0]) >= 12
+
+
+@pytest.mark.skipif(not TASKS.exists() or not cpu.available(), reason="needs Linux and the C kernels")
+def test_an_idle_engine_keeps_no_openmp_threads(model) -> None:
+    """OpenMP threads of a thread that waits slow down those of all others."""
+    served = model("llama")
+    with Engine(served) as engine:
+        cpu.rest()
+        before = len(list(TASKS.iterdir()))
+        torch.ones(999, 999) @ torch.ones(999, 999)  # now this thread has some, where there are processors for them
+        assert len(list(TASKS.iterdir())) >= before + (torch.get_num_threads() > 1)
+        engine.submit(prompt(200), max_new_tokens=4, **KW).result(60)
+        deadline = time.monotonic() + 20
+        while len(list(TASKS.iterdir())) > before + 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(list(TASKS.iterdir())) <= before + 1  # the engine's thread
 
 
 # -- long lives, and failures that stay where they are -----------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.arguments import Seen
-from ..kv_cache import BlockTable, CacheGroup, PagedStore
+from ..kv_cache import BlockTable, CacheGroup, PagedStore, upload
 
 
 class Span(NamedTuple):
@@ -74,7 +74,7 @@ class DenseRows:
     def _on(self, device: torch.device, dtype: torch.dtype, tensor: Tensor) -> Tensor:
         key = (device, dtype)
         if key not in self._typed:
-            self._typed[key] = tensor.to(device=device, dtype=dtype)
+            self._typed[key] = upload(tensor.to(dtype), device)
         return self._typed[key]
 
 
@@ -155,7 +155,7 @@ class StepInputs:
         """The slot of each token of the pass in this layer, on `device`."""
         slots = self._slots[self.store.group_of[layer]]
         if device not in slots:
-            slots[device] = next(iter(slots.values())).to(device)
+            slots[device] = next(iter(slots.values())).to(device, non_blocking=True)
         return slots[device]
 
     def leading(self, length: int) -> int:
@@ -188,14 +188,12 @@ class StepInputs:
 
     def _list_pages(self, group: CacheGroup, index: int, spans: int) -> tuple[Tensor, Tensor, int]:
         tables = [span.tables[index].pages for span in self.spans[:spans]]
-        table = numpy.zeros((spans, max(map(len, tables))), dtype=numpy.int32)
         items: list[tuple[int, int, int]] = []
-        for row, (pages, span) in enumerate(zip(tables, self.spans, strict=False)):
-            table[row, : len(pages)] = numpy.frombuffer(pages, dtype=numpy.int32)
+        for row, span in enumerate(self.spans[:spans]):
             ends = range(span.context - span.length + 1, span.context + 1)
             items += [(row, group.first_visible(end - 1), end) for end in ends]
         longest = max(end - first for _, first, end in items)
-        return torch.from_numpy(table), torch.tensor(items, dtype=torch.int32, device="cpu"), longest
+        return torch.from_numpy(_padded(tables)), torch.tensor(items, dtype=torch.int32, device="cpu"), longest
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""
@@ -221,15 +219,28 @@ class StepInputs:
             keys = max(counts[low:high])
             part = DenseRows(high - low, keys, _bias(counts[low:high], keys), starts[low], stride)
             if stride < 0:
-                part.index = torch.zeros(
-                    high - low, keys, dtype=torch.int64, device="cpu"
-                )  # padding reads slot 0, under the mask
-                for row in range(low, high):
-                    slots = self.store.slots(tables[row], firsts[row], contexts[row])
-                    part.index[row - low, : counts[row]] = slots
-                part.index = part.index.flatten()
+                part.index = self._gathered(tables[low:high], firsts[low:high], counts[low:high])
             dense.append(part)
         return dense
+
+    def _gathered(self, tables: Sequence[BlockTable], firsts: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Slots of `counts` tokens of each row from the first visible one on, `[rows * keys]` on the CPU."""
+        size = self.store.page_size
+        pages = _padded([table.pages for table in tables])
+        tokens = numpy.asarray(firsts)[:, None] + numpy.arange(max(counts))
+        unseen = numpy.arange(max(counts)) >= numpy.asarray(counts)[:, None]
+        tokens[unseen] = 0
+        slots = numpy.take_along_axis(pages, tokens // size, axis=1).astype(numpy.int64) * size + tokens % size
+        slots[unseen] = 0  # padding reads slot 0, under the mask
+        return torch.from_numpy(slots.reshape(-1))
+
+
+def _padded(tables: Sequence[Any]) -> Any:
+    """Page ids, int32 `[rows, longest]`."""
+    padded = numpy.zeros((len(tables), max(map(len, tables))), dtype=numpy.int32)
+    for row, pages in enumerate(tables):
+        padded[row, : len(pages)] = numpy.frombuffer(pages, dtype=numpy.int32)
+    return padded
 
 
 def _split(starts: Sequence[int], counts: Sequence[int], reach: Sequence[int]) -> list[tuple[int, int, int]]:

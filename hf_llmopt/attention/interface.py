@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels import reference
+from ..walk import modules
 
 NAME = "llmopt"  # must not contain "flash": transformers drops masks for such names
 
@@ -111,7 +112,7 @@ def current_step(config: Any) -> Step | None:
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
     """Every config object that a module of the model reads its attention implementation from."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs = {id(module.config): module.config for module in modules(model) if hasattr(module, "config")}
     return [config for config in configs.values() if _ATTRIBUTE in vars(config)]
 
 

@@ -9,6 +9,7 @@ it is tile by tile of queries, so that no mask is larger than `TILE` rows.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -19,11 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import InvalidOption
 from ..kernels import cpu, reference
-from ..kv_cache import BlockTable
+from ..kv_cache import BlockTable, upload
 from .inputs import Attend, Span, StepInputs
 
 TILE = 256  # queries that share one mask
 COPIED = 1024  # keys that are copied at a time where pages are no run
+_flags = threading.Lock()
 SHORT = 16  # tokens of a span up to which the C kernel reads pages directly
 
 
@@ -105,9 +107,25 @@ def _decode(
             step.note(f"decode-sdpa-{how}")
             # [rows, kv_heads, heads per key head, width]: those heads become a key head's queries.
             part = part.reshape(rows.rows, keys.shape[1], -1, part.shape[2])
-            output = scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=scaling)
+            output = _attend(part, keys, values, attn_mask=mask, scale=scaling)
         parts.append(output.reshape(rows.rows, tokens.shape[1], -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """torch's attention, but for cuDNN's: it builds a plan for every new shape, and here each step brings one.
+
+    Measured on an H200: 60 ms for a plan, and more than 1 s for some, where the kernel takes 0.1 ms.
+    """
+    if query.device.type != "cuda":
+        return scaled_dot_product_attention(query, key, value, **options)
+    with _flags:  # they are torch's, of the whole process
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            return scaled_dot_product_attention(query, key, value, **options)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _extend(
@@ -129,7 +147,7 @@ def _extend(
     whole = group.first_visible(span.context - 1) == 0  # every query sees all tokens before it
     if start == 0 and plain and whole:
         step.note("prefill-sdpa")
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        output = _attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
     table = span.tables[step.store.group_of[layer]]
     slots = step.store.keys[layer], step.store.values[layer]
@@ -151,7 +169,7 @@ def _extend(
         if plain:
             groups = query.shape[1] // key.shape[1]
             k, v = (t[:, :, seen].repeat_interleave(groups, dim=1) for t in (key, value))
-            parts.append(scaled_dot_product_attention(part, k, v, attn_mask=mask, scale=scaling))
+            parts.append(_attend(part, k, v, attn_mask=mask, scale=scaling))
         else:
             parts.append(reference.attention(part, key[:, :, seen], value[:, :, seen], mask, scaling, softcap, sinks))
     return torch.cat(parts, dim=2).transpose(1, 2)
@@ -176,7 +194,7 @@ def _tile(
         first = table.pages[start // size] * size + start % size
         where = slice(first, first + stop - start)
     else:
-        where = step.store.slots(table, start, stop).to(slots[0].device)
+        where = upload(step.store.slots(table, start, stop), slots[0].device)
     return slots[0][where][None].transpose(1, 2), slots[1][where][None].transpose(1, 2)
 
 

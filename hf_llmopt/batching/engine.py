@@ -31,7 +31,8 @@ from ..errors import (
     RequestCancelled,
     RequestFailed,
 )
-from ..generation import ACTIVE, Active, Prepared, Row, Wishes, advance, handle_of, require_model
+from ..generation import ACTIVE, Active, Chosen, Prepared, Row, Wishes, choose, handle_of, require_model
+from ..kernels import cpu
 from .handle import RequestHandle
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -87,6 +88,7 @@ class Engine:
         self._deadlines: dict[Row, float] = {}
         self._objects: set[int] = set()  # ids of the users' objects in live requests
         self._ready: list[Row] = []  # rows with logits or errors; guarded by the loop's lock
+        self._ahead: Chosen | None = None  # tokens of the last step, which the host does not know yet
         self._closed = False
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
@@ -205,6 +207,7 @@ class Engine:
             handle.choices = handles
         with self._gate:
             self._enqueue(handles)
+        cpu.rest()  # from here on the engine's thread computes, not this one
         return handles[0]
 
     def _ids(self, input_ids: Tensor | list[int], has_embeds: bool) -> Tensor:
@@ -325,25 +328,45 @@ class Engine:
         handle._finish(error)
 
     def _turn(self) -> None:
-        """Let new requests in, step, and choose the next tokens of all requests that have logits."""
+        """Let new requests in, step, and choose the next tokens of all requests that have logits.
+
+        Where the device runs beside the CPU, a step is launched before the host knows the tokens that the step before
+        chose: they are read, and what follows from them is done, while the device is busy.
+        """
         with self._gate:
             if not self._live and not self._closed:
+                cpu.rest()  # threads that wait for nothing slow down all others
                 self._gate.wait(0.5)
         lock = self.loop.lock
         with lock:
             self._enter()
             self._expire()
-            if not self._ready and self._live and not self.loop.step():
+            if not self._ready and self._live and not self.loop.step() and self._ahead is None:
                 lock.wait(0.05)
             # Logits are taken along: those of a request that is cancelled from now on would be gone.
-            ready = [(row, row.request.logits, row.request.error) for row in self._ready if row in self._live]
+            ready = [(row, row.request.logits, row.request.error) for row in self._ready]
             self._ready.clear()
-        errors: list[tuple[Row, BaseException | None]]
-        errors = [(row, error) for row, _, error in ready if error is not None]
-        going = [(row, logits) for row, logits, error in ready if error is None]
-        rows = [row for row, _ in going]
-        errors += zip(rows, advance(rows, [logits for _, logits in going]), strict=True)
-        for row, failed in errors:
+        if self._ahead is not None:
+            chosen, self._ahead = self._ahead, None
+            self._accept(chosen)
+        for row, _, error in ready:
+            if error is not None and (handle := self._live.get(row)) is not None:
+                self._end(handle, _ours(error))
+        going = [(row, logits) for row, logits, error in ready if error is None and row in self._live]
+        if not going:
+            return
+        chosen = choose([row for row, _ in going], [logits for _, logits in going])
+        if self.loop.overlaps:
+            with lock:
+                chosen.go_on()
+            self._ahead = chosen
+        else:
+            self._accept(chosen)
+
+    def _accept(self, chosen: Chosen) -> None:
+        """Hand requests their tokens, and end those that are done."""
+        chosen.accept()
+        for row, failed in zip(chosen.rows, chosen.errors, strict=True):
             handle = self._live.get(row)
             if handle is None:
                 continue  # cancelled meanwhile

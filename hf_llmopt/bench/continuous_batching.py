@@ -1,4 +1,4 @@
-"""Part 6: many requests of different lengths, against stock one by one and stock's own continuous batching."""
+"""Part 6: many requests of different lengths, against stock's `generate` and stock's own continuous batching."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from hf_llmopt import Engine, RequestHandle
 from hf_llmopt.engine.scheduler import Plan
+from hf_llmopt.kernels import cpu
 
 from .equality import compare
 from .kv_cache import describe
@@ -23,6 +24,8 @@ from .report import Table
 
 ONE_BY_ONE, BATCHED, OURS = "stock, one by one", "stock generate_batch", "llmopt"
 LLMOPT = "continuous_batching"
+# Stock's name for a page: `block_size` until transformers 5.17.
+_BLOCK = next(name for name in ("page_size", "block_size") if hasattr(ContinuousBatchingConfig, name))
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.25)  # request rates of the sweep, as shares of what the engine can serve at most
 OnRun = Callable[[str, str], None]
 
@@ -127,6 +130,7 @@ def bench(
     *,
     texts: Sequence[list[int]] | None = None,
     repeats: int = 3,
+    padded: int | None = None,
     seed: int = 0,
     limits: Limits = Limits(),
     on_run: OnRun = lambda load, way: None,
@@ -140,17 +144,20 @@ def bench(
         loads: What to generate.
         texts: Tokenized texts to cut prompts from; random ids if `None`.
         repeats: Timed runs of each way, interleaved, after one that is not timed.
+        padded: The baseline is stock `generate` in padded batches of so many requests, instead of one by one.
         seed: Of prompts, lengths and arrivals.
         limits: What counts as good in the sweep.
         on_run: Called with the load's and the way's name after each run.
 
     Returns:
-        The report, ready for JSON; `report["passed"]` says whether all tokens were those of stock, one by one.
+        The report, ready for JSON; `report["passed"]` says whether all tokens were those of the baseline.
     """
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
     drawn = {load.name: jobs(load, vocabulary, texts, seed) for load in loads}
-    results = [_throughput(model, load, drawn[load.name], repeats, partial(on_run, load.name)) for load in loads]
+    results = [
+        _throughput(model, load, drawn[load.name], repeats, padded, partial(on_run, load.name)) for load in loads
+    ]
     first = results[0]
     rates = None
     if first["passed"]:
@@ -164,7 +171,7 @@ def bench(
         "prompts": "random ids" if texts is None else "held-out text",
         "environment": environment(),
         "model": describe(model),
-        "baseline": ONE_BY_ONE,
+        "baseline": baseline(padded),
         "loads": results,
         "rates": rates,
         "timeline": timeline(model, drawn[loads[0].name][:12]),
@@ -180,24 +187,40 @@ def runs_of(loads: Sequence[Load], repeats: int) -> int:
 # ---------------------------------------------------------------------------------------------------------- throughput
 
 
-def one_by_one(model: PreTrainedModel, requests: Sequence[Job]) -> Done:
-    """A loop of stock `generate`."""
+def baseline(padded: int | None) -> str:
+    """What the way that the others are compared with is called."""
+    return ONE_BY_ONE if padded is None else f"stock, padded batches of {padded}"
+
+
+def stock(model: PreTrainedModel, rows: int, requests: Sequence[Job]) -> Done:
+    """A loop of stock `generate` over batches of `rows` requests, padded on the left."""
     tokens = []
     began = perf_counter()
-    for job in requests:
-        ids = torch.tensor([job.prompt], device=model.device)
-        output = model.generate(ids, llmopt=False, **_arguments(job))  # type: ignore[operator]
-        tokens.append(output[0, len(job.prompt) :].tolist())
+    for start in range(0, len(requests), rows):
+        batch = requests[start : start + rows]
+        width = max(len(job.prompt) for job in batch)
+        ids = torch.tensor([[0] * (width - len(job.prompt)) + job.prompt for job in batch])
+        mask = torch.tensor([[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
+        longest = max(batch, key=lambda job: job.new)
+        output = model.generate(  # type: ignore[operator]
+            ids.to(model.device), attention_mask=mask.to(model.device), llmopt=False, **_arguments(longest)
+        )
+        tokens += [row[width:][: job.new] for row, job in zip(output.tolist(), batch, strict=True)]
     return Done(perf_counter() - began, tokens)
 
 
 def batched(model: PreTrainedModel, requests: Sequence[Job]) -> Done:
-    """Stock's own continuous batching, with room for all requests; its attention implementation is put back."""
+    """Stock's own continuous batching; its attention implementation is put back.
+
+    On a GPU it chooses its own settings, CUDA graphs among them. On the CPU it cannot: it gets room for all requests.
+    """
     former, size = model.config._attn_implementation, 32
     blocks = sum(-(-(len(job.prompt) + job.new) // size) + 1 for job in requests)
-    batching = ContinuousBatchingConfig(page_size=size, num_blocks=blocks + 2, max_batch_tokens=512)
+    room: dict[str, Any] = {_BLOCK: size, "num_blocks": blocks + 2, "max_batch_tokens": 512}
+    batching = ContinuousBatchingConfig(**(room if model.device.type == "cpu" else {}))
     config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1, pad_token_id=0)
     found: dict[str, list[int]] = {}
+    cpu.rest()  # it has a thread of its own, which this one's OpenMP threads would slow down
     began = perf_counter()
     try:
         with model.continuous_batching_context_manager(config, continuous_batching_config=batching) as manager:  # type: ignore[operator]
@@ -229,11 +252,17 @@ def _arguments(job: Job) -> dict[str, Any]:
 
 
 def _throughput(
-    model: PreTrainedModel, load: Load, requests: list[Job], repeats: int, said: Callable[[str], None]
+    model: PreTrainedModel,
+    load: Load,
+    requests: list[Job],
+    repeats: int,
+    padded: int | None,
+    said: Callable[[str], None],
 ) -> dict[str, Any]:
+    base = baseline(padded)
     with Engine(model, LLMOPT) as engine:
         ways: dict[str, Callable[[], Done]] = {
-            ONE_BY_ONE: partial(one_by_one, model, requests),
+            base: partial(stock, model, padded or 1, requests),
             BATCHED: partial(batched, model, requests),
             OURS: partial(ours, engine, requests),
         }
@@ -248,12 +277,12 @@ def _throughput(
                 del ways[name]
             said(name)
         runs = interleave(ways, repeats, said)
-    expected = runs[ONE_BY_ONE][0].tokens
+    expected = runs[base][0].tokens
     equality = {name: _equality(model, requests, expected, found) for name, found in runs.items()}
-    reasons = [] if equality[OURS]["same"] else ["llmopt gave other tokens than stock, one by one"]
+    reasons = [] if equality[OURS]["same"] else [f"llmopt gave other tokens than {base}"]
     total = sum(job.new for job in requests)
     seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
-    pairs = [(OURS, ONE_BY_ONE), (OURS, BATCHED)]
+    pairs = [(OURS, base), (OURS, BATCHED)]
     return {
         **asdict(load),
         "prompt_tokens": sum(len(job.prompt) for job in requests),

@@ -30,7 +30,7 @@ class Workload:
 
     Attributes:
         name: Says it in a table.
-        shared: Tokens that every prompt begins with; 0 for a conversation.
+        shared: Tokens that every prompt begins with, or of the document that a conversation is about.
         own: Tokens of each prompt behind them; of a conversation, tokens that the user says in a turn.
         new_tokens: Tokens to generate for each prompt or turn.
         turns: Turns of a conversation, 0 for prompts.
@@ -49,6 +49,7 @@ WORKLOADS = (
     Workload("prefix-90", shared=460, own=52),
     Workload("long-prefix", shared=2000, own=32),
     Workload("chat", shared=0, own=24, new_tokens=24, turns=10),
+    Workload("agent", shared=800, own=40, new_tokens=24, turns=6),
 )
 QUICK = (
     Workload("prefix-0", shared=0, own=40, new_tokens=4),
@@ -196,15 +197,15 @@ def _chat(
 ) -> dict[str, Any]:
     """A conversation whose prompt is all that was said; each repeat is another one."""
     arguments: dict[str, Any] = {"max_new_tokens": workload.new_tokens, "do_sample": False, "eos_token_id": None}
-    said = [[source(workload.own) for _ in range(workload.turns)] for _ in range(repeats)]
+    said = [(source(workload.shared), [source(workload.own) for _ in range(workload.turns)]) for _ in range(repeats)]
     turn = {way: iter(said) for way in (STOCK, MEMORY)}
     for way in (False, "prompt_cache"):
         generate(model, _inputs(model, source(2)), llmopt=way, **arguments)
 
     def converse(way: str) -> list[Run]:
-        history: list[int] = []
+        history, turns = next(turn[way])
         runs = []
-        for words in next(turn[way]):
+        for words in turns:
             asked = "prompt_cache" if way == MEMORY else False
             runs.append(generate(model, _inputs(model, history + words), llmopt=asked, **arguments))
             history = runs[-1].output[0].tolist()
@@ -221,10 +222,11 @@ def _chat(
     reasons = [f"{way} gave other tokens than stock" for way, outcome in equality.items() if not outcome.same]
     reasons += _not_served(runs[MEMORY])
     computed = [run.prompt_length - (run.stats.cached_tokens if run.stats else 0) for run in runs[MEMORY]]
-    new = repeats * workload.turns * workload.own
+    new = repeats * (workload.shared + workload.turns * workload.own)
     return {
         "name": workload.name,
         "turns": workload.turns,
+        "shared": workload.shared,
         "own": workload.own,
         "new_tokens": workload.new_tokens,
         "prompt_tokens": sum(run.prompt_length for run in runs[MEMORY]),

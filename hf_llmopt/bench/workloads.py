@@ -23,6 +23,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    "0.6b-qwen3": {  # Qwen3-0.6B
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
+    "8b-llama": {  # Llama-3.1-8B
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
     "1.2b-llama": {  # Llama-3.2-1B
         "model_type": "llama",
         "vocab_size": 128256,
@@ -135,7 +157,9 @@ def held_out_ids(tokenizer: Any, texts: int = 24) -> list[list[int]]:
 MINIATURE = {"vocab_size": 512, "num_hidden_layers": 2, "intermediate_size": 96, "ffn_dim": 96}
 
 
-def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0, miniature: bool = False) -> PreTrainedModel:
+def build(
+    shape: str, dtype: torch.dtype = torch.float32, seed: int = 0, miniature: bool = False, device: str = "cpu"
+) -> PreTrainedModel:
     """Make a model of a known shape with random weights.
 
     Args:
@@ -143,6 +167,7 @@ def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0, miniatu
         dtype: The type of the weights.
         seed: Of the weights.
         miniature: Narrow and with few layers, to see that something runs.
+        device: Where the weights are drawn; other devices draw others.
 
     Raises:
         InvalidOption: There is no such shape.
@@ -156,7 +181,7 @@ def build(shape: str, dtype: torch.dtype = torch.float32, seed: int = 0, miniatu
         width = 16 * settings["num_attention_heads"]
         small = {**MINIATURE, "hidden_size": width, "word_embed_proj_dim": width}
         settings |= {name: value for name, value in small.items() if name in settings}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=dtype)
     return model.eval()

@@ -47,14 +47,24 @@ def place(model: PreTrainedModel, device: str | None) -> PreTrainedModel:
     Raises:
         UserError: torch cannot use the device.
     """
+    model.to(usable(device))  # type: ignore[arg-type]  # transformers' wrapper loses the signature
+    return model
+
+
+def usable(device: str | None) -> str:
+    """A device that torch can use; a GPU by default if there is one.
+
+    Raises:
+        UserError: torch cannot use the device.
+    """
     import torch
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model.to(where)  # type: ignore[arg-type]  # transformers' wrapper loses the signature
+        torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:  # a name torch does not know; torch without CUDA
         raise UserError(f"cannot use device {where!r}: {ui.first_line(error)}") from error
-    return model
+    return where
 
 
 def parse_dtype(name: str) -> torch.dtype | str:

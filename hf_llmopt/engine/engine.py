@@ -11,16 +11,18 @@ engine only computes tokens that requests have and whose keys are missing.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 
 import psutil
+import torch
 from transformers import PreTrainedModel
 
 from ..config import BatchingConfig, LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
-from ..kv_cache import BlockTable, PagedStore, Swapped
+from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
@@ -100,9 +102,13 @@ class EngineLoop:
             self.prompts,
         )
         self.costs = Costs()
+        overlap = config.batching.overlap
+        self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
         self.swapped_bytes = 0  # of host memory
         self.on_step: Callable[[Plan, float], None] | None = None  # called with each plan and when its step began
         self.groups: dict[Rows, None] = {}  # in order of arrival
+        # Passes that nobody was told about: their clocks, tokens, groups, and attention paths.
+        self._passes: deque[tuple[list[Clock], int, list[Rows], set[str]]] = deque()
         self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
 
@@ -308,6 +314,8 @@ class EngineLoop:
 
     def _move_pages(self, plan: Plan) -> None:
         """What must happen to pages before anything else is written to them."""
+        if plan.saves and self.runner.device.type == "cuda":
+            torch.cuda.current_stream(self.runner.device).synchronize()  # what is timed is the copy alone
         for request, pages in plan.saves:
             began = perf_counter()
             request.swapped = Swapped(self.store, pages)
@@ -332,16 +340,28 @@ class EngineLoop:
         if not spans:
             return
         paths: set[str] = set()
-        results, seconds = self.runner.run(spans, paths.add)
-        self.costs.computed(sum(length for _, length in spans), seconds)
+        results, clocks = self.runner.run(spans, paths.add)
         self._settle(spans)
-        groups = {request.group: None for request, _ in spans if request.group is not None}
-        for group in groups:
-            group.account(seconds, paths)
+        groups = list({request.group: None for request, _ in spans if request.group is not None})
+        self._passes.append((clocks, sum(length for _, length in spans), groups, paths))
+        self.account()
         for request, logits in results:
             request.logits = logits
             if request.group is not None:
                 request.group.notice()
+
+    def account(self) -> None:
+        """Tell groups what the passes cost that the device is done with."""
+        while self._passes:
+            clocks, tokens, groups, paths = self._passes[0]
+            times = [seconds for clock in clocks if (seconds := clock.seconds()) is not None]
+            if len(times) < len(clocks):
+                return
+            self._passes.popleft()
+            self.costs.computed(tokens, sum(times))
+            for group in groups:
+                if group in self.groups:  # not yet ended
+                    group.account(sum(times), paths)
 
     def _starve(self) -> None:
         """Nobody could be scheduled: if nobody is about to go on by itself either, somebody has to fail.

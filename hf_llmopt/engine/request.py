@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ..kv_cache.pool import BlockTable
 from ..prompt_cache import Prefix
 
+UNKNOWN = -1  # stands in `Request.tokens` for a token that the host does not know yet
 _arrivals = count()
 
 
@@ -57,7 +58,9 @@ class Request:
         swapped: Keys and values that lie in host memory until the request goes on, or `None`.
         tables: Block tables, one per cache group; none before it starts.
         logits: Row `[vocabulary]` once all tokens are computed, else `None`.
-        proven: Tokens that were computed when the last token was sampled: none of their keys is NaN.
+        pending: Where the last token lies on the device, tokens and index, while the host does not know it; else
+            `None`.
+        proven: Tokens that were computed when the last known token was sampled: none of their keys is NaN.
         prefix: Whose pages may be shared, and which were; `None` for a request that shares none.
         error: Why the request failed, or `None`.
         finished: No further token will be computed.
@@ -83,6 +86,7 @@ class Request:
     swapped: Any = None
     tables: list[BlockTable] = field(default_factory=list)
     logits: Any = None
+    pending: tuple[Any, int] | None = None
     proven: int = 0
     prefix: Prefix | None = None
     error: BaseException | None = None
@@ -91,6 +95,7 @@ class Request:
     preemptions: int = 0
     swaps: int = 0
     charged: int = 0  # tokens that the tenant has been charged for
+    proves: int = 0  # what `proven` will be once the pending token is known
     arrival: int = field(default_factory=lambda: next(_arrivals))
 
     @property
@@ -103,9 +108,24 @@ class Request:
         """Pages of all groups."""
         return sum(table.held for table in self.tables)
 
+    @property
+    def known(self) -> int:
+        """Tokens that are computed, and that the host knows."""
+        return min(self.computed, len(self.tokens) - (self.pending is not None))
+
     def append(self, token: int) -> None:
-        """Add a sampled token; its key will be computed in the next step."""
-        self.proven = self.computed
+        """Add a sampled token, or say which one was expected; its key will be computed in the next step."""
+        if self.pending is None:
+            self._add(token)
+        self.tokens[-1], self.proven, self.pending = token, self.proves, None
+
+    def expect(self, tokens: Any, index: int) -> None:
+        """Go on with element `index` of `tokens`, which the device knows; `append` will tell the host."""
+        self._add(UNKNOWN)
+        self.pending = tokens, index
+
+    def _add(self, token: int) -> None:
+        self.proves = self.computed
         self.tokens.append(token)
         self.positions.append(self.next_position)
         self.next_position += 1
@@ -126,7 +146,7 @@ class Request:
         """Give every page back and forget what was computed."""
         self.leave_pages()
         self.swapped = None
-        self.computed = self.proven = 0
+        self.computed = self.proven = self.proves = 0
         self.logits = None
 
     def leave_pages(self) -> None:

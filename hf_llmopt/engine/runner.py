@@ -6,7 +6,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..adapters import LoraLayers
 from ..attention import Span, StepInputs, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..fusion import Fusion
-from ..kv_cache import PagedStore, SpanCache
+from ..kv_cache import Clock, PagedStore, SpanCache, upload
 from .probe import input_device
 from .request import Request
 
@@ -38,7 +37,7 @@ class Runner:
     def __init__(self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig) -> None:
         self._model = weakref.ref(model)
         self._configs = configs_of(model)
-        self._device = input_device(model)
+        self.device = input_device(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.store = store
         self.cache = SpanCache(len(store.layers))
@@ -70,7 +69,7 @@ class Runner:
     def refresh(self) -> bool:
         """Look at the model again; `True` if modules were exchanged, adapted or hooked since the last call."""
         self._configs = configs_of(self.model)
-        self._device = input_device(self.model)
+        self.device = input_device(self.model)
         self._lora.refresh(self.model)
         return self.fusion is not None and self.fusion.refresh(self.model)
 
@@ -81,7 +80,7 @@ class Runner:
 
     def run(
         self, spans: Sequence[tuple[Request, int]], note: Callable[[str], None]
-    ) -> tuple[list[tuple[Request, Tensor]], float]:
+    ) -> tuple[list[tuple[Request, Tensor]], list[Clock]]:
         """Compute every span.
 
         Args:
@@ -89,20 +88,20 @@ class Runner:
             note: Called with the names of the attention paths that ran.
 
         Returns:
-            The last logits `[vocabulary]` of each request that has caught up, and the seconds the model took.
+            The last logits `[vocabulary]` of each request that has caught up, and the clocks of the model's passes.
         """
         model = self.model
         # Embeddings cannot share an input tensor with ids: spans of a prompt given as embeddings run in their own pass.
         by_ids = [span for span in spans if span[0].embeds is None or span[0].computed >= len(span[0].embeds)]
         by_embeds = [span for span in spans if span not in by_ids]
         results: list[tuple[Request, Tensor]] = []
-        seconds = 0.0
+        clocks: list[Clock] = []
         for part in (by_ids, by_embeds):
             if part:
-                logits, needed, took = self._forward(model, part, note, part is by_embeds)
+                logits, needed, clock = self._forward(model, part, note, part is by_embeds)
                 results += [(request, logits[row]) for request, row in needed]
-                seconds += took
-        return results, seconds
+                clocks.append(clock)
+        return results, clocks
 
     def _forward(
         self,
@@ -110,8 +109,8 @@ class Runner:
         spans: Sequence[tuple[Request, int]],
         note: Callable[[str], None],
         embeds: bool,
-    ) -> tuple[Tensor, list[tuple[Request, int]], float]:
-        device = self._device
+    ) -> tuple[Tensor, list[tuple[Request, int]], Clock]:
+        device = self.device
         positions: list[int] = []
         kept: list[int] = []  # places in the pass whose logits somebody wants
         needed: list[tuple[Request, int]] = []  # requests that caught up, and where in `kept` their last token is
@@ -129,26 +128,25 @@ class Runner:
                 kept.append(len(positions) - 1)
             if length == request.remaining:
                 needed.append((request, len(kept) - 1))
-        self.cache.columns = self._columns(spans).to(device) if self.store.reads_columns else 0
-        inputs: dict[str, Any] = {"position_ids": torch.tensor([positions], device=device)}
+        self.cache.columns = upload(self._columns(spans), device) if self.store.reads_columns else 0
+        inputs: dict[str, Any] = {"position_ids": _long(positions, device)[None]}
         if embeds:
             rows = [request.embeds[request.computed : request.computed + length] for request, length in spans]
             inputs["inputs_embeds"] = torch.cat(rows)[None].to(device)
         else:
-            ids = [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
-            inputs["input_ids"] = torch.tensor([ids], device=device)
-        keep = None if len(kept) == len(positions) else torch.tensor(kept, dtype=torch.long, device=device)
+            inputs["input_ids"] = self._ids(spans)[None]
+        keep = None if len(kept) == len(positions) else _long(kept, device)
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep if kept else keep.new_zeros(1)
-        slots = [slots.to(device) for slots in self._slots(spans)]
+        slots = [upload(slots, device) for slots in self._slots(spans)]
         step = StepInputs(self.store, placed, slots, self.attend, note)
         fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
         names = [request.adapter for request, length in spans for _ in range(length)]
         adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
         with serving(self._configs, step), fused, adapted:
-            began = perf_counter()
+            clock = Clock(device)
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
-            seconds = perf_counter() - began
+            clock.stop()
             if step.ahead is not None:
                 step.ahead.close()
         logits: Tensor = output.logits[0]
@@ -158,7 +156,26 @@ class Runner:
         for request, row in inside:
             if request.on_prompt is not None:
                 request.on_prompt(request.computed, logits[row : row + lengths[request]])
-        return logits, needed, seconds
+        return logits, needed, clock
+
+    def _ids(self, spans: Sequence[tuple[Request, int]]) -> Tensor:
+        """Token ids of the pass, `[tokens]`; those that the host does not know yet are put in on the device."""
+        ids = [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
+        found = _long(ids, self.device)
+        unknown: dict[int, tuple[Tensor, list[int], list[int]]] = {}  # by their source: where to, and from where
+        end = 0
+        for request, length in spans:
+            end += length
+            if request.pending is not None and length == request.remaining:
+                source, index = request.pending
+                _, places, indices = unknown.setdefault(id(source), (source, [], []))
+                places.append(end - 1)
+                indices.append(index)
+        for source, places, indices in unknown.values():
+            known = source[_long(indices, source.device)].to(self.device, non_blocking=True)
+            # -1 stands for scores that contain NaN: the row fails once the host knows, and the others must not
+            found[_long(places, self.device)] = known.clamp_min(0)
+        return found
 
     def _slots(self, spans: Sequence[tuple[Request, int]]) -> list[Tensor]:
         """Per cache group, where each token of the pass is written, `[tokens]`."""
@@ -176,3 +193,7 @@ class Runner:
         """Padded column of each token, minus its place in the pass, `[tokens]`."""
         columns = [r.left_padding + i for r, length in spans for i in range(r.computed, r.computed + length)]
         return torch.tensor(columns, device="cpu") - torch.arange(len(columns), device="cpu")
+
+
+def _long(values: Sequence[int], device: torch.device) -> Tensor:
+    return upload(torch.tensor(values, dtype=torch.long, device="cpu"), device)

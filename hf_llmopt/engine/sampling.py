@@ -1,12 +1,13 @@
 """From scores to tokens, with stock's own noise.
 
-`torch.multinomial(p, 1)` draws `q ~ Exp(1)` of p's shape and returns `argmax(p / q)` (the exponential race: the
-minimum of
-independent exponentials with rates p falls on index i with probability p_i). Drawing the noise ourselves gives the same
-tokens and leaves the generator in the same state, and later lets a row use its noise before its neighbours do.
+`torch.multinomial(p, 1)` draws `q ~ Exp(1)` of p's shape and returns `argmax(p / q)` (the exponential race: the minimum
+of independent exponentials with rates p falls on index i with probability p_i). Drawing the noise ourselves gives the
+same tokens and leaves the generator in the same state, and later lets a row use its noise before its neighbours do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def greedy(scores: Tensor) -> Tensor:
         >>> greedy(torch.tensor([[0.0, 2.0, 1.0]])).tolist()
         [1]
     """
-    return _checked_argmax(scores)
+    return _checked(pick(scores))
 
 
 def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -49,18 +50,27 @@ def sample(scores: Tensor, noise: Tensor) -> Tensor:
         >>> ours.tolist() == torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
         True
     """
-    return _checked_argmax(torch.softmax(scores, dim=-1).div_(noise))
+    return _checked(pick(scores, noise))
 
 
-def _checked_argmax(scores: Tensor) -> Tensor:
+def pick(scores: Tensor, noise: Tensor | None = None) -> Tensor:
+    """What `greedy`, or with noise `sample`, returns, without waiting for the device; -1 for a row with NaN."""
+    if noise is not None:
+        scores = torch.softmax(scores, dim=-1).div_(noise)
     if scores.device.type == "cpu" and cpu.available() and scores.dtype in cpu.DTYPES and scores.stride(-1) == 1:
-        tokens = cpu.argmax(scores)
-    else:
-        tokens = reference.argmax(scores)
-    rows = [row for row, token in enumerate(tokens.tolist()) if token < 0]
-    if rows:
-        raise InvalidLogits(
-            f"The scores of row(s) {rows} contain NaN. The model's weights or inputs are broken, or its number format "
-            "overflows (try bfloat16 or float32), or a logits processor divided by zero."
-        )
+        return cpu.argmax(scores)
+    return reference.argmax(scores)
+
+
+def invalid(rows: Sequence[int]) -> InvalidLogits:
+    """The error of rows for which `pick` found NaN."""
+    return InvalidLogits(
+        f"The scores of row(s) {list(rows)} contain NaN. The model's weights or inputs are broken, or its number "
+        "format overflows (try bfloat16 or float32), or a logits processor divided by zero."
+    )
+
+
+def _checked(tokens: Tensor) -> Tensor:
+    if rows := [row for row, token in enumerate(tokens.tolist()) if token < 0]:
+        raise invalid(rows)
     return tokens

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..kernels import cpu
 from ..kv_cache import LayerSpec
+from ..walk import modules
 from .choice import own_rows
 from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, inside, is_library_code, is_plain
 from .layer import Joined, Structure, recognise
@@ -95,7 +96,7 @@ class Fusion:
     def refresh(self, model: PreTrainedModel) -> bool:
         """Recognise the modules again if any was exchanged or hooked since; `True` if so."""
         self._hooks = RemovableHandle.next_id
-        mark = (_global_hooks(), *map(_mark, model.modules()))
+        mark = (_global_hooks(), *map(_mark, modules(model)))
         if mark == self._mark:
             return False
         self._mark = ()  # a model that is refused is looked at again

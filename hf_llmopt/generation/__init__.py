@@ -2,20 +2,21 @@
 
 from .active import ACTIVE, Active, ModelHandle, Prepared, handle_of
 from .group import Group
-from .row import Row, TokenLogprob, Wishes, advance
+from .row import Chosen, Row, TokenLogprob, Wishes, choose
 from .support import reason_against, require_model
 from .translate import translate
 
 __all__ = [
     "ACTIVE",
     "Active",
+    "Chosen",
     "Group",
     "ModelHandle",
     "Prepared",
     "Row",
     "TokenLogprob",
     "Wishes",
-    "advance",
+    "choose",
     "handle_of",
     "reason_against",
     "require_model",

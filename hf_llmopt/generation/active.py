@@ -19,6 +19,7 @@ from ..engine import EngineLoop, input_weight, unsupported
 from ..errors import EmptyPrompt, InvalidOption, InvalidRequest
 from ..prompt_cache import PromptHandle
 from ..stats import PromptCacheStats, Stats
+from ..walk import modules
 
 
 @dataclass
@@ -284,7 +285,7 @@ def _structure(model: PreTrainedModel) -> tuple[Any, ...]:
     """What decides which layers there are and how long their keys live; another structure needs another engine."""
     config = model.config.get_text_config(decoder=True)
     names = ("num_hidden_layers", "sliding_window", "attention_chunk_size", "layer_types")
-    return tuple(map(id, model.modules())), repr([getattr(config, name, None) for name in names])
+    return tuple(map(id, modules(model))), repr([getattr(config, name, None) for name in names])
 
 
 def handle_of(model: PreTrainedModel) -> ModelHandle:

@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..engine import EngineLoop, Request
 from ..engine.sampling import draw, greedy, sample
 from ..errors import CallbackFailed, LLMOptError, PromptTooLong
+from ..kernels import cpu
 from ..stats import Stats
 
 
@@ -103,6 +104,8 @@ class Group:
         finally:
             with lock:
                 self.engine.remove(self)
+            if self.engine.owners:
+                cpu.rest()  # the threads of an `Engine` go on
 
     def users_objects(self) -> list[Any]:
         """Processors, criteria and the streamer that are not transformers' own."""
@@ -223,9 +226,10 @@ class Group:
             if request.finished:
                 continue
             if not flag and not self.keep_running:
+                request.append(token)
                 self.engine.finish(request)
                 continue
-            if self.position_limit is not None and request.next_position >= self.position_limit:
+            if request.pending is None and self._at_limit(request):
                 raise PromptTooLong(
                     f"The model has {self.position_limit} positions and all are used after "
                     f"{self.stats.generated_tokens} new tokens. Lower max_new_tokens or shorten the prompt."
@@ -233,7 +237,11 @@ class Group:
             request.append(token)
         self.live = [request for request in self.requests if not request.finished]
 
+    def _at_limit(self, request: Request) -> bool:
+        return self.position_limit is not None and request.next_position >= self.position_limit
+
     def _close(self) -> None:
+        self.engine.account()
         self.done = True
         self.stats.seconds = perf_counter() - self.began
         self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)

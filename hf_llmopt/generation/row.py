@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
-from ..engine.sampling import draw, greedy, sample
-from ..errors import CallbackFailed, InvalidLogits, InvalidRequest
+from ..engine.sampling import draw, invalid, pick
+from ..errors import CallbackFailed, InvalidRequest
+from ..kv_cache import Download
 from .group import Group
 from .warp import STAGES, Shaped, apply, count_penalty, logit_bias
 
@@ -93,7 +94,7 @@ def _check(
 
 
 class Row(Group):
-    """A group of one row, whose token is chosen together with other rows' by `advance`.
+    """A group of one row, whose token is chosen together with other rows' by `choose`.
 
     Takes the arguments of `Group`; the rest is set before it starts.
 
@@ -170,6 +171,12 @@ class Row(Group):
             self.input_ids = torch.cat([self.input_ids, new], dim=1)
         return self.input_ids
 
+    @property
+    def ends_next(self) -> bool:
+        """Whether nothing can be computed behind the next token, whichever it is, or must not be."""
+        longest = self._max_length is not None and self.length + 1 >= self._max_length
+        return longest or self._at_limit(self.request) or self.on_done is not None
+
     def accept(self, token: int) -> None:
         """Take the chosen token: criteria, streamer, figures; then the request goes on, or ends."""
         self.tokens.append(token)
@@ -214,35 +221,75 @@ def _ordered(pair: Sequence[Shaped | None]) -> bool:
     return len(pair) < 2 or (pair[0] is not None and pair[1] is not None and pair[0].order < pair[1].order)
 
 
-def advance(rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Exception | None]:
-    """Choose a token for every row and let it go on, in one pass over all scores.
+class Chosen:
+    """A token for every row, which the host may not know yet.
+
+    Attributes:
+        rows: Rows whose requests had caught up.
+        errors: For each row, why no token could be chosen, or `None`. One row's failure is nobody else's.
+        tokens: `[rows with a token]`, on the device; -1 where the scores contain NaN.
+        places: Index of each of those rows in `rows`.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.errors: list[Exception | None] = [None] * len(rows)
+        self.places: list[int] = []
+        self._parts: list[Tensor] = []
+
+    def add(self, places: Sequence[int], tokens: Tensor) -> None:
+        """Tokens of the rows at these places."""
+        self.places += places
+        self._parts.append(tokens)
+
+    def close(self) -> None:
+        """No more rows will be added: the tokens go on their way to the host."""
+        device = self.rows[self.places[0]].input_ids.device if len(self._parts) > 1 else None
+        parts = self._parts if device is None else [part.to(device, non_blocking=True) for part in self._parts]
+        self.tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+        self._download = Download(self.tokens)
+
+    def go_on(self) -> None:
+        """Let rows that do not end with their token take part in the next step before the host knows it."""
+        for index, place in enumerate(self.places):
+            row = self.rows[place]
+            if not row.ends_next and not row.request.finished:
+                row.request.expect(self.tokens, index)
+
+    def accept(self) -> None:
+        """Wait for the tokens, and hand each row its own."""
+        for place, token in zip(self.places, self._download.read(), strict=True):
+            row = self.rows[place]
+            try:
+                if token < 0:
+                    raise invalid([0])
+                if not row.request.finished:  # cancelled meanwhile
+                    row.accept(token)
+            except Exception as error:
+                self.errors[place] = error
+
+
+def choose(rows: Sequence[Row], logits: Sequence[Tensor]) -> Chosen:
+    """Choose a token for every row, in one pass over all scores.
 
     Args:
         rows: Rows whose requests have caught up.
         logits: The logits `[vocabulary]` of each.
-
-    Returns:
-        For each row, why it failed, or `None`. One row's failure is nobody else's.
     """
-    errors: list[Exception | None] = [None] * len(rows)  # of the user's objects and settings, and NaN
-    tokens: dict[int, int] = {}
+    chosen = Chosen(rows)
     plain: list[int] = []
     shaped: list[int] = []
     for index, row in enumerate(rows):
         simple = not (row.do_sample or row.called or row.stages or row.wished or row.wishes.logprobs is not None)
         (plain if simple else shaped).append(index)
     if plain:
-        tokens |= _picked(plain, stack([logits[index] for index in plain]), None, errors)
+        chosen.add(plain, pick(stack([logits[index] for index in plain])))
     if shaped:
         device = rows[shaped[0]].input_ids.device
         scores = stack([logits[index] for index in shaped]).to(device=device, dtype=torch.float32)
-        tokens |= _shaped([rows[index] for index in shaped], shaped, scores, errors)
-    for index, token in tokens.items():
-        try:
-            rows[index].accept(token)
-        except Exception as error:
-            errors[index] = error
-    return errors
+        _shaped([rows[index] for index in shaped], shaped, scores, chosen)
+    chosen.close()
+    return chosen
 
 
 def stack(rows: Sequence[Tensor]) -> Tensor:
@@ -255,10 +302,9 @@ def stack(rows: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(rows), step), (step, 1))
 
 
-def _shaped(
-    rows: Sequence[Row], places: Sequence[int], logits: Tensor, errors: list[Exception | None]
-) -> dict[int, int]:
-    """Tokens of rows with processors, noise or log-probabilities, by their place."""
+def _shaped(rows: Sequence[Row], places: Sequence[int], logits: Tensor, chosen: Chosen) -> None:
+    """Choose for rows with processors, noise or log-probabilities."""
+    errors = chosen.errors
     scores = _applied([row.wished for row in rows], rows, places, logits, errors)
     if any(row.called for row in rows):
         scores = scores.clone()
@@ -270,18 +316,14 @@ def _shaped(
                 errors[place] = error
     scores = _applied([row.stages for row in rows], rows, places, scores, errors)
     alive = [index for index, place in enumerate(places) if errors[place] is None]
-    drawing = [index for index in alive if rows[index].do_sample]
-    choosing = [index for index in alive if not rows[index].do_sample]
-    tokens: dict[int, int] = {}
-    for chosen in (choosing, drawing):
-        if chosen:
-            part = scores if len(chosen) == len(rows) else scores[chosen]
-            noise = None
-            if chosen is drawing:
-                noise = torch.cat([draw(part[:1], rows[index].generator) for index in chosen])
-            tokens |= _picked([places[index] for index in chosen], part, noise, errors)
-    _report_chosen(rows, places, logits, tokens)
-    return tokens
+    for drawing in (False, True):
+        part = [index for index in alive if rows[index].do_sample is drawing]
+        if part:
+            own = scores if len(part) == len(rows) else scores[part]
+            noise = torch.cat([draw(own[:1], rows[index].generator) for index in part]) if drawing else None
+            tokens = pick(own, noise)
+            chosen.add([places[index] for index in part], tokens)
+            _report_chosen([rows[index] for index in part], logits[part], tokens)
 
 
 def _applied(
@@ -312,34 +354,17 @@ def _call_processors(row: Row, scores: Tensor) -> Tensor:
     return found[0]
 
 
-def _picked(
-    places: Sequence[int], scores: Tensor, noise: Tensor | None, errors: list[Exception | None]
-) -> dict[int, int]:
-    """The token of each row by its place; rows with NaN get an error instead."""
-    try:
-        found: list[int] = (greedy(scores) if noise is None else sample(scores, noise)).tolist()
-        return dict(zip(places, found, strict=True))
-    except InvalidLogits as error:
-        if len(places) == 1:
-            errors[places[0]] = error
-            return {}
-    alone: dict[int, int] = {}
-    for index, place in enumerate(places):
-        own = None if noise is None else noise[index : index + 1]
-        alone |= _picked([place], scores[index : index + 1], own, errors)
-    return alone
-
-
-def _report_chosen(rows: Sequence[Row], places: Sequence[int], logits: Tensor, tokens: dict[int, int]) -> None:
-    wanted = [
-        (index, row, row.wishes.logprobs, tokens[place])
-        for index, (row, place) in enumerate(zip(rows, places, strict=True))
-        if row.wishes.logprobs is not None and place in tokens
-    ]
+def _report_chosen(rows: Sequence[Row], logits: Tensor, tokens: Tensor) -> None:
+    wanted = [index for index, row in enumerate(rows) if row.wishes.logprobs is not None]
+    if not wanted:
+        return
+    known = tokens[wanted].tolist()
+    wanted = [index for index, token in zip(wanted, known, strict=True) if token >= 0]
+    known = [token for token in known if token >= 0]
     if wanted:
-        found = report(logits[[index for index, *_ in wanted]], [w[3] for w in wanted], [w[2] or 0 for w in wanted])
-        for (_, row, _, _), entry in zip(wanted, found, strict=True):
-            row.logprobs.append(entry)
+        found = report(logits[wanted], known, [rows[index].wishes.logprobs or 0 for index in wanted])
+        for index, entry in zip(wanted, found, strict=True):
+            rows[index].logprobs.append(entry)
 
 
 def report(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:

@@ -13,6 +13,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..errors import UnsupportedModel
 from ..kv_cache import PagedCache
+from ..walk import modules
 
 # What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not
 TEXT_INPUTS = {
@@ -81,7 +82,7 @@ def reason_against(
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in TEXT_INPUTS)
     if unknown:
         return f"the model input {unknown[0]!r} is not one of a plain text prompt"
-    if any("adapter_names" in getattr(hook, "keywords", ()) for m in model.modules() for hook in _before(m)):
+    if any("adapter_names" in getattr(hook, "keywords", ()) for m in modules(model) for hook in _before(m)):
         return "adapter_names= gives each row an adapter of its own; Engine.submit(adapter=...) does"
     return _cache_reason(kwargs.get("past_key_values")) or _override_reason(model)
 
@@ -133,9 +134,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
     table = next(
         (
             module
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Embedding)
-            and (name.endswith("wpe") or "position" in name.rsplit(".", 1)[-1])
+            for parent in modules(model)
+            for name, module in parent._modules.items()
+            if isinstance(module, torch.nn.Embedding) and (name.endswith("wpe") or "position" in name)
         ),
         None,
     )

@@ -4,5 +4,18 @@ from .paged import PagedCache, SpanCache
 from .pool import BlockTable, PagePool
 from .store import CacheGroup, LayerSpec, PagedStore
 from .swap import Swapped
+from .transfer import Clock, Download, upload
 
-__all__ = ["BlockTable", "CacheGroup", "LayerSpec", "PagePool", "PagedCache", "PagedStore", "SpanCache", "Swapped"]
+__all__ = [
+    "BlockTable",
+    "CacheGroup",
+    "Clock",
+    "Download",
+    "LayerSpec",
+    "PagePool",
+    "PagedCache",
+    "PagedStore",
+    "SpanCache",
+    "Swapped",
+    "upload",
+]

@@ -73,6 +73,7 @@ class Computed(Protocol):
         tokens: Prompt and sampled tokens.
         tables: Block tables, one per cache group.
         computed: Tokens whose keys are in pages.
+        known: How many of them the host knows.
         proven: Tokens whose keys gave logits from which a token was sampled: they hold no NaN.
         cached_tokens: Prompt tokens that were found.
         preemptions: How often it lost its pages.
@@ -88,6 +89,9 @@ class Computed(Protocol):
     preemptions: int
     on_prompt: Callable[..., None] | None
     prefix: Prefix | None
+
+    @property
+    def known(self) -> int: ...  # noqa: D102 - above
 
 
 class PromptCache:
@@ -340,7 +344,7 @@ class PromptCache:
 
     def enter(self, request: Computed) -> None:
         """Let others find the full pages that were computed since the last call."""
-        prefix, full = request.prefix, request.computed // self.store.page_size
+        prefix, full = request.prefix, request.known // self.store.page_size
         if prefix is not None and prefix.name is not None and full > prefix.entered and self._is_current(prefix):
             prefix.claimed = [node for node in prefix.claimed if not _proven(node)]
             self._enter(request, prefix, full * self.store.page_size)
@@ -355,7 +359,7 @@ class PromptCache:
         self.stats.prompt_tokens += prefix.prompt
         self.stats.cached_tokens += request.cached_tokens
         if self._is_current(prefix):
-            nodes = self._enter(request, prefix, request.computed)
+            nodes = self._enter(request, prefix, request.proven)
             if self._disk is not None:
                 self._save(self._disk, nodes)
         _release(prefix)

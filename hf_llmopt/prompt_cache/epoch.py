@@ -22,6 +22,8 @@ from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
+from ..walk import modules
+
 SAMPLES = 4  # elements of each tensor that are compared before a hit
 
 
@@ -92,7 +94,7 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
 def _modules(model: PreTrainedModel) -> tuple[object, ...]:
     """Which modules there are, their plain attributes, and what runs beside their classes' code."""
     of_all = (*torch_module._global_forward_hooks, 0, *torch_module._global_forward_pre_hooks)
-    return of_all, *map(_mark, model.modules())
+    return of_all, *map(_mark, modules(model))
 
 
 def _mark(module: torch.nn.Module) -> tuple[object, ...]:

@@ -31,6 +31,12 @@ def continuous_batching(
         ),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 3,
+    padded: Annotated[
+        int | None,
+        typer.Option(
+            metavar="8", min=1, help="Compare with stock generate in padded batches of so many, not one by one."
+        ),
+    ] = None,
     first: Annotated[float, typer.Option(min=0, help="Seconds to the first token that a user accepts.")] = 1.0,
     each: Annotated[float, typer.Option(min=0, help="Seconds per further token that a user accepts.")] = 0.1,
     dtype: Dtype = "float32",
@@ -46,7 +52,7 @@ def continuous_batching(
 ) -> None:
     """Measure requests that come and go, against a loop of stock `generate` and stock's own continuous batching.
 
-    Throughput, and latency at several request rates. Greedy, tokens compared with stock, one by one, in the same runs.
+    Throughput, and latency at several request rates. Greedy, tokens compared with stock `generate` in the same runs.
     Says nothing about speed and exits with 1 if tokens differ.
     """
     from hf_llmopt.bench import continuous_batching as cb
@@ -73,6 +79,7 @@ def continuous_batching(
             chosen,
             texts=texts,
             repeats=repeat,
+            padded=padded,
             seed=seed,
             limits=cb.Limits(first, each),
             on_run=lambda name, way: on_run(f"{name}, {way}"),

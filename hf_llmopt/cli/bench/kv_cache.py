@@ -113,7 +113,7 @@ def load_or_build(
     from hf_llmopt.bench.workloads import build, held_out_ids
 
     from ..models import load as load_model
-    from ..models import parse_dtype, place
+    from ..models import parse_dtype, usable
 
     if shape is None:
         loaded, tokenizer = load_model(model, dtype, device)
@@ -121,4 +121,4 @@ def load_or_build(
     wanted = parse_dtype(dtype)
     if not isinstance(wanted, torch.dtype):
         raise UserError("random weights have no stored type: --shape needs another --dtype than auto")
-    return place(build(shape, wanted, seed), device), None
+    return build(shape, wanted, seed, device=usable(device)), None

@@ -28,7 +28,8 @@ def prompt_cache(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="prefix-0, prefix-50, prefix-90, long-prefix (2,000 tokens) or chat; may be repeated. By default all."
+            help="prefix-0, prefix-50, prefix-90, long-prefix (2,000 tokens), chat or agent; may be repeated. All by "
+            "default."
         ),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 5,

@@ -242,6 +242,21 @@ static PyObject *py_levels(PyObject *self, PyObject *none) {
     return names;
 }
 
+#if defined(__GNUC__) && !defined(__clang__) && defined(_OPENMP)
+/* From OpenMP 5.0. Weak, because the runtime that runs is the one that torch brings, whichever that is. */
+extern int omp_pause_resource_all(int kind) __attribute__((weak));
+#define END_THREADS() (omp_pause_resource_all ? omp_pause_resource_all(2 /* omp_pause_hard */) : 0)
+#else
+#define END_THREADS() 0
+#endif
+
+static PyObject *py_rest(PyObject *self, PyObject *none) {
+    (void)self;
+    (void)none;
+    (void)END_THREADS();
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"argmax", (PyCFunction)(void (*)(void))py_argmax, METH_FASTCALL, "See argmax.c."},
     {"attention", (PyCFunction)(void (*)(void))py_attention, METH_FASTCALL, "See attention.c."},
@@ -250,6 +265,7 @@ static PyMethodDef methods[] = {
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
     {"activation", (PyCFunction)(void (*)(void))py_activation, METH_FASTCALL, "See activation.c."},
+    {"rest", py_rest, METH_NOARGS, "Ends the threads that OpenMP keeps for the calling thread."},
     {"levels", py_levels, METH_NOARGS, "Names of the instruction set levels this machine can run, best last."},
     {NULL, NULL, 0, NULL},
 };

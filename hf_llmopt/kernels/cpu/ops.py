@@ -48,6 +48,17 @@ def levels() -> tuple[str, ...]:
     return tuple(_C.levels()) if _C is not None else ()
 
 
+def rest() -> None:
+    """End the threads that OpenMP keeps for the calling thread, until it needs them again.
+
+    GNU's OpenMP lets threads wait actively only while all of them together are no more than the processors. A second
+    thread that once ran a product keeps threads of its own; from then on everybody's wait is a system call, and the
+    steps of small models take up to three times as long.
+    """
+    if _C is not None:
+        _C.rest()
+
+
 def _index(level: str, where: str) -> int:
     if level not in levels():
         raise unknown(where, level, levels())
