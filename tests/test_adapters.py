@@ -257,3 +257,25 @@ def test_names_are_checked() -> None:
         layer.unmerge()
     with Engine(build("llama")) as engine, pytest.raises(errors.InvalidRequest, match="load_adapter"):
         engine.submit(prompt(5), adapter="a", **KW)
+
+
+@pytest.mark.parametrize("how", ["set_adapter", "disable_adapters"])
+def test_an_adapter_that_is_switched_below_a_running_request_leaves_no_keys(how: str) -> None:
+    """Its keys are a mixture, which nobody may find once the first adapter is back."""
+    model, ids = adapted(), prompt(30)
+    with Engine(model, {"prompt_cache": True, "kv_cache": {"page_size": 4}}) as engine:
+        handle = engine.submit(ids, **{**KW, "max_new_tokens": 60})
+        tokens = iter(handle)
+        for _ in range(10):
+            next(tokens)
+        with engine.loop.lock:
+            model.set_adapter("a") if how == "set_adapter" else model.disable_adapters()
+        for _ in range(20):
+            next(tokens)
+        with engine.loop.lock:
+            model.enable_adapters()
+            model.set_adapter("b")
+        text = ids + handle.result(60)
+        again = engine.submit(text, **KW)
+        assert again.result(60) == alone(model, text, "b")
+        assert again.stats.cached_tokens <= len(ids) + 14

@@ -245,6 +245,12 @@ def test_progress_bar(pipes, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(shown) == 5
 
 
+def test_the_keyword_belongs_to_the_pipeline(pipes) -> None:
+    _, ours = pipes
+    with pytest.raises(errors.InvalidOption, match="belongs to pipeline"):
+        ours("a", llmopt=False)
+
+
 def test_true_keeps_the_stock_class(words) -> None:
     """`True` means exact, and a sampled batch of requests has noise of its own for each."""
     made = pipeline("text-generation", model=build("llama"), tokenizer=words, llmopt=True)

@@ -5,13 +5,14 @@ import gc
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, TextStreamer
 
 from hf_llmopt import Engine, errors
 from hf_llmopt.engine import EngineLoop
@@ -483,6 +484,14 @@ def test_cancel_between_the_pass_and_the_choice(model, overlap: bool, monkeypatc
         assert handles[1].result(60) == stock(served, prompt(8, 1), max_new_tokens=30)
         assert cancelled
         assert engine.loop.store.pages_used == 0
+
+
+def test_a_streamer_serves_one_request_at_a_time(model) -> None:
+    streamer = TextStreamer(SimpleNamespace(decode=lambda tokens: ""))
+    with Engine(model("llama")) as engine, engine.loop.lock:
+        engine.submit(prompt(8), max_new_tokens=3, streamer=streamer, **KW)
+        with pytest.raises(errors.InvalidRequest, match="another live request"):
+            engine.submit(prompt(8), max_new_tokens=3, streamer=streamer, **KW)
 
 
 def test_masked_rows_and_rows_that_end_early() -> None:

@@ -215,6 +215,21 @@ def test_sequences_of_a_found_prompt(model) -> None:
         assert found == [[0, 32, 32], [32, 32, 32]]
 
 
+@pytest.mark.parametrize("length", [5, 7, 10, 16, 17])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sequences_of_a_prompt_that_is_found_inside_a_page(model, length: int, overlap: bool) -> None:
+    """The first sequence's page is a copy, which the others are copied from in the same step."""
+    served, ids = cold(model("llama")), text(length)
+    arguments = {"max_new_tokens": 12, "do_sample": True}
+    with Engine(served, {"prompt_cache": True, "batching": {"overlap": overlap}}) as engine:
+        engine.submit(ids, max_new_tokens=6, do_sample=False, **KW).result(60)
+        handle = engine.submit(ids, seed=5, num_return_sequences=4, **arguments, **KW)
+        for index, choice in enumerate(handle.choices):
+            torch.manual_seed(5 + index)
+            assert choice.result(60) == stock(served, ids, **arguments)
+            assert choice.stats.cached_tokens == length - 1
+
+
 def test_both_names_in_one_keyword() -> None:
     for value in (BOTH, ["prompt_cache", "continuous_batching"]):
         parsed = LLMOptConfig.parse(value)

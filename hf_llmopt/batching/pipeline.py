@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TextGenerationPipeline
 
-from ..errors import InvalidRequest, NotServed
+from ..errors import InvalidOption, InvalidRequest, NotServed
 from ..generation import Wishes
 from .engine import Engine
 from .generate_batch import progress, room, seeds, stream
@@ -75,6 +75,8 @@ class BatchingPipeline(TextGenerationPipeline):
             As the stock pipeline: for one input its outputs, for a list a list, for anything else an iterator, which
             yields in the order of the inputs as soon as it can.
         """
+        if "llmopt" in kwargs:
+            raise InvalidOption("llmopt= belongs to pipeline(..., llmopt=...), a call takes other arguments.")
         return super().__call__(_generator(text_inputs), **kwargs)
 
     def as_completed(self, text_inputs: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:

@@ -314,8 +314,9 @@ class EngineLoop:
 
     def _move_pages(self, plan: Plan) -> None:
         """What must happen to pages before anything else is written to them."""
-        if plan.saves and self.runner.device.type == "cuda":
-            torch.cuda.current_stream(self.runner.device).synchronize()  # what is timed is the copy alone
+        device = self.store.layers[0].device
+        if plan.saves and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # what is timed is the copy alone
         for request, pages in plan.saves:
             began = perf_counter()
             request.swapped = Swapped(self.store, pages)
@@ -379,6 +380,8 @@ class EngineLoop:
 
     def _settle(self, spans: Sequence[tuple[Request, int]]) -> None:
         """Count what was computed, drop masked tails, and give back pages that windows have passed."""
+        if self.prompts is not None:
+            self.prompts.watch()
         for request, length in spans:
             request.computed += length
             if request.masked_tail and not request.remaining:

@@ -289,7 +289,9 @@ class Scheduler:
                 return False
             self._preempt(victim, plan)
         for copies, table in zip(plan.copies, request.tables, strict=True):
-            copies += table.reserve(start, start + length)
+            # All copies happen at once: what will be in a page that is itself copied to, its source has.
+            sources = {target: source for source, target in copies}
+            copies += [(sources.get(source, source), target) for source, target in table.reserve(start, start + length)]
         return True
 
     def _behind(self, request: Request, plan: Plan) -> list[Request]:

@@ -108,9 +108,10 @@ class Group:
                 cpu.rest()  # the threads of an `Engine` go on
 
     def users_objects(self) -> list[Any]:
-        """Processors, criteria and the streamer that are not transformers' own."""
-        items = (*self.processors, *self.criteria, *([self.streamer] if self.streamer is not None else []))
-        return [item for item in items if not type(item).__module__.startswith("transformers.generation")]
+        """Processors and criteria that are not transformers' own, and the streamer: they may carry state."""
+        items = (*self.processors, *self.criteria)
+        own = [item for item in items if not type(item).__module__.startswith("transformers.generation")]
+        return own if self.streamer is None else [*own, self.streamer]
 
     def start(self) -> bool:
         """Join the engine, with its lock held; `False` if the group must wait for pages."""

@@ -30,7 +30,7 @@ from ..errors import OutOfPages
 from ..kv_cache import BlockTable, PagedStore
 from ..kv_cache.store import free_bytes
 from ..stats import PromptCacheStats
-from .epoch import WeightsEpoch, fingerprint, settings
+from .epoch import WeightsEpoch, adapted, fingerprint, settings
 from .index import Node, Tokens, longest, walk
 from .store import DiskTier, HostTier, compute_seconds, disk_seconds, host_seconds
 
@@ -54,6 +54,7 @@ class Prefix:
         salt: Whose pages it may share.
         adapter: Which adapter its keys go through, `None` for what is active in the model.
         name: The tree it was looked up in.
+        switches: How often adapters or rotary settings had been switched then.
         entered: Full pages that are in the tree.
         claimed: Nodes whose pages it computed and no sampled token had proven then.
     """
@@ -62,6 +63,7 @@ class Prefix:
     salt: str | None
     adapter: str | None = None
     name: Name | None = None
+    switches: int = 0
     entered: int = 0
     claimed: list[Node] = field(default_factory=list)
 
@@ -113,6 +115,9 @@ class PromptCache:
         self._checked = False  # the weights, in this step
         self._seen = 0  # epoch that the trees belong to
         self._settings: dict[str | None, str] = {}  # by adapter
+        self._adapted: list[Any] = []  # layers of PEFT
+        self._active = ""  # settings as of the last pass
+        self._switches = 0  # how often they changed
         self._fingerprint: bytes | None = None
         self._roots: dict[Name, Node] = {}
         self._owners: list[dict[int, Node]] = [{} for _ in store.groups]
@@ -144,6 +149,17 @@ class PromptCache:
     def begin_step(self) -> None:
         """The weights may have changed since the last step."""
         self._checked = False
+        self.watch()
+
+    def watch(self) -> None:
+        """Look whether adapters or rotary settings were switched, before and after each pass.
+
+        Keys of a request that runs are then a mixture that no setting gives again: others must not find them.
+        """
+        model = self._model()
+        if model is not None and (active := settings(model, self._adapted)) != self._active:
+            self._active = active
+            self._switches += 1
 
     def refresh(self) -> None:
         """Look whether the weights changed, and drop everything if they did."""
@@ -156,7 +172,8 @@ class PromptCache:
             self.stats.invalidations += bool(self._roots)
             self.clear()
             self._seen, self._fingerprint = self._epoch.number, None
-        self._settings = {}
+        self._settings, self._adapted = {}, adapted(model)
+        self.watch()
         if self._disk is not None:
             self.fingerprint()
         for handle in list(self.pinned):
@@ -170,7 +187,7 @@ class PromptCache:
         """The tree of a salt and an adapter, as of the last `refresh`."""
         model = self._model()
         if adapter not in self._settings and model is not None:
-            self._settings[adapter] = settings(model, adapter)
+            self._settings[adapter] = settings(model, self._adapted, adapter)
         return Name(self._seen, self._settings.get(adapter, ""), salt)
 
     def find(self, request: Computed, settle: Callable[[], None]) -> None:
@@ -189,6 +206,7 @@ class PromptCache:
         if not self._checked or self._seen != self._epoch.number:
             self.refresh()
         prefix.entered, prefix.name = 0, self.name(prefix.salt, prefix.adapter)
+        prefix.switches = self._switches
         limit = len(request.tokens) - 1 if request.on_prompt is None else 0
         found = self.attach(prefix.name, request.tokens, limit, request.tables, settle)
         if found:
@@ -457,7 +475,8 @@ class PromptCache:
         return nodes
 
     def _is_current(self, prefix: Prefix) -> bool:
-        return prefix.name is not None and prefix.name.epoch == self._seen == self._epoch.number
+        current = prefix.switches == self._switches and self._seen == self._epoch.number
+        return current and prefix.name is not None and prefix.name.epoch == self._seen
 
     def _own(self, group: int, node: Node, page: int) -> None:
         node.pages[group] = page

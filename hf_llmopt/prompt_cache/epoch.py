@@ -8,7 +8,7 @@ own code, only move on: each change begins an epoch, and what was computed in an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import chain
 from os import urandom
@@ -111,20 +111,25 @@ def _runs_more(module: torch.nn.Module) -> bool:
     return "forward" in module.__dict__ and not type(hook).__module__.startswith("accelerate.")
 
 
-def settings(model: PreTrainedModel, adapter: str | None = None) -> str:
+def adapted(model: PreTrainedModel) -> list[Any]:
+    """The layers of a model that PEFT put in."""
+    return [module for module in modules(model) if hasattr(type(module), "_active_adapter")]
+
+
+def settings(model: PreTrainedModel, layers: Iterable[Any], adapter: str | None = None) -> str:
     """What changes keys and can be switched back: adapters and rotary settings, as text.
 
     Args:
         model: The model.
+        layers: As `adapted` returned them.
         adapter: The one adapter of a request, `None` for what is active in the model.
     """
     config = model.config.get_text_config(decoder=True)
     adapters = []
-    for name, module in model.named_modules():
-        if hasattr(module, "_active_adapter"):  # a layer of PEFT
-            active = [] if module.disable_adapters else list(module.active_adapters)
-            parts = [getattr(module, part, None) for part in ("merged_adapters", "scaling")]
-            adapters.append((name, active if adapter is None else [adapter], *parts))
+    for layer in layers:
+        active = [] if layer.disable_adapters else list(layer.active_adapters)
+        parts = [getattr(layer, part, None) for part in ("merged_adapters", "scaling")]
+        adapters.append((active if adapter is None else [adapter], *parts))
     return repr((getattr(config, "rope_parameters", None), adapters))
 
 
