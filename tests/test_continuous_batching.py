@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from hf_llmopt.engine import EngineLoop
 from hf_llmopt.engine.request import UNKNOWN
 from hf_llmopt.engine.runner import Runner
 from hf_llmopt.kernels import cpu
-from hf_llmopt.kv_cache import Download
+from hf_llmopt.kv_cache import Clock, Download
 
 KW = {"pad_token_id": 0, "eos_token_id": None}
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
@@ -608,6 +609,47 @@ def test_overlap_and_nan(model, monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.submit(prompt(8), max_new_tokens=20, **KW).result(60) == stock(
             served, prompt(8), max_new_tokens=20
         )
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_clocks_that_are_read_late(model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may end a pass after its request lost its pages."""
+    served, seconds, asked = model("llama"), Clock.seconds, {}
+
+    def late(self) -> float | None:
+        asked[self] = asked.get(self, 0) + 1
+        return None if asked[self] < 3 else seconds(self)
+
+    with Engine(served, {"kv_cache": TINY_POOL, "batching": {"overlap": overlap, "swap_bytes": 0}}) as engine:
+        monkeypatch.setattr(Clock, "seconds", late)
+        with engine.loop.lock:
+            handles = [engine.submit(prompt(8, seed), max_new_tokens=30, **KW) for seed in range(4)]
+        for seed, handle in enumerate(handles):
+            assert handle.result(60) == stock(served, prompt(8, seed), max_new_tokens=30)
+        assert any(handle.stats.preemptions for handle in handles)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_last_token_needs_no_page(model, overlap: bool) -> None:
+    """A request whose unread token is EOS is not failed because there is no page for a token behind it."""
+    served, ids = build("llama"), prompt(8)
+    eos = stock(served, ids, max_new_tokens=20)[4]
+    arguments = {"max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": eos}
+    config = {"kv_cache": TINY_POOL, "prompt_cache": True, "batching": {"overlap": overlap}}
+    with Engine(served, config) as engine:
+        held = served.llmopt.cache_prompt(prompt(48, 5), llmopt=config)  # 12 of 15 pages
+        assert engine.submit(ids, **arguments).result(60) == stock(served, ids, **arguments)
+        held.unpin()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_resting_in_a_forked_child() -> None:
+    code = (
+        "import os, sys, torch; from hf_llmopt.kernels import cpu; torch.ones(999, 999) @ torch.ones(999, 999)\n"
+        "child = os.fork()\ncpu.rest()\nif child: sys.exit(os.waitpid(child, 0)[1])\nos._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60)
+    assert done.returncode == 0
 
 
 def test_overlap_beside_generate_calls(model) -> None:

@@ -352,7 +352,8 @@ class Engine:
         for row, _, error in ready:
             if error is not None and (handle := self._live.get(row)) is not None:
                 self._end(handle, _ours(error))
-        going = [(row, logits) for row, logits, error in ready if error is None and row in self._live]
+        # Without logits: cancelled, but not yet taken out.
+        going = [(row, logits) for row, logits, _ in ready if logits is not None and row in self._live]
         if not going:
             return
         chosen = choose([row for row, _ in going], [logits for _, logits in going])

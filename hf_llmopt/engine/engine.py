@@ -306,6 +306,7 @@ class EngineLoop:
                     self._run(own)
                 except Exception as error:
                     self._fail(group.requests, error)
+        self.account()
         self.steps += 1
         if self.on_step is not None:
             self.on_step(plan, began)
@@ -345,7 +346,6 @@ class EngineLoop:
         self._settle(spans)
         groups = list({request.group: None for request, _ in spans if request.group is not None})
         self._passes.append((clocks, sum(length for _, length in spans), groups, paths))
-        self.account()
         for request, logits in results:
             request.logits = logits
             if request.group is not None:
@@ -372,7 +372,8 @@ class EngineLoop:
         running = {request.group: None for request in self.scheduler.running if request.group is not None}
         waiting = [group for group in running if any(request.remaining for request in group.requests)]
         first = self.scheduler.line.first()
-        if len(waiting) < len(running) or not (waiting or first):
+        unread = any(request.pending is not None for request in self.scheduler.running)  # may be what ends it
+        if unread or len(waiting) < len(running) or not (waiting or first):
             return  # a group that waits for no page will choose its next tokens, and may end
         group = waiting[-1] if waiting else first.group if first is not None else None
         assert group is not None

@@ -150,7 +150,8 @@ class Group:
         """Count a step that computed some of these rows."""
         self.stats.steps += 1
         self.stats.forward_seconds += seconds
-        held = [sum(request.tables[i].held for request in self.live) for i in range(len(self.engine.store.groups))]
+        holding = [request.tables for request in self.live if request.tables]  # others lost them since the pass
+        held = [sum(tables[i].held for tables in holding) for i in range(len(self.engine.store.groups))]
         if sum(held) > self.stats.pages:
             self.stats.pages = sum(held)
             self.stats.page_bytes = sum(n * self.engine.store.page_bytes(i) for i, n in enumerate(held))

@@ -22,6 +22,7 @@ VARIABLE = "HF_LLMOPT_CPU"  # a level to use instead of the best one, or "off"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
+_process = os.getpid()
 _C: Any = None
 _reason: str | None = None
 if os.environ.get(VARIABLE) == "off":
@@ -55,7 +56,7 @@ def rest() -> None:
     thread that once ran a product keeps threads of its own; from then on everybody's wait is a system call, and the
     steps of small models take up to three times as long.
     """
-    if _C is not None:
+    if _C is not None and os.getpid() == _process:  # in a forked child they do not exist, and would be waited for
         _C.rest()
 
 
