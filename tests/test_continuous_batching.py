@@ -15,7 +15,7 @@ import torch
 from architectures import ARCHITECTURES, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessor, TextStreamer
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from hf_llmopt import Engine, errors
 from hf_llmopt.engine import EngineLoop
@@ -650,6 +650,33 @@ def test_resting_in_a_forked_child() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], timeout=60)
     assert done.returncode == 0
+
+
+def test_an_exit_in_a_criterion_ends_its_request_alone(model) -> None:
+    class Exits(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            raise SystemExit(3)
+
+    served = model("llama")
+    with Engine(served) as engine:
+        with engine.loop.lock:
+            bad = engine.submit(prompt(8), max_new_tokens=9, stopping_criteria=StoppingCriteriaList([Exits()]), **KW)
+            good = engine.submit(prompt(8, 1), max_new_tokens=9, **KW)
+        with pytest.raises(errors.LLMOptError):
+            bad.result(60)
+        assert good.result(60) == stock(served, prompt(8, 1), max_new_tokens=9)
+        assert engine.submit(prompt(8), max_new_tokens=9, **KW).result(60) == stock(served, prompt(8), max_new_tokens=9)
+
+
+def test_an_engine_that_is_dropped_ends_its_requests(model) -> None:
+    engine = Engine(model("llama"))
+    loop, handle = engine.loop, engine.submit(prompt(8), max_new_tokens=200, **KW)
+    next(iter(handle))
+    del engine
+    gc.collect()
+    with pytest.raises(errors.EngineClosed, match="dropped"):
+        handle.result(60)
+    assert loop.store.pages_used == 0
 
 
 def test_overlap_beside_generate_calls(model) -> None:

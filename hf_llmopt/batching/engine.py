@@ -281,7 +281,7 @@ class Engine:
             self._entering.append(handle)
         if self._thread is None:
             self._thread = threading.Thread(
-                target=_work, args=(weakref.ref(self),), name="hf_llmopt-engine", daemon=True
+                target=_work, args=(weakref.ref(self), self._live), name="hf_llmopt-engine", daemon=True
             )
             self._thread.start()
         self._gate.notify_all()
@@ -413,16 +413,24 @@ def _disown(owned: list[EngineLoop]) -> None:
         owned.pop().owners -= 1
 
 
-def _work(reference: weakref.ref[Engine]) -> None:
+def _work(reference: weakref.ref[Engine], live: dict[Row, RequestHandle]) -> None:
     """The engine's thread. It holds the engine only for a turn, so that one that is dropped can be collected."""
     torch.set_grad_enabled(False)  # of this thread
     while True:
         engine = reference()
-        if engine is None or engine._closed:
+        if engine is None:
+            for row, handle in list(live.items()):
+                with row.engine.lock:
+                    row.engine.remove(row)
+                handle._finish(
+                    EngineClosed("The engine was dropped while the request ran: keep it, or use `with`.")
+                )
+            return
+        if engine._closed:
             return
         try:
             engine._turn()
-        except Exception as error:
+        except BaseException as error:
             for handle in list(engine._live.values()):
                 engine._end(handle, _ours(error))
         del engine

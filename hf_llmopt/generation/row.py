@@ -233,7 +233,7 @@ class Chosen:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self.errors: list[Exception | None] = [None] * len(rows)
+        self.errors: list[BaseException | None] = [None] * len(rows)
         self.places: list[int] = []
         self._parts: list[Tensor] = []
 
@@ -265,7 +265,7 @@ class Chosen:
                     raise invalid([0])
                 if not row.request.finished:  # cancelled meanwhile
                     row.accept(token)
-            except Exception as error:
+            except BaseException as error:  # a criterion may exit: that ends its request, not the thread
                 self.errors[place] = error
 
 
@@ -312,7 +312,7 @@ def _shaped(rows: Sequence[Row], places: Sequence[int], logits: Tensor, chosen: 
         if row.called:
             try:
                 own.copy_(_call_processors(row, own))
-            except Exception as error:
+            except BaseException as error:
                 errors[place] = error
     scores = _applied([row.stages for row in rows], rows, places, scores, errors)
     alive = [index for index, place in enumerate(places) if errors[place] is None]
@@ -331,7 +331,7 @@ def _applied(
     rows: Sequence[Row],
     places: Sequence[int],
     scores: Tensor,
-    errors: list[Exception | None],
+    errors: list[BaseException | None],
 ) -> Tensor:
     """The scores after each row's stages; a row whose stages cannot be applied gets an error and keeps its own."""
     try:
