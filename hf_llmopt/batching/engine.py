@@ -422,9 +422,7 @@ def _work(reference: weakref.ref[Engine], live: dict[Row, RequestHandle]) -> Non
             for row, handle in list(live.items()):
                 with row.engine.lock:
                     row.engine.remove(row)
-                handle._finish(
-                    EngineClosed("The engine was dropped while the request ran: keep it, or use `with`.")
-                )
+                handle._finish(EngineClosed("The engine was dropped while the request ran: keep it, or use `with`."))
             return
         if engine._closed:
             return
