@@ -15,6 +15,9 @@ from .errors import InvalidOption, unknown
 S = TypeVar("S", bound="Section")
 
 
+WANTED = {int: "an int", float: "a number", str: "a string", tuple: "a tuple of names", object: "texts or token ids"}
+
+
 def _option(default: Any, *, kind: type = str, low: float = 0, high: float = float("inf"), choices: Any = ()) -> Any:
     """A dataclass field that carries the rule its value is checked against."""
     return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices})
@@ -38,9 +41,9 @@ class Section:
             if value not in rule["choices"]:
                 raise unknown(f"{where}: value", value, rule["choices"])
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
-            wanted = {int: "an int", float: "a number", str: "a string"}[rule["kind"]]
+            wanted = WANTED[rule["kind"]]
             raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")
-        elif rule["kind"] is not str and not rule["low"] <= value <= rule["high"]:
+        elif rule["kind"] in (int, float) and not rule["low"] <= value <= rule["high"]:
             above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
             raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
 
@@ -171,19 +174,90 @@ class PromptCacheConfig(Section):
         super().__post_init__()
 
 
+@dataclass(frozen=True)
+class QuantizationConfig(Section):
+    """Part 3, quantization: another number format for the weights of products. Lossy.
+
+    Args:
+        method: How codes are found. `"int4"` rounds to the nearest code of ranges with the least squared error,
+            `"int8"` likewise, `"fp8"` casts to float8_e4m3, `"hqq"` (Badri and Shaji 2023) optimizes zeros; these see
+            only the weights. `"gptq"` (Frantar et al. 2022), `"awq"` (Lin et al. 2023) and `"smoothquant"` (Xiao et
+            al. 2022) also see what the layers read, on `calibration`.
+        bits: Of a code: 2, 3, 4 or 8. `None`: 8 for int8, fp8 and smoothquant, 4 for the others.
+        group_size: Inputs that share a scale; -1 for all inputs of an output. `None`: -1 for int8, fp8 and
+            smoothquant, else the largest of 128, 64 and 32 that divides the inputs of every product.
+        symmetric: No zeros: codes stand around the middle. `None`: what the method's file format stores, `False` for
+            awq and hqq.
+        act_order: GPTQ rounds the inputs with the largest activations first.
+        damping: GPTQ adds this share of the Hessian's mean diagonal to its diagonal.
+        clip: Search the range of each group for the least error, instead of taking the largest weight.
+        skip: Modules that stay as they are: names, or ends of names.
+        head_bits: Quantize the output head too: 4 or 8. At run time only; files keep the head as it is.
+        calibration: Texts, or token ids, for the methods that need them; `None` for texts from the documentation of
+            Python's standard library.
+        samples: Sequences of the calibration set that are used.
+        length: Tokens of a sequence.
+        resume: Folder in which the blocks that are done lie until all are, so that a calibration that was stopped goes
+            on.
+        activations: `"auto"` rounds what a product reads to int8 where that is faster, a scale for each token and
+            group of inputs; `"none"` never does.
+
+    Example:
+        >>> from hf_llmopt import QuantizationConfig
+        >>> QuantizationConfig("gptq", bits=3)
+        QuantizationConfig(method='gptq', bits=3)
+    """
+
+    main: ClassVar[str | None] = "method"
+    method: str = _option("int4", choices=("int4", "int8", "fp8", "hqq", "gptq", "awq", "smoothquant"))
+    bits: int | None = _option(None, choices=(None, 2, 3, 4, 8))
+    group_size: int | None = _option(None, kind=int, low=-1)
+    symmetric: bool | None = _option(None, choices=(None, False, True))
+    act_order: bool = _option(True, choices=(False, True))
+    damping: float = _option(0.01, kind=float, low=1e-6, high=1.0)
+    clip: bool = _option(True, choices=(False, True))
+    skip: tuple[str, ...] = _option((), kind=tuple)
+    head_bits: int | None = _option(None, choices=(None, 4, 8))
+    calibration: Any = _option(None, kind=object)
+    samples: int = _option(128, kind=int, low=1)
+    length: int = _option(512, kind=int, low=2)
+    resume: str | Path | None = _option(None)  # noqa: RUF009 - a field, like the others
+    activations: str = _option("auto", choices=("auto", "none"))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resume, Path):
+            object.__setattr__(self, "resume", str(self.resume))
+        if isinstance(self.skip, (str, list)):
+            object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        super().__post_init__()
+        if self.method in EIGHT_BITS and self.bits not in (None, 8):
+            raise InvalidOption(f"QuantizationConfig: {self.method!r} has 8 bits, got bits={self.bits}.")
+        if self.group_size == 0:
+            raise InvalidOption("QuantizationConfig(group_size=...) is a number of inputs, -1 for all, or None, got 0.")
+
+
+EIGHT_BITS = ("int8", "fp8", "smoothquant")  # methods
+
+
 # The names that `llmopt=` accepts, the section that each switches on, and what it sets there.
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_cache": ("kv_cache", {}),
     "prompt_cache": ("prompt_cache", {}),
     "continuous_batching": ("batching", {"continuous": True}),
+    "int8": ("quantization", {"method": "int8"}),
+    "int4": ("quantization", {"method": "int4"}),
+    "fp8": ("quantization", {"method": "fp8"}),
+    "gptq": ("quantization", {"method": "gptq"}),
+    "awq": ("quantization", {"method": "awq"}),
 }
 SECTIONS: dict[str, type[Section]] = {
     "kv_cache": KVCacheConfig,
     "prompt_cache": PromptCacheConfig,
     "attention": AttentionConfig,
     "batching": BatchingConfig,
+    "quantization": QuantizationConfig,
 }
-OPTIONAL = ("prompt_cache",)  # sections that `None` and `False` switch off
+OPTIONAL = ("prompt_cache", "quantization")  # sections that `None` and `False` switch off
 
 
 @dataclass(frozen=True)
@@ -195,6 +269,8 @@ class LLMOptConfig:
         prompt_cache: Prompt caching, see `PromptCacheConfig`; `None` and `False` for none.
         attention: How pages are read, see `AttentionConfig`.
         batching: How steps are filled, see `BatchingConfig`.
+        quantization: Another number format for weights, see `QuantizationConfig`; `None` and `False` for none. Only
+            where a model is loaded or optimized.
         batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
             and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
         strict: Raise `NotServed` where a call would otherwise run on transformers with a warning.
@@ -214,6 +290,7 @@ class LLMOptConfig:
     prompt_cache: PromptCacheConfig | None = None
     attention: AttentionConfig = AttentionConfig()
     batching: BatchingConfig = BatchingConfig()
+    quantization: QuantizationConfig | None = None
     batch_invariant: bool = False
     strict: bool = False
 

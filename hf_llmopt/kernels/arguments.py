@@ -29,6 +29,26 @@ class Norm(NamedTuple):
     variant: int = 0
 
 
+class Grid(NamedTuple):
+    """A quantized weight, in no particular layout: `w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])`, g the group
+    of input k.
+
+    Attributes:
+        codes: uint8 `[outputs, inputs]`, each below `2**bits`; or float8_e4m3fn, which are numbers and have no zeros.
+        scales: `[outputs, groups]`, in any floating-point format.
+        zeros: uint8 `[outputs, groups]`, at most `2**bits`; `None` for `2**(bits - 1)` everywhere (symmetric), and for
+            0 with float8 codes.
+        bits: Of a code.
+        index: Group of each input, int32 `[inputs]`; `None` where they follow one another, `inputs / groups` each.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    bits: int = 4
+    index: Tensor | None = None
+
+
 class Product(NamedTuple):
     """`factor * (x @ weight^T + bias)`, weight `[outputs, inputs]`."""
 
