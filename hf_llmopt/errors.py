@@ -11,6 +11,7 @@ LLMOptError
 │   └── TokenOutOfRange  an id outside the vocabulary
 ├── OutOfPages           the KV cache's budget cannot hold the request                  (MemoryError)
 ├── InvalidPromptCache   a saved prompt is damaged or belongs to another model          (ValueError)
+├── CalibrationFailed    nothing to calibrate on, or the model cannot be calibrated     (ValueError)
 ├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
 ├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
@@ -66,6 +67,10 @@ class OutOfPages(LLMOptError, MemoryError):
 
 class InvalidPromptCache(LLMOptError, ValueError):
     """A saved prompt is damaged, or was made by another model, with other weights or another page size."""
+
+
+class CalibrationFailed(LLMOptError, ValueError):
+    """The calibration set is empty or unfit for the model, or the model does not run on it block by block."""
 
 
 class InvalidLogits(LLMOptError, ArithmeticError):

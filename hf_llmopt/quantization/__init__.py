@@ -1,0 +1,1 @@
+"""Part 3: another number format for the weights of products."""
