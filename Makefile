@@ -36,7 +36,7 @@ test-all: $(TEST_ENV)/.built  ## run the tests with the slow ones
 sanitize: build/sanitize/.built  ## run the kernels' tests under the address and undefined-behaviour sanitizers
 	cd build/sanitize && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HF_HUB_OFFLINE=1 \
-		$(abspath $(TEST_ENV))/bin/python -m pytest -p no:cacheprovider $(CURDIR)/tests/test_cpu_kernels.py $(PYTEST_ARGS)
+		$(abspath $(TEST_ENV))/bin/python -m pytest -p no:cacheprovider $(wildcard $(CURDIR)/tests/test_cpu_*.py) $(PYTEST_ARGS)
 
 lint: $(TEST_ENV)/.made  ## check style and format
 	$(TEST_ENV)/bin/ruff check .

@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from ..bench import quality
-from . import corpus
+from . import corpus, quality
 
 CONTEXT = 1024
 VOCABULARY = 4096
@@ -305,8 +304,7 @@ def train(
         batches = windows(tokens, batch_size, torch.Generator().manual_seed(seed))
         fit(model, loss, batches, validation, recipe, budget * recipe.share, partial(_log, out / "log.jsonl", name))
         trained[name] = _save(model, tokenizer, out / name)
-    sample = quality.Sample.cut(trained["target"], tokenizer, texts["held_out"], context=CONTEXT, stride=CONTEXT)
-    agreement = quality.compare(trained["draft"], trained["target"], sample)
+    held_out = texts["held_out"]
     report = {
         "torch": torch.__version__,
         "seed": seed,
@@ -315,8 +313,8 @@ def train(
         "corpus": corpus.fingerprint(source),
         "training_tokens": len(tokens),
         "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
-        "held_out": {name: quality.perplexity(model, sample).to_dict() for name, model in trained.items()},
-        "agreement": {"top1": agreement.top1.value, "overlap": agreement.overlap},
+        "held_out": {name: asdict(quality.measure(model, tokenizer, held_out)) for name, model in trained.items()},
+        "agreement": asdict(quality.agree(trained["draft"], trained["target"], tokenizer, held_out)),
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

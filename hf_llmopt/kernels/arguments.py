@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,8 +30,9 @@ class Norm(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A quantized weight, in no particular layout: `w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])`, g the group
-    of input k.
+    """A quantized weight in no particular layout.
+
+    `w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])`, g the group of input k.
 
     Attributes:
         codes: uint8 `[outputs, inputs]`, each below `2**bits`; or float8_e4m3fn, which are numbers and have no zeros.
@@ -46,15 +47,23 @@ class Grid(NamedTuple):
     scales: Tensor
     zeros: Tensor | None = None
     bits: int = 4
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # a tuple's method of that name is not missed
 
 
 class Product(NamedTuple):
-    """`factor * (x @ weight^T + bias)`, weight `[outputs, inputs]`."""
+    """`factor * (x @ weight^T + bias)`.
 
-    weight: Tensor
+    Attributes:
+        weight: `[outputs, inputs]`, a tensor; a quantized one as a `Grid` for the twin, as a `BlockedWeight` for C.
+        bias: `[outputs]`, or `None`.
+        factor: On the product.
+        group: Inputs whose activations share an int8 scale where the weight is quantized; 0 leaves them as they are.
+    """
+
+    weight: Any
     bias: Tensor | None = None
     factor: float = 1.0
+    group: int = 0
 
 
 class Seen(NamedTuple):

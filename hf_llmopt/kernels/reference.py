@@ -250,7 +250,8 @@ def layer(x: Tensor, stage: Stage) -> Tensor:
         return x if how is None else norm(x.reshape(*x.shape[:-1], -1, how.width), how).reshape(x.shape)
 
     def product(x: Tensor, of: Product) -> Tensor:
-        y = linear(x, of.weight, of.bias)
+        quantized = isinstance(of.weight, Grid)
+        y = quantized_linear(x, of.weight, of.bias, group=of.group) if quantized else linear(x, of.weight, of.bias)
         return y if of.factor == 1 else y * of.factor
 
     entry = normed(x, before)

@@ -1,4 +1,5 @@
-/* y = x W^T + bias (or residual + factor (x W^T + bias)) for few rows, on the weight as nn.Linear keeps it.
+/* y = x W^T + bias (or residual + factor (x W^T + bias)) for few rows, on the weight as nn.Linear keeps it; quantized
+ * weights are quantized.c's.
  *
  * x         [rows, inputs]       contiguous
  * weight    [outputs, inputs]    contiguous, streamed once for all rows
@@ -20,6 +21,10 @@
 #define SELF "linear.c"
 #include "levels.h"
 #elif defined(FORMAT)
+#include "finish.h"
+
+extern void FN(quantized_prepare)(const linear *);
+extern void FN(quantized_share)(const linear *, long, long);
 
 /* Adds `count` inputs to the vectors of M rows and N outputs, which lie in `sums` between the panels, and asks for its
  * share of the weights `ahead` elements on, so that memory is busy while other rows are computed. After the last panel, the sums go to `lines` [rows][OUT]. */
@@ -52,8 +57,8 @@ ROWS_BY_OUTPUTS(2, 8)
 ROWS_BY_OUTPUTS(4, 4)
 #undef ROWS_BY_OUTPUTS
 
-/* What the vectors leave over, then bias, rounding, factor and residual, for `count` neighbouring outputs of one row. */
-INLINE void FN(finish)(const linear *a, long m, long n, long whole, const float *sums, long count) {
+/* What the vectors leave over of `count` neighbouring outputs of one row, and what follows a product. */
+INLINE void FN(complete)(const linear *a, long m, long n, long whole, const float *sums, long count) {
     float line[WIDTH] = {0};
     memcpy(line, sums, (size_t)count * 4);
     for (long k = whole; k < a->inputs; k++)
@@ -61,18 +66,7 @@ INLINE void FN(finish)(const linear *a, long m, long n, long whole, const float 
             line[i] += FN(get)((const E *)a->x + m * a->inputs + k) * FN(get)((const E *)a->weight + (n + i) * a->inputs + k);
     vec v;
     memcpy(&v, line, sizeof v);
-    const E *bias = a->bias, *residual = a->residual;
-    if (bias) v += count == WIDTH ? FN(load)(bias + n) : FN(load_part)(bias + n, count);
-    if (a->factor != 1.0f) v = FN(rounded)(v) * a->factor;
-    if (residual) {
-        residual += m * a->stride + n;
-        v = FN(rounded)(v) + (count == WIDTH ? FN(load)(residual) : FN(load_part)(residual, count));
-    }
-    E *y = (E *)a->y + m * a->stride + n;
-    if (count == WIDTH)
-        FN(store)(y, v);
-    else
-        FN(store_part)(y, v, count);
+    FN(finish)(a, m, n, v, count);
 }
 
 /* One output: the same accumulator and the same order as in a tile. */
@@ -119,7 +113,7 @@ LOCAL void FN(vector_blocks)(const linear *a, const FN(element) * x, long from, 
 #undef TILES
                 k += count;
             } while (k < whole);
-            for (long m = 0; m < rows; m++) FN(finish)(a, top + m, n, whole, lines + m * OUT, outputs);
+            for (long m = 0; m < rows; m++) FN(complete)(a, top + m, n, whole, lines + m * OUT, outputs);
         }
 }
 
@@ -128,29 +122,6 @@ LOCAL void FN(vector_blocks)(const linear *a, const FN(element) * x, long from, 
  * is read once for 16 rows. x lies in groups of 16 rows (the last may be smaller), each as [inputs / 2][rows][2]; a single
  * row lies so already. */
 #define TILED(a) ((a)->inputs >= 32 && (a)->outputs >= 16)
-
-/* 16 x 16 numbers, rows and columns exchanged: Eklundh's exchanges at distance 1, 2, 4, 8. */
-INLINE void FN(transpose)(ivec *r) {
-#define KEEP(j, s) ((j) & s ? 16 + (j) - s : (j))
-#define SWAP(j, s) ((j) & s ? 16 + (j) : (j) + s)
-#define ALL(F, s)                                                                                                      \
-    {F(0, s), F(1, s), F(2, s),  F(3, s),  F(4, s),  F(5, s),  F(6, s),  F(7, s),                                      \
-     F(8, s), F(9, s), F(10, s), F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)}
-#define EXCHANGE(s)                                                                                                    \
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & s)) {                                              \
-        ivec a = r[i], b = r[i + s];                                                                                   \
-        r[i] = __builtin_shuffle(a, b, (ivec)ALL(KEEP, s));                                                            \
-        r[i + s] = __builtin_shuffle(a, b, (ivec)ALL(SWAP, s));                                                        \
-    }
-    EXCHANGE(1)
-    EXCHANGE(2)
-    EXCHANGE(4)
-    EXCHANGE(8)
-#undef KEEP
-#undef SWAP
-#undef ALL
-#undef EXCHANGE
-}
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -191,10 +162,10 @@ LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long from, l
                 if (rows == 1) {
                     float line[16];
                     for (int i = 0; i < 16; i++) line[i] = sums[b][i][0];
-                    FN(finish)(a, first, n + 16 * b, whole, line, 16);
+                    FN(complete)(a, first, n + 16 * b, whole, line, 16);
                 } else {
                     FN(transpose)((ivec *)sums[b]);
-                    for (long m = 0; m < rows; m++) FN(finish)(a, first + m, n + 16 * b, whole, sums[b][m], 16);
+                    for (long m = 0; m < rows; m++) FN(complete)(a, first + m, n + 16 * b, whole, sums[b][m], 16);
                 }
         }
     }
@@ -204,6 +175,10 @@ LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long from, l
 
 /* Called by every thread of a team: lays x out as `linear_share` reads it. */
 void FN(linear_prepare)(const linear *a) {
+    if (a->kind) {
+        FN(quantized_prepare)(a);
+        return;
+    }
 #if defined(HAS_AMX) && DTYPE == 1
     if (TILED(a) && a->rows > 1) {
         long inputs = a->inputs, whole = inputs - inputs % 32, groups = (a->rows + 15) / 16;
@@ -240,13 +215,17 @@ void FN(linear_range)(const linear *a, long t, long n, long *from, long *to) {
 void FN(linear_share)(const linear *a, long t, long n) {
     long from, to;
     FN(linear_range)(a, t, n, &from, &to);
+    if (a->kind) {
+        FN(quantized_share)(a, from, to);
+        return;
+    }
 #if defined(HAS_AMX) && DTYPE == 1
     if (TILED(a)) {
         FN(tile_blocks)(a, a->rows > 1 ? a->scratch : a->x, from, to);
         for (long m = 0; m < a->rows; m++)
             for (long j = to - to % 16; j < to; j++) {
                 float sum = FN(single)(a, a->x, m, j, a->inputs - a->inputs % 32);
-                FN(finish)(a, m, j, a->inputs - a->inputs % 32, &sum, 1);
+                FN(complete)(a, m, j, a->inputs - a->inputs % 32, &sum, 1);
             }
         return;
     }
@@ -260,7 +239,7 @@ void FN(linear_share)(const linear *a, long t, long n) {
 
 int FN(linear)(const void *arguments, int threads) {
     linear a = *(const linear *)arguments;
-    a.scratch = malloc(linear_scratch(a.rows, a.inputs));
+    a.scratch = malloc(linear_scratch(a.rows, a.laid));
     if (!a.scratch) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs > SMALL)
     {

@@ -27,14 +27,14 @@ typedef int kernel(const void *arguments, int threads); /* not 0: no memory */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define X86_LEVELS 1
-#define LEVELS 5
+#define LEVELS 6
 #define DECLARE_LEVELS(op, format)                                                                                     \
-    extern kernel op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16,     \
-        op##_##format##_amx;
+    extern kernel op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512vnni,     \
+        op##_##format##_avx512bf16, op##_##format##_amx;
 #define LIST_LEVELS(op, format)                                                                                        \
     {                                                                                                                  \
-        op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512bf16,            \
-            op##_##format##_amx                                                                                        \
+        op##_##format##_portable, op##_##format##_avx2, op##_##format##_avx512, op##_##format##_avx512vnni,            \
+            op##_##format##_avx512bf16, op##_##format##_amx                                                            \
     }
 #else
 #define LEVELS 1
@@ -48,11 +48,12 @@ TABLE(activation)
 TABLE(argmax)
 TABLE(attention)
 TABLE(conv1d)
+TABLE(dequantize)
 TABLE(layers)
 TABLE(linear)
 TABLE(norm)
 
-static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
+static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
 
 /* Numbers of a call, read one after the other. */
 typedef struct {
@@ -107,7 +108,11 @@ static norm read_norm(reader *r) {
 static linear read_linear(reader *r) {
     linear a = {0};
     a.weight = pointer(r), a.bias = pointer(r), a.outputs = number(r), a.inputs = number(r);
-    a.factor = real(r);
+    a.factor = real(r), a.kind = (int)number(r), a.laid = a.inputs;
+    if (a.kind) {
+        a.scales = pointer(r), a.zeros = pointer(r), a.order = pointer(r);
+        a.zero = real(r), a.laid = number(r), a.group = number(r), a.share = number(r);
+    }
     return a;
 }
 
@@ -135,6 +140,14 @@ static PyObject *py_linear(PyObject *self, PyObject *const *items, Py_ssize_t co
     a.stride = a.outputs;
     a.x = pointer(&r), a.residual = pointer(&r), a.y = pointer(&r), a.rows = number(&r);
     return run(linear_table, &r, level, format, threads, &a);
+}
+
+static PyObject *py_dequantize(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    linear a = read_linear(&r);
+    a.y = pointer(&r);
+    return run(dequantize_table, &r, level, format, threads, &a);
 }
 
 static PyObject *py_conv1d(PyObject *self, PyObject *const *items, Py_ssize_t count) {
@@ -227,8 +240,9 @@ static PyObject *py_levels(PyObject *self, PyObject *none) {
     if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         best = 2;
-    if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
-    if (best == 3 && has_amx()) best = 4;
+    if (best == 2 && __builtin_cpu_supports("avx512vnni")) best = 3;
+    if (best == 3 && __builtin_cpu_supports("avx512bf16")) best = 4;
+    if (best == 4 && has_amx()) best = 5;
 #endif
     PyObject *names = PyTuple_New(best + 1);
     for (int i = 0; names && i <= best; i++) {
@@ -261,6 +275,7 @@ static PyMethodDef methods[] = {
     {"argmax", (PyCFunction)(void (*)(void))py_argmax, METH_FASTCALL, "See argmax.c."},
     {"attention", (PyCFunction)(void (*)(void))py_attention, METH_FASTCALL, "See attention.c."},
     {"conv1d", (PyCFunction)(void (*)(void))py_conv1d, METH_FASTCALL, "See conv1d.c."},
+    {"dequantize", (PyCFunction)(void (*)(void))py_dequantize, METH_FASTCALL, "See quantized.c."},
     {"layers", (PyCFunction)(void (*)(void))py_layers, METH_FASTCALL, "See layer.c."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},

@@ -10,13 +10,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch  # before the extension: both must share torch's OpenMP runtime
 from torch import Tensor
 
 from ...errors import unknown
 from ..arguments import Norm, Product, Seen, Stage
+
+if TYPE_CHECKING:
+    from .quantized import BlockedWeight
 
 VARIABLE = "HF_LLMOPT_CPU"  # a level to use instead of the best one, or "off"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -94,7 +97,7 @@ def _address(tensor: Tensor | None) -> int:
 MAX_DIM = 512  # as in attention.h
 
 
-_NO_NORM, _NO_PRODUCT = (0, 0, 0, 0.0, 0, 0), (0, 0, 0, 0, 0.0)
+_NO_NORM, _NO_PRODUCT, DENSE = (0, 0, 0, 0.0, 0, 0), (0, 0, 0, 0, 0.0, 0), 0
 
 
 def _norm_numbers(norm: Norm) -> tuple[int | float, ...]:
@@ -103,8 +106,17 @@ def _norm_numbers(norm: Norm) -> tuple[int | float, ...]:
 
 
 def _product_numbers(product: Product) -> tuple[int | float, ...]:
-    weight, bias, factor = product
-    return weight.data_ptr(), _address(bias), *weight.shape, factor
+    weight, bias, factor, group = product
+    if isinstance(weight, Tensor):
+        return weight.data_ptr(), _address(bias), *weight.shape, factor, DENSE
+    return _quantized_numbers(weight, bias, factor, group)
+
+
+def _quantized_numbers(
+    weight: BlockedWeight, bias: Tensor | None, factor: float, group: int
+) -> tuple[int | float, ...]:
+    codes = weight.tensors["codes"]
+    return codes.data_ptr(), _address(bias), weight.outputs, weight.inputs, factor, *weight.numbers(group)
 
 
 def _seen_numbers(seen: Seen, tokens: int, heads: int) -> tuple[int | float, ...]:
@@ -178,9 +190,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     y = x.new_empty(*x.shape[:-1], outputs)
     _C.linear(
         _level, DTYPES[x.dtype], torch.get_num_threads(),
-        weight.data_ptr(), _address(bias), outputs, inputs, 1.0,
+        weight.data_ptr(), _address(bias), outputs, inputs, 1.0, DENSE,
         x.data_ptr(), _address(residual), y.data_ptr(), x.numel() // inputs,
     )  # fmt: skip
+    return y
+
+
+def quantized_linear(
+    x: Tensor, weight: BlockedWeight, bias: Tensor | None = None, residual: Tensor | None = None, group: int = 0
+) -> Tensor:
+    """See `reference.quantized_linear`; `group` is 0 or `weight.share`."""
+    y = x.new_empty(*x.shape[:-1], weight.outputs)
+    _C.linear(
+        _level, DTYPES[x.dtype], torch.get_num_threads(), *_quantized_numbers(weight, bias, 1.0, group),
+        x.data_ptr(), _address(residual), y.data_ptr(), x.numel() // weight.inputs,
+    )  # fmt: skip
+    return y
+
+
+def dequantize(weight: BlockedWeight, dtype: torch.dtype) -> Tensor:
+    """See `reference.dequantize`."""
+    y = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device="cpu")
+    numbers = _quantized_numbers(weight, None, 1.0, 0)
+    _C.dequantize(_level, DTYPES[dtype], torch.get_num_threads(), *numbers, y.data_ptr())
     return y
 
 

@@ -157,6 +157,29 @@ INLINE vec FN(sums)(const vec *a) {
     return __builtin_shuffle(d[0], d[1], low) + __builtin_shuffle(d[0], d[1], high);
 }
 
+/* 16 x 16 numbers, rows and columns exchanged: Eklundh's exchanges at distance 1, 2, 4, 8. */
+INLINE void FN(transpose)(ivec *r) {
+#define KEEP(j, s) ((j) & s ? 16 + (j) - s : (j))
+#define SWAP(j, s) ((j) & s ? 16 + (j) : (j) + s)
+#define ALL(F, s)                                                                                                      \
+    {F(0, s), F(1, s), F(2, s),  F(3, s),  F(4, s),  F(5, s),  F(6, s),  F(7, s),                                      \
+     F(8, s), F(9, s), F(10, s), F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)}
+#define EXCHANGE(s)                                                                                                    \
+    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & s)) {                                              \
+        ivec a = r[i], b = r[i + s];                                                                                   \
+        r[i] = __builtin_shuffle(a, b, (ivec)ALL(KEEP, s));                                                            \
+        r[i + s] = __builtin_shuffle(a, b, (ivec)ALL(SWAP, s));                                                        \
+    }
+    EXCHANGE(1)
+    EXCHANGE(2)
+    EXCHANGE(4)
+    EXCHANGE(8)
+#undef KEEP
+#undef SWAP
+#undef ALL
+#undef EXCHANGE
+}
+
 /* Products of CHUNK neighbouring elements of two rows, added to the lanes of a float vector. One row, read again and again,
  * is kept as `element`s; the other is read where it lies. */
 #undef CHUNK
