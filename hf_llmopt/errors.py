@@ -12,6 +12,7 @@ LLMOptError
 ├── OutOfPages           the KV cache's budget cannot hold the request                  (MemoryError)
 ├── InvalidPromptCache   a saved prompt is damaged or belongs to another model          (ValueError)
 ├── CalibrationFailed    nothing to calibrate on, or the model cannot be calibrated     (ValueError)
+├── InvalidText          a text to evaluate on is empty or too short                    (ValueError)
 ├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
 ├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
@@ -71,6 +72,10 @@ class InvalidPromptCache(LLMOptError, ValueError):
 
 class CalibrationFailed(LLMOptError, ValueError):
     """The calibration set is empty or unfit for the model, or the model does not run on it block by block."""
+
+
+class InvalidText(LLMOptError, ValueError):
+    """A text to evaluate on is empty or too short."""
 
 
 class InvalidLogits(LLMOptError, ArithmeticError):

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[PreTrainedModel, Any]:
+def load(name: str, dtype: str = "auto", device: str | None = None, llmopt: Any = False) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer.
 
     Args:
         name: `demo`, a folder, or a name on the hub.
         dtype: One of `DTYPES`.
         device: Where to; a GPU by default if there is one.
+        llmopt: The keyword of `from_pretrained`.
 
     Raises:
         UserError: There is no such model, or it cannot be loaded.
@@ -29,13 +30,17 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Pre
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from hf_llmopt.errors import LLMOptError
+
     wanted = parse_dtype(dtype)
     if not ui.talks():
         logging.disable_progress_bar()
     path = _path(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, llmopt=llmopt)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except LLMOptError:
+        raise
     except (OSError, ValueError, ImportError) as error:  # no such model, an unknown architecture, a missing package
         raise UserError(f"cannot load {name!r}: {ui.first_line(error)}") from error
     return place(model.eval(), device), tokenizer

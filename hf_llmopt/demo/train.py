@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from . import corpus, quality
+from ..bench import quality
+from . import corpus
 
 CONTEXT = 1024
 VOCABULARY = 4096
@@ -304,7 +305,8 @@ def train(
         batches = windows(tokens, batch_size, torch.Generator().manual_seed(seed))
         fit(model, loss, batches, validation, recipe, budget * recipe.share, partial(_log, out / "log.jsonl", name))
         trained[name] = _save(model, tokenizer, out / name)
-    held_out = texts["held_out"]
+    sample = quality.Sample.cut(trained["target"], tokenizer, texts["held_out"], context=CONTEXT, stride=CONTEXT)
+    agreement = quality.compare(trained["draft"], trained["target"], sample)
     report = {
         "torch": torch.__version__,
         "seed": seed,
@@ -313,8 +315,8 @@ def train(
         "corpus": corpus.fingerprint(source),
         "training_tokens": len(tokens),
         "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
-        "held_out": {name: asdict(quality.measure(model, tokenizer, held_out)) for name, model in trained.items()},
-        "agreement": asdict(quality.agree(trained["draft"], trained["target"], tokenizer, held_out)),
+        "held_out": {name: quality.perplexity(model, sample).to_dict() for name, model in trained.items()},
+        "agreement": {"top1": agreement.top1.value, "overlap": agreement.overlap},
     }
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
