@@ -13,6 +13,8 @@ LLMOptError
 ├── InvalidPromptCache   a saved prompt is damaged or belongs to another model          (ValueError)
 ├── CalibrationFailed    nothing to calibrate on, or the model cannot be calibrated     (ValueError)
 ├── InvalidText          a text to evaluate on is empty or too short                    (ValueError)
+├── InvalidCheckpoint    quantized files are damaged, mixed, or not as configured       (ValueError)
+├── UnsupportedQuantization  a format, or a weight in it, that cannot be handled        (ValueError)
 ├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
 ├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
@@ -76,6 +78,14 @@ class CalibrationFailed(LLMOptError, ValueError):
 
 class InvalidText(LLMOptError, ValueError):
     """A text to evaluate on is empty or too short."""
+
+
+class InvalidCheckpoint(LLMOptError, ValueError):
+    """A quantized checkpoint is damaged, mixed, or not what its `quantization_config` says."""
+
+
+class UnsupportedQuantization(LLMOptError, ValueError):
+    """A file format, or a weight in it, that cannot be read or written; the message says what can."""
 
 
 class InvalidLogits(LLMOptError, ArithmeticError):
