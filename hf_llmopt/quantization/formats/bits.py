@@ -17,7 +17,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 `[rows, n]`, each below `2**bits`.
-        bits: 1 to 8.
+        bits: 1 to 4, or 8; with 5 to 7 a code would be moved onto itself.
 
     Returns:
         int32 `[rows, ceil(n * bits / 32)]`; what is left of the last word is zero.
@@ -45,7 +45,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
     Args:
         packed: int32 `[rows, words]`.
-        bits: 1 to 8.
+        bits: 1 to 4, or 8; with 5 to 7 a code would be moved onto itself.
         count: Codes of a row.
 
     Returns:
