@@ -580,6 +580,71 @@ def test_overlap_notices_an_end_late_and_leaves_no_trace(model, name: str) -> No
         assert engine.loop.store.pages_used == 0
 
 
+def test_the_step_behind_an_end_counts_for_nothing(model) -> None:
+    served, ids = model("llama"), prompt(10)
+    eos = stock(served, ids, max_new_tokens=12)[6]
+    arguments = {"max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": eos}
+    steps, pages = [], []
+    for overlap in (False, True):
+        with Engine(served, {"kv_cache": {"page_size": 4}, "batching": {"overlap": overlap}}) as engine:
+            handle = engine.submit(ids, **arguments)
+            assert len(ids) + len(handle.result(60)) - 1 == 16  # EOS, whose key nobody needs, would begin a page
+            steps.append(handle.stats.steps)
+            pages.append(handle.stats.pages)
+    assert steps == [7, 7]
+    assert pages == [4, 4]
+
+
+def test_a_forward_that_raises_behind_an_end(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request has ended by then, only nobody has read its last token; one that goes on fails."""
+    served, ids = build("llama"), prompt(10)
+    eos = stock(served, ids, max_new_tokens=12)[6]
+    arguments = {"max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": eos}
+    expected, run, raised = stock(served, ids, **arguments), Runner.run, []
+
+    def breaking(self, spans, note):
+        if any(len(request.tokens) == len(ids) + len(expected) for request, _ in spans):
+            raised.append(True)
+            raise RuntimeError("the device fell over")
+        return run(self, spans, note)
+
+    with Engine(served, OVERLAP) as engine:
+        monkeypatch.setattr(Runner, "run", breaking)
+        assert engine.submit(ids, **arguments).result(60) == expected
+        assert raised
+        goes_on = engine.submit(ids, max_new_tokens=30, **KW)
+        with pytest.raises(errors.RequestFailed, match="fell over"):
+            goes_on.result(60)
+        assert engine.loop.store.pages_used == 0
+        assert engine.submit(prompt(3), max_new_tokens=5, **KW).result(60) == stock(
+            served, prompt(3), max_new_tokens=5
+        )
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_cancelled_request_has_a_log_probability_per_token(model, overlap: bool, monkeypatch) -> None:
+    from hf_llmopt.batching import engine as module
+
+    choose, calls = module.choose, []
+
+    def cancelling(rows, logits):
+        chosen = choose(rows, logits)
+        calls.append(True)
+        if len(calls) == 4:
+            handle.cancel()
+        return chosen
+
+    monkeypatch.setattr(module, "choose", cancelling)
+    with Engine(model("llama"), {"batching": {"overlap": overlap}}) as engine:
+        with engine.loop.lock:
+            handle = engine.submit(prompt(8), max_new_tokens=30, logprobs=1, **KW)
+        with pytest.raises(errors.RequestCancelled):
+            handle.result(60)
+        tokens = handle._row.tokens
+        assert [entry.token for entry in handle.logprobs] == tokens
+        assert len(tokens) == 3
+
+
 def test_overlap_and_nan(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row whose scores are NaN takes part in one step more; it fails alone, and its pages are nobody's trouble."""
     served = build("llama")

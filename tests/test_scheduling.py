@@ -208,6 +208,20 @@ def test_fair_shares_count_tokens_not_requests() -> None:
     assert abs(served["long"] - served["short"]) <= 2 * 31
 
 
+def test_a_line_can_be_measured_while_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Engine.submit` asks how many wait while the engine's thread lets others in."""
+    line, tenants = Fair(), iter("abcdefgh")
+
+    def measured(self) -> int:
+        line.push(Request([1], [0], 1, [1], tenant=next(tenants)))
+        return 1
+
+    for _ in range(3):
+        line.push(Request([1], [0], 1, [1], tenant=next(tenants)))
+    monkeypatch.setattr(FirstCome, "__len__", measured)
+    assert len(line) == 3
+
+
 def test_counters_of_tenants_are_forgotten() -> None:
     policy = Fair()
     world = World(policy, pages=10)

@@ -2,6 +2,6 @@
 
 from .engine import EngineLoop
 from .probe import input_weight, unsupported
-from .request import Request
+from .request import Request, Share
 
-__all__ = ["EngineLoop", "Request", "input_weight", "unsupported"]
+__all__ = ["EngineLoop", "Request", "Share", "input_weight", "unsupported"]

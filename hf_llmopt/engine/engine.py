@@ -27,7 +27,7 @@ from ..prompt_cache import PromptCache
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
 from .proof import prove
-from .request import Request, Rows
+from .request import Request, Rows, Share
 from .runner import Runner
 from .scheduler import Plan, Scheduler
 
@@ -107,8 +107,8 @@ class EngineLoop:
         self.swapped_bytes = 0  # of host memory
         self.on_step: Callable[[Plan, float], None] | None = None  # called with each plan and when its step began
         self.groups: dict[Rows, None] = {}  # in order of arrival
-        # Passes that nobody was told about: their clocks, tokens, groups, and attention paths.
-        self._passes: deque[tuple[list[Clock], int, list[Rows], set[str]]] = deque()
+        # Passes that nobody was told about: their clocks, tokens, what groups share of them, and attention paths.
+        self._passes: deque[tuple[list[Clock], int, list[Share], set[str]]] = deque()
         self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
 
@@ -344,8 +344,9 @@ class EngineLoop:
         paths: set[str] = set()
         results, clocks = self.runner.run(spans, paths.add)
         self._settle(spans)
-        groups = list({request.group: None for request, _ in spans if request.group is not None})
-        self._passes.append((clocks, sum(length for _, length in spans), groups, paths))
+        reached = {request.group: request.computed for request, _ in spans if request.group is not None}
+        shares = [Share(group, computed, self._held(group)) for group, computed in reached.items()]
+        self._passes.append((clocks, sum(length for _, length in spans), shares, paths))
         for request, logits in results:
             request.logits = logits
             if request.group is not None:
@@ -354,15 +355,20 @@ class EngineLoop:
     def account(self) -> None:
         """Tell groups what the passes cost that the device is done with."""
         while self._passes:
-            clocks, tokens, groups, paths = self._passes[0]
+            clocks, tokens, shares, paths = self._passes[0]
             times = [seconds for clock in clocks if (seconds := clock.seconds()) is not None]
             if len(times) < len(clocks):
                 return
             self._passes.popleft()
             self.costs.computed(tokens, sum(times))
-            for group in groups:
-                if group in self.groups:  # not yet ended
-                    group.account(sum(times), paths)
+            for share in shares:
+                if share.group in self.groups:  # not yet ended
+                    share.group.account(sum(times), paths, share)
+
+    def _held(self, group: Rows) -> list[int]:
+        """Pages that a group holds, per cache group."""
+        holding = [request.tables for request in group.requests if request.tables]
+        return [sum(tables[index].held for tables in holding) for index in range(len(self.store.groups))]
 
     def _starve(self) -> None:
         """Nobody could be scheduled: if nobody is about to go on by itself either, somebody has to fail.
@@ -405,7 +411,8 @@ class EngineLoop:
             if request.finished:
                 continue
             request.error = error if isinstance(error, LLMOptError) else RequestFailed.from_forward(error)
-            self._abandon(request)
+            if request.pending is None:  # else the unread token may have been its last: its owner will know
+                self._abandon(request)
             if request.group is not None:
                 request.group.notice()
         self.lock.notify_all()

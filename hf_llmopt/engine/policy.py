@@ -120,7 +120,7 @@ class Fair:
         self._counters: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, list(self._lines.values())))  # a copy: `Engine.submit` asks without the lock
 
     def __iter__(self) -> Iterator[Request]:
         return (request for line in self._lines.values() for request in line)

@@ -20,13 +20,28 @@ class Rows(Protocol):
     requests: list[Request]
     thread: int  # who waits for it
 
-    def account(self, seconds: float, paths: set[str]) -> None:
+    def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""
         ...
 
     def notice(self) -> None:
         """A request of the group got its logits or failed; called with the engine's lock held."""
         ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a group had of a pass.
+
+    Attributes:
+        group: Whose tokens were computed.
+        computed: How many tokens of its last request were computed then, in this pass and before.
+        held: Pages it held then, per cache group.
+    """
+
+    group: Rows
+    computed: int
+    held: list[int]
 
 
 @dataclass(eq=False)

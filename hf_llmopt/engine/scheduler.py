@@ -118,7 +118,7 @@ class Scheduler:
         budget = self.max_batch_tokens
         if self.line.preempts:
             self._make_way(plan)
-        ready = [request for request in self.running if request.remaining]
+        ready = [request for request in self.running if request.remaining and request.error is None]
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
         ready.sort(key=lambda request: (not request.protected, request.remaining > 1, self.line.rank(request)))
         owed = sum(request.remaining == 1 for request in ready)  # a long prompt must not stall those who decode

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..engine import EngineLoop, Request
+from ..engine import EngineLoop, Request, Share
 from ..engine.sampling import draw, greedy, sample
 from ..errors import CallbackFailed, LLMOptError, PromptTooLong
 from ..kernels import cpu
@@ -146,15 +146,13 @@ class Group:
     def notice(self) -> None:
         """Whoever waits for the group looks by itself."""
 
-    def account(self, seconds: float, paths: set[str]) -> None:
+    def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Count a step that computed some of these rows."""
         self.stats.steps += 1
         self.stats.forward_seconds += seconds
-        holding = [request.tables for request in self.live if request.tables]  # others lost them since the pass
-        held = [sum(tables[i].held for tables in holding) for i in range(len(self.engine.store.groups))]
-        if sum(held) > self.stats.pages:
-            self.stats.pages = sum(held)
-            self.stats.page_bytes = sum(n * self.engine.store.page_bytes(i) for i, n in enumerate(held))
+        if sum(share.held) > self.stats.pages:
+            self.stats.pages = sum(share.held)
+            self.stats.page_bytes = sum(n * self.engine.store.page_bytes(i) for i, n in enumerate(share.held))
         self._paths |= paths
 
     def advance(self) -> None:

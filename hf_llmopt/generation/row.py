@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
+from ..engine import Share
 from ..engine.sampling import draw, invalid, pick
 from ..errors import CallbackFailed, InvalidRequest
 from ..kv_cache import Download
@@ -114,6 +115,7 @@ class Row(Group):
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.on_notice: Callable[[Row], None] = lambda row: None
+        self._unread: list[tuple[float, set[str], Share]] = []  # steps behind a token that may have been the last
         self._prompt_length = self.input_ids.shape[1]
         shaped = [stage_of(processor) for processor in self.processors]
         # From here on the processors are known and come in the order of the stages; those before it are called.
@@ -177,8 +179,17 @@ class Row(Group):
         longest = self._max_length is not None and self.length + 1 >= self._max_length
         return longest or self._at_limit(self.request) or self.on_done is not None
 
-    def accept(self, token: int) -> None:
+    def account(self, seconds: float, paths: set[str], share: Share) -> None:
+        """Count a step; one that may have been in vain counts once it is known that the request goes on."""
+        if share.computed > len(self.request.tokens) - (self.request.pending is not None):
+            self._unread.append((seconds, paths, share))
+        else:
+            super().account(seconds, paths, share)
+
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Take the chosen token: criteria, streamer, figures; then the request goes on, or ends."""
+        if logprob is not None:
+            self.logprobs.append(logprob)
         self.tokens.append(token)
         self.stats.generated_tokens += 1
         if not self.stats.time_to_first_token:
@@ -192,6 +203,9 @@ class Row(Group):
             if self.request.finished:  # cancelled meanwhile
                 return
             self._accept([token], [not ended])
+            unread, self._unread = self._unread, []
+            for step in () if self.done else unread:
+                self.account(*step)
         if self.done and self.streamer is not None:
             self._call("streamer", self.streamer.end)
 
@@ -234,6 +248,7 @@ class Chosen:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.errors: list[BaseException | None] = [None] * len(rows)
+        self.logprobs: dict[int, TokenLogprob] = {}  # by place, of the rows that want them
         self.places: list[int] = []
         self._parts: list[Tensor] = []
 
@@ -264,7 +279,7 @@ class Chosen:
                 if token < 0:
                     raise invalid([0])
                 if not row.request.finished:  # cancelled meanwhile
-                    row.accept(token)
+                    row.accept(token, self.logprobs.get(place))
             except BaseException as error:  # a criterion may exit: that ends its request, not the thread
                 self.errors[place] = error
 
@@ -322,8 +337,9 @@ def _shaped(rows: Sequence[Row], places: Sequence[int], logits: Tensor, chosen: 
             own = scores if len(part) == len(rows) else scores[part]
             noise = torch.cat([draw(own[:1], rows[index].generator) for index in part]) if drawing else None
             tokens = pick(own, noise)
-            chosen.add([places[index] for index in part], tokens)
-            _report_chosen([rows[index] for index in part], logits[part], tokens)
+            own_places = [places[index] for index in part]
+            chosen.add(own_places, tokens)
+            _report_chosen(chosen, own_places, logits[part], tokens)
 
 
 def _applied(
@@ -354,7 +370,8 @@ def _call_processors(row: Row, scores: Tensor) -> Tensor:
     return found[0]
 
 
-def _report_chosen(rows: Sequence[Row], logits: Tensor, tokens: Tensor) -> None:
+def _report_chosen(chosen: Chosen, places: Sequence[int], logits: Tensor, tokens: Tensor) -> None:
+    rows = [chosen.rows[place] for place in places]
     wanted = [index for index, row in enumerate(rows) if row.wishes.logprobs is not None]
     if not wanted:
         return
@@ -363,8 +380,7 @@ def _report_chosen(rows: Sequence[Row], logits: Tensor, tokens: Tensor) -> None:
     known = [token for token in known if token >= 0]
     if wanted:
         found = report(logits[wanted], known, [rows[index].wishes.logprobs or 0 for index in wanted])
-        for index, entry in zip(wanted, found, strict=True):
-            rows[index].logprobs.append(entry)
+        chosen.logprobs |= {places[index]: entry for index, entry in zip(wanted, found, strict=True)}
 
 
 def report(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
