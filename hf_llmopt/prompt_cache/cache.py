@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any, NamedTuple, Protocol
 
 import psutil
@@ -34,6 +34,7 @@ from .epoch import WeightsEpoch, adapted, fingerprint, settings
 from .index import Node, Tokens, longest, walk
 from .store import DiskTier, HostTier, compute_seconds, disk_seconds, host_seconds
 
+PRECEDENCE = 1000  # nanoseconds by which a file of a prompt seems older than that of the page before
 SHARE = 8  # one part in so many of the free memory is for kept pages, unless the user says otherwise
 
 
@@ -300,13 +301,14 @@ class PromptCache:
         """Bring the nodes' pages to the device, per cache group, and add them to `held`."""
         rows: list[list[Tensor]] = []
         loaded: dict[Node, dict[int, Tensor]] = {}
+        now = time_ns()
         for index, nodes in enumerate(missing):
             rows.append([])
             for node in nodes:
                 row = node.copies[index]
                 if row is None and self._disk is not None:
                     if node not in loaded:
-                        loaded[node] = self._disk.load(node.digest, node.tokens)
+                        loaded[node] = self._disk.load(node.digest, node.tokens, now - PRECEDENCE * node.depth)
                     row = loaded[node].get(index)
                 if row is None:
                     node.stored = frozenset()
@@ -485,8 +487,12 @@ class PromptCache:
 
     def _save(self, disk: DiskTier, nodes: Sequence[Node]) -> None:
         """Write full pages that are not on disk, unless the weights changed while they were computed."""
-        new = [node for node in nodes if not node.stored and len(node.tokens) == self.store.page_size]
-        new = [node for node in new if any(node.pages)]
+        whole = [node for node in nodes if len(node.tokens) == self.store.page_size]
+        now = time_ns()
+        for node in whole:
+            if node.stored and not disk.touch(node.digest, now - PRECEDENCE * node.depth):
+                node.stored = frozenset()
+        new = [node for node in whole if not node.stored and any(node.pages)]
         model = self._model()
         if not new or model is None:
             return
@@ -501,7 +507,8 @@ class PromptCache:
                 for i, row in zip(here, self.store.read_pages(index, pages, self.store.page_size), strict=True):
                     rows[i][index] = row
         for node, its_rows in zip(new, rows, strict=True):
-            disk.save(node.digest, node.tokens, its_rows)
+            if not disk.save(node.digest, node.tokens, its_rows, now - PRECEDENCE * node.depth):
+                break  # nobody finds what follows a page that is not there
             node.stored = frozenset(its_rows)
 
     # -- leaving --------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class Node:
         tokens: As many as a page has; fewer only at the end of a text.
         parent: `None` for a root.
         digest: Names the path to here, in every process.
+        depth: Pages before it.
         pages: Page of each cache group, 0 where it is not on the device.
         copies: The page's bytes in host memory, per cache group, or `None`.
         stored: Cache groups whose page is on disk.
@@ -43,6 +44,7 @@ class Node:
     copies: list[Any]
     stored: frozenset[int] = frozenset()
     used: float = 0.0
+    depth: int = 0
     ttl: float | None = None
     claim: tuple[Any, int] | None = None
     name: Any = None
@@ -61,7 +63,8 @@ class Node:
     def add(self, tokens: Tokens) -> Node:
         """A new child."""
         count = len(self.pages)
-        child = Node(tokens, self, self.child_digest(tokens), [0] * count, [None] * count)
+        depth = self.depth + (self.parent is not None)
+        child = Node(tokens, self, self.child_digest(tokens), [0] * count, [None] * count, depth=depth)
         self.children[tokens] = child
         insort(self._order, tokens)
         return child

@@ -70,7 +70,8 @@ class DiskTier:
 
     The folder itself is the index: a file appears under its name in one atomic step, complete. So nothing is torn when
     a process is killed, and processes that share the folder need no lock. Each file carries a checksum and its tokens,
-    which are compared before anything is used.
+    which are compared before anything is used. Its time says when it was used last, less a little for each page before
+    it: so of a prompt that was used at one time the last page is removed first, and what is left can be found.
 
     Args:
         folder: Made if it is not there.
@@ -112,14 +113,14 @@ class DiskTier:
             self._ignore(digest, repr(error))
             return frozenset()
 
-    def load(self, digest: bytes, tokens: Tokens) -> dict[int, Tensor]:
+    def load(self, digest: bytes, tokens: Tokens, used: int) -> dict[int, Tensor]:
         """The rows of a page by cache group; empty if the file is gone, broken, or of other tokens."""
         path = self.path(digest)
         try:
             tensors, metadata = read(path)
             if metadata.get("tokens") != json.dumps(tokens):
                 raise InvalidPromptCache("it holds other tokens")
-            os.utime(path)
+            self.touch(digest, used)
             return {int(group): row for group, row in tensors.items()}
         except FileNotFoundError:
             return {}
@@ -127,8 +128,19 @@ class DiskTier:
             self._ignore(digest, str(error))
             return {}
 
-    def save(self, digest: bytes, tokens: Tokens, rows: Mapping[int, Tensor]) -> None:
-        """Write a page. A disk that is full or gone is no reason to fail: the page is not stored, with a warning."""
+    def touch(self, digest: bytes, used: int) -> bool:
+        """Note when a page was used, in nanoseconds; `False` if there is no file."""
+        try:
+            os.utime(self.path(digest), ns=(used, used))
+        except OSError:
+            return False
+        return True
+
+    def save(self, digest: bytes, tokens: Tokens, rows: Mapping[int, Tensor], used: int) -> bool:
+        """Write a page that was used at a time, in nanoseconds; `False` if it is not stored.
+
+        A disk that is full or gone is no reason to fail: then there is a warning.
+        """
         path = self.path(digest)
         try:
             path.parent.mkdir(exist_ok=True)
@@ -138,8 +150,11 @@ class DiskTier:
                 f"llmopt: a page of the prompt cache could not be written: {error}", UserWarning, stacklevel=2
             )
         self._broken.discard(digest)
+        stored = self.touch(digest, used)
         if self.bytes > self.max_bytes:
             self.trim()
+            stored = path.exists()
+        return stored
 
     def delete(self, digest: bytes) -> None:
         """Remove a page's file; harmless if there is none."""
@@ -240,8 +255,9 @@ def disk_seconds(store: PagedStore, disk: DiskTier) -> float:
     """What it takes to bring a page back from disk."""
     digest = os.urandom(16)
     sizes = {group: store.page_bytes(group) for group in range(len(store.groups))}
-    disk.save(digest, (), {group: torch.zeros(size, dtype=torch.uint8, device="cpu") for group, size in sizes.items()})
-    seconds = _best(lambda: disk.load(digest, ()))
+    rows = {group: torch.zeros(size, dtype=torch.uint8, device="cpu") for group, size in sizes.items()}
+    disk.save(digest, (), rows, time.time_ns())
+    seconds = _best(lambda: disk.load(digest, (), time.time_ns()))
     disk.delete(digest)
     return seconds
 
