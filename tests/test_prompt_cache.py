@@ -524,6 +524,13 @@ def test_adapters_have_entries_of_their_own() -> None:
         assert run(model, prompt)[1] == 19, "switching back finds what was computed before"
     model.disable_adapters()
     assert run(model, prompt) == (base, 0)
+    for name in ("a", "b"):
+        model.enable_adapters()
+        model.set_adapter(name)
+        assert run(model, prompt)[1] == 19, "off and on again is a switch too"
+    model.disable_adapters()
+    assert run(model, prompt) == (base, 19)
+    assert model.llmopt.prompt_cache.invalidations == 0
 
 
 # ------------------------------------------------------------------------------------------------- isolation, eviction

@@ -98,9 +98,16 @@ def _modules(model: PreTrainedModel) -> tuple[object, ...]:
 
 
 def _mark(module: torch.nn.Module) -> tuple[object, ...]:
-    plain = [value for value in vars(module).values() if isinstance(value, (int, float, str))]
+    named = vars(module)
+    if _is_adapted(module):  # which adapters are active is named by `settings`
+        named = {name: value for name, value in named.items() if name not in ("_active_adapter", "_disable_adapters")}
+    plain = [value for value in named.values() if isinstance(value, (int, float, str))]
     hooks = *module._forward_hooks, 0, *module._forward_pre_hooks
     return id(module), type(module), type(module).forward, vars(module).get("forward"), *hooks, *plain
+
+
+def _is_adapted(module: torch.nn.Module) -> bool:
+    return hasattr(type(module), "_active_adapter")
 
 
 def _runs_more(module: torch.nn.Module) -> bool:
@@ -113,7 +120,7 @@ def _runs_more(module: torch.nn.Module) -> bool:
 
 def adapted(model: PreTrainedModel) -> list[Any]:
     """The layers of a model that PEFT put in."""
-    return [module for module in modules(model) if hasattr(type(module), "_active_adapter")]
+    return [module for module in modules(model) if _is_adapted(module)]
 
 
 def settings(model: PreTrainedModel, layers: Iterable[Any], adapter: str | None = None) -> str:
