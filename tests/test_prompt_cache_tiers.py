@@ -344,10 +344,36 @@ def test_new_weights_unpin(model) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-0.9)
-    assert prompt.cached_tokens == 0
     assert not prompt.pinned
+    assert prompt.cached_tokens == 0
     prompt.pin()
     assert run(model, torch.cat([text(18), text(3, 9)], dim=1), None) == 18
+
+
+@pytest.mark.parametrize("how", ["release", "moved"])
+def test_a_handle_follows_the_model(model, how: str) -> None:
+    """Engines are given up and exchanged; a handle acts on the cache that calls use."""
+    prompt = model.llmopt.cache_prompt(text(18), ttl=300)
+    old = model.llmopt.engine
+    if how == "release":
+        model.llmopt.release()
+    else:
+        model.to(torch.float64)
+    assert not prompt.pinned
+    assert old.store.pages_used == 0
+    assert run(model, torch.cat([text(18), text(3, 9)], dim=1), None) == 0
+    assert prompt.cached_tokens == 18
+    prompt.pin()
+    assert prompt.pinned
+    assert model.llmopt.engine is not old
+    assert model.llmopt.engine.store.pages_used > 0
+    assert run(model, torch.cat([text(18), text(3, 8)], dim=1), None) == 18
+    prompt.delete()
+    assert prompt.cached_tokens == 0
+    prompt.pin()
+    held = model.llmopt.engine.store
+    del prompt
+    assert held.pages_used == 0
 
 
 def test_a_handle_that_is_dropped_holds_nothing(model) -> None:

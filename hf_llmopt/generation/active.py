@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..config import LLMOptConfig
 from ..engine import EngineLoop, input_weight, unsupported
 from ..errors import EmptyPrompt, InvalidOption, InvalidRequest
-from ..prompt_cache import PromptHandle
+from ..prompt_cache import PromptCache, PromptHandle
 from ..stats import PromptCacheStats, Stats
 from ..walk import modules
 
@@ -131,10 +131,13 @@ class ModelHandle:
         return next(reversed(self._engines.values()), None)
 
     def release(self) -> None:
-        """Give the memory of all pages back that no running call or returned cache needs."""
+        """Give the memory of all pages back that no running call or returned cache needs; pinned prompts are unpinned."""
         with self._lock:
-            self._engines = {k: e for k, e in self._engines.items() if e.groups or e.owners}
-            self._latest = None
+            kept = {k: e for k, e in self._engines.items() if e.groups or e.owners}
+            for engine in self._engines.values():
+                if engine not in kept.values() and engine.prompts is not None:
+                    engine.prompts.clear()
+            self._engines, self._latest = kept, None
 
     @property
     def prompt_cache(self) -> PromptCacheStats | None:
@@ -197,7 +200,7 @@ class ModelHandle:
             tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model.name_or_path)
             prompt = tokenizer(prompt)["input_ids"]
         tokens = _tokens(prompt)
-        handle = PromptHandle(*self._cache_of(model, config), tokens, *self._computing(model, config))
+        handle = PromptHandle(self._finds(model, config), self._lock, tokens, *self._computing(model, config))
         handle.pin()
         handle.ttl = ttl
         return handle
@@ -218,7 +221,7 @@ class ModelHandle:
             OutOfPages: The KV cache has no room for the prompt.
         """
         model, config = self._served(llmopt)
-        return PromptHandle.load(path, *self._cache_of(model, config), *self._computing(model, config))
+        return PromptHandle.load(path, self._finds(model, config), self._lock, *self._computing(model, config))
 
     def _served(self, llmopt: Any) -> tuple[PreTrainedModel, LLMOptConfig]:
         config = LLMOptConfig.parse(llmopt) if llmopt is not None else self.config or LLMOptConfig.parse(True)
@@ -229,8 +232,14 @@ class ModelHandle:
             raise InvalidOption(f"{config!r} has no prompt cache; llmopt='prompt_cache' or llmopt=True has one.")
         return model, config
 
-    def _cache_of(self, model: PreTrainedModel, config: LLMOptConfig) -> tuple[Any, threading.Condition]:
-        return self.engine_for(model, config).prompts, self._lock
+    def _finds(self, model: PreTrainedModel, config: LLMOptConfig) -> Callable[[], PromptCache | None]:
+        reference, own = weakref.ref(model), weakref.ref(self)
+
+        def find() -> PromptCache | None:
+            alive, handle = reference(), own()
+            return None if alive is None or handle is None else handle.engine_for(alive, config).prompts
+
+        return find
 
     def _computing(
         self, model: PreTrainedModel, config: LLMOptConfig

@@ -23,7 +23,8 @@ class PromptHandle:
     """A prompt whose keys and values are in the model's prompt cache; `model.llmopt.cache_prompt` makes one.
 
     Every later call whose prompt begins with the same tokens finds them. A pinned prompt cannot be evicted: it holds
-    its pages as a running request does. New weights unpin it, since its keys are stale then; `pin` computes it again.
+    its pages as a running request does. New weights unpin it, since its keys are stale then, and so does
+    `model.llmopt.release()`; `pin` computes it again.
 
     Attributes:
         tokens: The prompt's ids.
@@ -43,20 +44,20 @@ class PromptHandle:
 
     def __init__(
         self,
-        cache: PromptCache,
+        find: Callable[[], PromptCache | None],
         lock: threading.Condition,
         tokens: Sequence[int],
         salt: str | None,
         compute: Callable[[list[int]], None],
     ) -> None:
         self.tokens = list(tokens)
-        self._cache = cache
+        self._find = find  # the model's cache as of now, `None` if the model is gone
         self._lock = lock
         self._salt = salt
         self._compute = compute
         self._ttl: float | None = None
         self._rows: list[list[BlockTable]] = []  # of a pinned prompt: its tables
-        weakref.finalize(self, cache.store.dropped.append, self._rows)
+        self._connect()
 
     def __repr__(self) -> str:
         return (
@@ -65,14 +66,17 @@ class PromptHandle:
 
     @property
     def pinned(self) -> bool:
-        """Whether the prompt's pages are held."""
-        return bool(self._rows)
+        """Whether the prompt's pages are held, and hold what the model would compute now."""
+        with self._lock:
+            if self._rows:
+                self._cache.refresh()
+            return bool(self._rows)
 
     @property
     def cached_tokens(self) -> int:
         """How many of the prompt's tokens a request would find now, the last one counted too."""
         with self._lock:
-            self._cache.refresh()
+            self._connect()
             tables = self._cache.store.tables([0] * len(self._cache.store.groups))
             found = self._attach(tables)
             _clear(tables)
@@ -101,11 +105,11 @@ class PromptHandle:
         Raises:
             OutOfPages: The KV cache has no room to hold them.
         """
-        if self.pinned:
-            return
         for attempt in range(2):
             with self._lock:
-                self._cache.refresh()
+                self._connect()
+                if self._rows:
+                    return
                 tables = self._cache.store.tables([0] * len(self._cache.store.groups))
                 if self._attach(tables) == len(self.tokens):
                     self._hold(tables)
@@ -133,8 +137,8 @@ class PromptHandle:
         Its pages on disk are removed too. Files of longer texts can be found no longer without them.
         """
         with self._lock:
+            self._connect()
             self.unpin()
-            self._cache.refresh()
             nodes, found = self._cache.path(self._name(), self.tokens)
             while found == len(self.tokens):
                 self._cache.delete(nodes[-1])
@@ -174,7 +178,7 @@ class PromptHandle:
     def load(
         cls,
         path: str | PathLike[str],
-        cache: PromptCache,
+        find: Callable[[], PromptCache | None],
         lock: threading.Condition,
         salt: str | None,
         compute: Callable[[list[int]], None],
@@ -186,10 +190,10 @@ class PromptHandle:
                 raise InvalidPromptCache("it is no saved prompt")
         except InvalidPromptCache as error:
             raise InvalidPromptCache(f"{str(path)!r} cannot be loaded: {error}.") from error
-        handle = cls(cache, lock, tensors["tokens"].tolist(), salt, compute)
+        handle = cls(find, lock, tensors["tokens"].tolist(), salt, compute)
         with lock:
-            cache.refresh()
-            if metadata["key"] != cache.key(handle._name()).hex():
+            handle._connect()
+            if metadata["key"] != handle._cache.key(handle._name()).hex():
                 raise InvalidPromptCache(
                     f"{str(path)!r} was saved for another model or other weights, or with another adapter, salt, "
                     "dtype, page size or version of transformers. Make it again with cache_prompt(...).save(...)."
@@ -218,6 +222,18 @@ class PromptHandle:
             self._hold(held)
         finally:
             _clear(tables)
+
+    def _connect(self) -> None:
+        """Belong to the cache that the model uses now: `release` gives one up, and so does moving the model."""
+        cache = self._find() or self._cache
+        if cache is not vars(self).get("_cache"):
+            if self._rows:
+                self.unpin()
+            self._cache = cache
+            if (finalizer := vars(self).get("_finalizer")) is not None:
+                finalizer.detach()
+            self._finalizer = weakref.finalize(self, cache.store.dropped.append, self._rows)
+        cache.refresh()
 
     def expire(self) -> None:
         """Unpin the prompt if its time has passed. Called with the lock held."""
