@@ -616,9 +616,7 @@ def test_a_forward_that_raises_behind_an_end(model, monkeypatch: pytest.MonkeyPa
         with pytest.raises(errors.RequestFailed, match="fell over"):
             goes_on.result(60)
         assert engine.loop.store.pages_used == 0
-        assert engine.submit(prompt(3), max_new_tokens=5, **KW).result(60) == stock(
-            served, prompt(3), max_new_tokens=5
-        )
+        assert engine.submit(prompt(3), max_new_tokens=5, **KW).result(60) == stock(served, prompt(3), max_new_tokens=5)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

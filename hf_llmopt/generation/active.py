@@ -131,7 +131,7 @@ class ModelHandle:
         return next(reversed(self._engines.values()), None)
 
     def release(self) -> None:
-        """Give the memory of all pages back that no running call or returned cache needs; pinned prompts are unpinned."""
+        """Unpin all prompts, and give back the memory of all pages that no running call or returned cache needs."""
         with self._lock:
             kept = {k: e for k, e in self._engines.items() if e.groups or e.owners}
             for engine in self._engines.values():

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class PromptHandle:
         self._compute = compute
         self._ttl: float | None = None
         self._rows: list[list[BlockTable]] = []  # of a pinned prompt: its tables
+        self._cache: Any = None  # the one found last
+        self._finalizer: Any = None
         self._connect()
 
     def __repr__(self) -> str:
@@ -226,12 +229,11 @@ class PromptHandle:
     def _connect(self) -> None:
         """Belong to the cache that the model uses now: `release` gives one up, and so does moving the model."""
         cache = self._find() or self._cache
-        if cache is not vars(self).get("_cache"):
-            if self._rows:
+        if cache is not self._cache:
+            if self._cache is not None:
                 self.unpin()
+                self._finalizer.detach()
             self._cache = cache
-            if (finalizer := vars(self).get("_finalizer")) is not None:
-                finalizer.detach()
             self._finalizer = weakref.finalize(self, cache.store.dropped.append, self._rows)
         cache.refresh()
 
