@@ -14,11 +14,12 @@ import os
 
 from . import errors
 from .batching import BatchingPipeline, Engine, RequestHandle, generate_batch
-from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig
+from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig, QuantizationConfig
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
 from .kv_cache import PagedCache
 from .prompt_cache import PromptHandle
+from .quantization import QuantizationReport, QuantizedLinear
 from .stats import PromptCacheStats, Stats
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "PromptCacheConfig",
     "PromptCacheStats",
     "PromptHandle",
+    "QuantizationConfig",
+    "QuantizationReport",
+    "QuantizedLinear",
     "RequestHandle",
     "Stats",
     "errors",

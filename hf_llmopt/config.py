@@ -218,7 +218,7 @@ class QuantizationConfig(Section):
     clip: bool = _option(True, choices=(False, True))
     skip: tuple[str, ...] = _option((), kind=tuple)
     head_bits: int | None = _option(None, choices=(None, 4, 8))
-    calibration: Any = _option(None, kind=object)
+    calibration: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     samples: int = _option(128, kind=int, low=1)
     length: int = _option(512, kind=int, low=2)
     resume: str | Path | None = _option(None)  # noqa: RUF009 - a field, like the others
@@ -227,8 +227,9 @@ class QuantizationConfig(Section):
     def __post_init__(self) -> None:
         if isinstance(self.resume, Path):
             object.__setattr__(self, "resume", str(self.resume))
-        if isinstance(self.skip, (str, list)):
-            object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        skip: Any = self.skip
+        if isinstance(skip, (str, list)):
+            object.__setattr__(self, "skip", (skip,) if isinstance(skip, str) else tuple(skip))
         super().__post_init__()
         if self.method in EIGHT_BITS and self.bits not in (None, 8):
             raise InvalidOption(f"QuantizationConfig: {self.method!r} has 8 bits, got bits={self.bits}.")

@@ -1,7 +1,7 @@
 """Teach transformers the keyword `llmopt=`. The only module that sets an attribute on transformers.
 
-`install` wraps four methods and replaces one registry entry; each wrapper passes everything through unless `llmopt=` is
-given or the model carries a default. `uninstall` puts the very same objects back.
+`install` wraps five methods and a function, and replaces one registry entry; each wrapper passes everything through
+unless `llmopt=` is given or the model carries a default. `uninstall` puts the very same objects back.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedModel, TextGenerationPipeline
+from transformers import PreTrainedModel, TextGenerationPipeline, modeling_utils
 from transformers.generation import GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from . import attention
+from . import attention, quantization
 from .batching import BatchingPipeline
 from .config import LLMOptConfig
-from .errors import InstallConflict, NotServed, UnsupportedModel
+from .errors import InstallConflict, InvalidOption, NotServed, UnsupportedModel
 from .generation import ACTIVE, Active, Prepared, handle_of, require_model, translate
 from .stats import Stats
 
@@ -44,6 +44,7 @@ def install() -> None:
         (GenerationMixin, "_sample", _sample),
         (GenerationMixin, "_assisted_decoding", _not_served("assisted decoding (assistant_model, prompt lookup)")),
         (GenerationMixin, "_beam_search", _not_served("beam search")),
+        (modeling_utils, "get_hf_quantizer", quantization.answering),
     ):
         original = vars(owner)[name]
         ours = wrap(original)
@@ -77,7 +78,7 @@ def uninstall() -> None:
 
 
 def optimize(model: PreTrainedModel, llmopt: Any = True) -> PreTrainedModel:
-    """Set what later `generate` calls of a loaded model use.
+    """Set what later `generate` calls of a loaded model use; quantize its weights if that is asked for.
 
     Args:
         model: Changed in place: it gets the attribute `llmopt`.
@@ -101,6 +102,8 @@ def optimize(model: PreTrainedModel, llmopt: Any = True) -> PreTrainedModel:
     require_model(model, "llmopt= optimizes")
     if config is not None:
         _require_stock_loop(model)
+        if config.quantization is not None and not quantization.has(model, config.quantization):
+            quantization.quantize(model, config.quantization)
     handle_of(model).config = config
     return model
 
@@ -123,7 +126,11 @@ def _from_pretrained(original: Any) -> Any:
     @wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         config = LLMOptConfig.parse(llmopt)  # before anything is loaded
-        model = original.__func__(cls, *args, **kwargs)
+        token = quantization.LOADING.set(config)
+        try:
+            model = original.__func__(cls, *args, **kwargs)
+        finally:
+            quantization.LOADING.reset(token)
         if config is None:
             return model
         if isinstance(model, tuple):  # output_loading_info=True
@@ -146,6 +153,11 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
             with _active(None):
                 return original(self, *args, **kwargs)
         _require_stock_loop(self)
+        if config.quantization is not None and not quantization.has(self, config.quantization):
+            raise InvalidOption(
+                f"{config.quantization!r} changes weights, which generate() leaves as they are. Give it to "
+                "from_pretrained(..., llmopt=...) or hf_llmopt.optimize(model, llmopt=...)."
+            )
         with _active(Active(self, config)) as active:
             if kwargs.get("custom_generate") is not None:
                 _fall_through(active, "custom_generate= replaces the loop that llmopt= would serve")

@@ -436,6 +436,7 @@ HOOKS = {
     "GenerationMixin._sample",
     "GenerationMixin._assisted_decoding",
     "GenerationMixin._beam_search",
+    "transformers.modeling_utils:get_hf_quantizer",
 }
 PIPELINE_ENTRY = re.compile(r":SUPPORTED_TASKS\['text-generation'\]\['impl'\]$")
 # Attention functions and the handle are added under our own name, which replaces nothing.

@@ -18,6 +18,7 @@ from ..config import LLMOptConfig
 from ..engine import EngineLoop, input_weight, unsupported
 from ..errors import EmptyPrompt, InvalidOption, InvalidRequest
 from ..prompt_cache import PromptCache, PromptHandle
+from ..quantization import QuantizationReport, Quantizer
 from ..stats import PromptCacheStats, Stats
 from ..walk import modules
 
@@ -138,6 +139,13 @@ class ModelHandle:
                 if engine not in kept.values() and engine.prompts is not None:
                     engine.prompts.clear()
             self._engines, self._latest = kept, None
+
+    @property
+    def quantization(self) -> QuantizationReport | None:
+        """What of the model's weights is quantized, or `None` if nothing is by hf_llmopt."""
+        model = None if self._model is None else self._model()
+        quantizer = getattr(model, "hf_quantizer", None)
+        return quantizer.report(model) if isinstance(quantizer, Quantizer) and model is not None else None
 
     @property
     def prompt_cache(self) -> PromptCacheStats | None:
@@ -287,7 +295,9 @@ def _tokens(prompt: Any) -> list[int]:
 def _shared(config: LLMOptConfig) -> LLMOptConfig:
     """What decides which engine serves a call: tenants share one, whatever their salt."""
     prompts = config.prompt_cache
-    return replace(config, strict=False, prompt_cache=None if prompts is None else replace(prompts, salt=None))
+    return replace(
+        config, strict=False, quantization=None, prompt_cache=None if prompts is None else replace(prompts, salt=None)
+    )
 
 
 def _structure(model: PreTrainedModel) -> tuple[Any, ...]:

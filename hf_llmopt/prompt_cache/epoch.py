@@ -80,11 +80,16 @@ class WeightsEpoch:
     @torch.no_grad()
     def _sample(self, tensors: list[Tensor]) -> bytes:
         filled = [tensor for tensor in tensors if tensor.numel()]
-        taken = [torch.take(tensor, places) for tensor, places in zip(filled, self._places, strict=True)]
+        taken = [torch.take(_readable(tensor), places) for tensor, places in zip(filled, self._places, strict=True)]
         kinds = {(part.device, part.dtype): None for part in taken}
         together = [torch.cat([part for part in taken if (part.device, part.dtype) == kind]) for kind in kinds]
         # Bytes, because NaN differs from itself.
         return b"".join(part.cpu().view(torch.uint8).numpy().tobytes() for part in together)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Torch takes elements of every format but the smallest floating-point ones."""
+    return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _weights(model: PreTrainedModel) -> Iterator[Tensor]:

@@ -1,0 +1,114 @@
+"""Which products of a model are quantized, and how: what was asked for, made concrete for one model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..config import EIGHT_BITS, QuantizationConfig
+from ..errors import UnsupportedQuantization
+from . import formats
+from .formats import Recipe, Scheme
+
+GROUP_SIZES = (128, 64, 32)  # where the user leaves it open
+HEAD = "the output head, or tied to one"
+OUTSIDE = "stands outside of the decoder blocks, which are all that its file format has quantized"
+with torch.device("meta"):
+    AS_LINEAR = nn.Linear(1, 1)  # what a product will be to a file format, whatever its class is now
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to each product of a model.
+
+    Attributes:
+        config: What was asked for.
+        bits: Of a code.
+        group_size: Inputs that share a scale, -1 for all.
+        symmetric: No zeros.
+        chosen: The format of each product that is quantized, by name.
+        skipped: Why each other product is not.
+    """
+
+    config: QuantizationConfig
+    bits: int
+    group_size: int
+    symmetric: bool
+    chosen: dict[str, Scheme]
+    skipped: dict[str, str]
+    recipe: Recipe
+
+
+def inputs_and_outputs(module: nn.Module) -> tuple[int, int] | None:
+    """Of a module that multiplies with its weight and may be quantized; `None` for other modules."""
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    if type(module) is Conv1D:  # GPT-2's, whose weight is the transposed one
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
+
+
+def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
+    """What `config` means for a model.
+
+    Raises:
+        UnsupportedQuantization: Nothing of the model can be quantized so.
+    """
+    bits = 8 if config.method in EIGHT_BITS else config.bits or 4
+    symmetric = config.method not in ("awq", "hqq") if config.symmetric is None else config.symmetric
+    products = {name: found for name, module in model.named_modules() if (found := inputs_and_outputs(module))}
+    heads = _heads(model)
+    skipped = {name: HEAD for name in products if name in heads}
+    skipped |= {name: "named in skip" for name in products if any(matches(name, pattern) for pattern in config.skip)}
+    left = {name: shape for name, shape in products.items() if name not in skipped}
+    group_size = config.group_size
+    if group_size is None:
+        group_size = -1 if config.method in EIGHT_BITS else _largest_group(left)
+    how = config.method, bits, group_size, symmetric, config.act_order
+    trial = Recipe.for_method(*how)
+    for name, (inputs, outputs) in left.items():
+        scheme = trial.scheme_of(name, AS_LINEAR)
+        reason = OUTSIDE if scheme is None else formats.obstacle(scheme, outputs, inputs)
+        if reason is not None:
+            skipped[name] = reason
+    if set(left) <= set(skipped):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it has no nn.Linear"
+        raise UnsupportedQuantization(
+            f"No product of {type(model).__name__} can be quantized with {config!r} ({reasons}). "
+            "Leave group_size out, or choose one that divides."
+        )
+    recipe = Recipe.for_method(*how, skipped)
+    schemes = {name: recipe.scheme_of(name, AS_LINEAR) for name in left if name not in skipped}
+    chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    assert chosen.keys() == schemes.keys()  # what the files do not say could not be read back
+    return Plan(config, bits, group_size, symmetric, chosen, skipped, recipe)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module has this name, or one that ends so or lies inside."""
+    return re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) is not None
+
+
+def _heads(model: PreTrainedModel) -> set[str]:
+    """Names of the output head, of what is tied to another weight, and of what must stay in float32."""
+    head = model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if module is head}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names |= {key.removesuffix(".weight") for key in (*tied, *tied.values())}
+    wide = model._keep_in_fp32_modules or ()
+    return names | {name for name, _ in model.named_modules() if any(matches(name, pattern) for pattern in wide)}
+
+
+def _largest_group(products: dict[str, tuple[int, int]]) -> int:
+    """The group size that fits the most weights; the largest of those."""
+    fitting: Counter[int] = Counter()
+    for inputs, outputs in products.values():
+        for size in GROUP_SIZES:
+            fitting[size] += inputs * outputs if inputs % size == 0 else 0
+    return max(GROUP_SIZES, key=lambda size: (fitting[size], size))

@@ -1,0 +1,337 @@
+"""How quantized weights enter a model: while it is loaded, when a quantized file is read, or afterwards.
+
+transformers asks one function which quantizer a model has, `get_hf_quantizer`. Inside `from_pretrained(llmopt=...)` our
+answer takes the place of its own (`hooks.py`): for files in a format of ours, and where a method is asked for that
+sees only the weights, which are then quantized one tensor at a time as they are read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import EIGHT_BITS, LLMOptConfig, QuantizationConfig
+from ..errors import InvalidCheckpoint, UnsupportedQuantization
+from ..kernels import reference
+from ..kernels.arguments import Grid
+from . import formats
+from .formats import Recipe, Scheme
+from .grid import make_float8_grid, make_grid
+from .linear import QuantizedHead, QuantizedLinear
+from .plan import AS_LINEAR, GROUP_SIZES, HEAD, Plan, inputs_and_outputs, plan
+
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read
+CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: they begin with the whole model
+LOADING: ContextVar[LLMOptConfig | None] = ContextVar("hf_llmopt_loading", default=None)
+
+
+class WeightConfig(QuantizationConfigMixin):
+    """`config.quantization_config` of a model whose weights are ours; written to files in their format's own words.
+
+    Args:
+        recipe: The format; unknown until the model is there, if it is quantized while it is loaded.
+    """
+
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.quant_method: Any = "llmopt"  # a name of transformers' would switch on its rules for another library
+        self.recipe = recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in config.json."""
+        return {} if self.recipe is None else self.recipe.to_dict()
+
+
+@dataclass
+class QuantizationReport:
+    """What was quantized, `model.llmopt.quantization`.
+
+    Attributes:
+        config: The entry `quantization_config` that files of the model have.
+        quantized: Names of the modules.
+        skipped: Why other products are not.
+        bytes: Of the quantized modules' weights now, scales included.
+        bytes_before: Of the same weights in the model's number format.
+
+    Example:
+        >>> from hf_llmopt import demo
+        >>> import hf_llmopt
+        >>> model, _ = demo.load()
+        >>> report = hf_llmopt.optimize(model, llmopt="int4").llmopt.quantization
+        >>> len(report.quantized), report.bytes < 0.3 * report.bytes_before
+        (56, True)
+    """
+
+    config: dict[str, Any]
+    quantized: list[str]
+    skipped: dict[str, str]
+    bytes: int
+    bytes_before: int
+
+
+class Quantizer(HfQuantizer):
+    """Quantized modules in a model that transformers loads, saves and moves.
+
+    Args:
+        quantization_config: The format.
+        asked: What the user asked for.
+        pre_quantized: The files are quantized already.
+    """
+
+    quantization_config: WeightConfig
+
+    def __init__(self, quantization_config: WeightConfig, asked: QuantizationConfig, pre_quantized: bool) -> None:
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        self.asked = asked
+        self.plan: Plan | None = None
+        self.names: set[str] = set()  # of the modules that are ours
+        self.element_sizes: dict[str, int] = {}  # bytes of what they store as `weight`, which is full until it is read
+        self.bytes_before = 0
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.use(plan(model, self.asked))
+        recipe: Any = self.quantization_config.recipe
+        for name, module in list(model.named_modules()):
+            if inputs_and_outputs(module) is not None:
+                scheme = recipe.scheme_of(name, AS_LINEAR) if self.plan is None else self.plan.chosen.get(name)
+                if scheme is not None:
+                    self._swap(model, name, module, scheme)
+
+    def use(self, plan: Plan) -> None:
+        """Follow a plan."""
+        self.plan = plan
+        self.quantization_config.recipe = plan.recipe
+
+    def _swap(self, model: PreTrainedModel, name: str, module: Any, scheme: Scheme) -> None:
+        inputs, outputs = inputs_and_outputs(module) or (0, 0)
+        with torch.device("meta"):
+            new = QuantizedLinear(inputs, outputs, scheme, module.bias is not None, module.weight.dtype)
+        if not self.pre_quantized:
+            # The full weight in the file finds its module by this, and is not cast before it is quantized.
+            self.element_sizes[name] = int("weight" in new._parameters)
+            new._parameters["weight"] = nn.Parameter(module.weight.detach(), requires_grad=False)
+        model.set_submodule(name, new)
+        self.names.add(name)
+        self.bytes_before += module.weight.numel() * module.weight.element_size()
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: D102
+        name, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and name in self.names
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of an element once it is loaded; the other tensors that a module stores are counted too."""
+        name, _, leaf = param_name.rpartition(".")
+        return self.element_sizes.get(name, 0) if leaf == "weight" and name in self.names else param.element_size()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Of a tensor that is read: a quantized module's as the file has it, but for the bias."""
+        name, _, leaf = converter.target_patterns[0].rpartition(".")
+        return None if name in self.names and leaf != "bias" else dtype
+
+    def get_quantize_ops(self) -> ConversionOps:  # noqa: D102
+        return _Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name in sorted(self.names):
+            module: Any = model.get_submodule(name)
+            _require_all(name, module)
+            module.requires_grad_(False)
+            module.activations = self.asked.activations == "auto"
+            module.prepare()
+        head = model.get_output_embeddings()
+        if self.asked.head_bits and type(head) is nn.Linear:
+            name = next(name for name, module in model.named_modules() if module is head)
+            group_size = -1 if self.asked.head_bits == 8 else _dividing(head.in_features)
+            model.set_submodule(name, QuantizedHead.of(head, self.asked.head_bits, group_size))
+        odd = {name: why for name, why in (self.plan.skipped if self.plan else {}).items() if why != HEAD}
+        if odd and not self.asked.skip:
+            name, why = next(iter(odd.items()))
+            warnings.warn(
+                f"llmopt: {len(odd)} product(s) stay as they are, as {name}: {why}. "
+                "model.llmopt.quantization lists all.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def report(self, model: PreTrainedModel) -> QuantizationReport:
+        """What was quantized."""
+        modules: list[Any] = [model.get_submodule(name) for name in sorted(self.names)]
+        held = [t for m in modules for name, t in (*m.named_parameters(), *m.named_buffers()) if name != "bias"]
+        return QuantizationReport(
+            self.quantization_config.to_dict(), sorted(self.names), dict(self.plan.skipped) if self.plan else {},
+            sum(t.numel() * t.element_size() for t in held), self.bytes_before,
+        )  # fmt: skip
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name in self.names:
+            module: Any = model.get_submodule(name)
+            with torch.device("meta"):
+                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            dense.weight = nn.Parameter(reference.dequantize(module.grid(), dtype or model.dtype))
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.detach())
+            model.set_submodule(name, dense.train(module.training))
+        return model
+
+    def is_serializable(self) -> bool:  # noqa: D102
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # noqa: D102
+        return False
+
+
+class _Quantize(ConversionOps):
+    """A full weight, as it comes from a file, becomes what its module stores."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: PreTrainedModel,
+        missing_keys: set[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = full_layer_name.rpartition(".")[0]
+        module: Any = model.get_submodule(name)
+        assert self.quantizer.plan is not None
+        shape = module.out_features, module.in_features
+        if weight.shape != shape and weight.T.shape == shape:
+            weight = weight.T  # GPT-2's Conv1D
+        stored = formats.pack(make(weight, self.quantizer.plan, module.scheme), module.scheme, weight.dtype)
+        if "weight" not in stored:
+            del module._parameters["weight"]
+            missing_keys.discard(full_layer_name)
+        return {f"{name}.{key}": nn.Parameter(tensor, requires_grad=False) for key, tensor in stored.items()}
+
+
+def make(weight: Tensor, plan: Plan, scheme: Scheme) -> Grid:
+    """A weight's codes, found from the weight alone."""
+    scale_dtype = scheme.scale_dtype(weight.dtype)
+    if plan.config.method == "fp8":
+        return make_float8_grid(weight, scale_dtype)
+    return make_grid(weight, plan.bits, plan.group_size, plan.symmetric, plan.config.clip, scale_dtype)
+
+
+def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
+    """Quantize a loaded model in place.
+
+    Raises:
+        UnsupportedQuantization: It is quantized already, or nothing of it can be.
+        CalibrationFailed: The method needs texts that there are not.
+    """
+    require_full(model)
+    found = plan(model, asked)
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in found.chosen}
+    quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
+    quantizer.use(found)
+    with torch.no_grad():
+        for name, scheme in found.chosen.items():
+            module = modules.pop(name)
+            quantizer.names.add(name)
+            quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
+            weight = module.weight.T if type(module) is Conv1D else module.weight
+            grid = make(weight.detach(), found, scheme)
+            new = QuantizedLinear.from_grid(grid, scheme, module.bias).train(module.training)
+            new.prepare()
+            model.set_submodule(name, new)
+            del module, weight, grid
+    method = quantizer.quantization_config.quant_method
+    vars(model).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=method)
+    quantizer.postprocess_model(model)
+
+
+def has(model: PreTrainedModel, asked: QuantizationConfig) -> bool:
+    """Whether the model's weights are what is asked for."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return isinstance(quantizer, Quantizer) and quantizer.asked == asked
+
+
+def require_full(model: PreTrainedModel) -> None:
+    """Raise if the model's weights are quantized already."""
+    entry = getattr(model.config, "quantization_config", None)
+    if entry is not None or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedQuantization(_already(entry))
+
+
+def _already(entry: Any) -> str:
+    words = entry if isinstance(entry, dict) else entry.to_dict() if entry is not None else {}
+    return (
+        f"The model is quantized already (quant_method {str(words.get('quant_method'))!r}). Load full-precision "
+        "weights to quantize them anew, or leave the format out: llmopt=True runs the model as it is."
+    )
+
+
+def answering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `get_hf_quantizer`, with our answer while a model is loaded with `llmopt=`."""
+
+    def get_hf_quantizer(
+        config: Any, quantization_config: Any, device_map: Any, *args: Any, gguf_file: Any = None, **kwargs: Any
+    ) -> Any:
+        asked = LOADING.get()
+        ours = None
+        if asked is not None and gguf_file is None and quantization_config is None:
+            ours = _quantizer_for(config, asked)
+        if ours is None:
+            return original(config, quantization_config, device_map, *args, gguf_file=gguf_file, **kwargs)
+        config.quantization_config = ours.quantization_config
+        return ours, config, device_map
+
+    return get_hf_quantizer
+
+
+def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
+    """Our quantizer for a model that is to be loaded, or `None` to leave it to transformers."""
+    entry = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    wanted = asked.quantization
+    if entry is None:
+        if wanted is None or wanted.method in CALIBRATED:
+            return None
+        return Quantizer(WeightConfig(), wanted, pre_quantized=False)
+    words = entry if isinstance(entry, dict) else entry.to_dict()
+    try:
+        recipe = Recipe.from_dict(words)
+    except UnsupportedQuantization as reason:
+        if wanted is not None:
+            raise UnsupportedQuantization(_already(entry)) from None
+        if words.get("quant_method") in METHODS:  # transformers may know more of it than we do
+            if asked.strict:
+                raise
+            warnings.warn(f"llmopt: transformers loads the weights: {reason}", UserWarning, stacklevel=2)
+        return None
+    bits = {scheme.bits for _, scheme in recipe.groups}
+    if wanted is not None and {wanted.bits or (8 if wanted.method in EIGHT_BITS else 4)} != bits:
+        raise UnsupportedQuantization(_already(entry))
+    return Quantizer(WeightConfig(recipe), wanted or QuantizationConfig(), pre_quantized=True)
+
+
+def _require_all(name: str, module: QuantizedLinear) -> None:
+    """Every tensor of a quantized module came from a file: transformers fills in those that did not, and warns."""
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+            raise InvalidCheckpoint(
+                f"The files hold no {name}.{leaf}, which the format {module.scheme.format!r} of their config.json "
+                "needs. They are incomplete, or belong to another config.json."
+            )
+
+
+def _dividing(inputs: int) -> int:
+    return next((size for size in GROUP_SIZES if inputs % size == 0), -1)

@@ -1,0 +1,261 @@
+"""Quantized models as transformers handles them: loaded, run, saved, moved, copied, refused."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from architectures import build
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hf_llmopt
+from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
+from hf_llmopt.errors import InvalidCheckpoint, InvalidOption, UnsupportedQuantization
+from hf_llmopt.kernels.reference import dequantize
+
+EXACT = {"activations": "none"}
+METHODS = ("int4", "int8", "fp8", "hqq")
+
+
+def config(method: str, **options) -> LLMOptConfig:
+    return LLMOptConfig(quantization=QuantizationConfig(method, **options))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama on disk, in float32."""
+    path = tmp_path_factory.mktemp("llama")
+    build("llama").save_pretrained(path)
+    return path
+
+
+def load(path, llmopt, **options):
+    return AutoModelForCausalLM.from_pretrained(path, llmopt=llmopt, dtype=options.pop("dtype", "auto"), **options)
+
+
+def quantized(model) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def ids(*shape) -> torch.Tensor:
+    return torch.randint(3, 112, shape or (2, 9))
+
+
+def logits(model) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+def greedy(model, llmopt=None):
+    torch.manual_seed(0)
+    return model.generate(ids(), max_new_tokens=12, do_sample=False, llmopt=llmopt).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weight_only_gives_the_tokens_of_the_same_dequantized_weights(folder, method):
+    model = load(folder, config(method, **EXACT))
+    assert len(quantized(model)) == 21, "seven products in each of three layers"
+    full, bound = load(folder, None), 0.15 if method in ("int4", "hqq") else 0.04
+    for name, module in quantized(model).items():
+        weight = full.get_submodule(name).weight
+        assert (dequantize(module.grid()) - weight).norm() < bound * weight.norm()
+    dense = copy.deepcopy(model).dequantize()
+    assert not quantized(dense)
+    assert (logits(model) - logits(dense)).abs().max() < 1e-4
+    assert greedy(model) == greedy(dense, llmopt=False)
+    assert model.llmopt.stats.served_by == "llmopt"
+    assert model.llmopt.stats.attention
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_after_running_is_loaded_bit_for_bit(folder, tmp_path, method, dtype):
+    model = load(folder, config(method), dtype=dtype)
+    first, tokens = logits(model), greedy(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = load(tmp_path, True)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(first, logits(again))
+    assert tokens == greedy(again)
+
+
+def test_files_name_a_standard_format_and_nothing_of_ours(folder, tmp_path):
+    expected = {"int4": "gptq", "int8": "compressed-tensors", "fp8": "compressed-tensors"}
+    for method, standard in expected.items():
+        path = tmp_path / method
+        load(folder, method).save_pretrained(path)
+        entry = AutoConfig.from_pretrained(path).quantization_config
+        assert entry["quant_method"] == standard
+        assert "llmopt" not in (path / "config.json").read_text()
+
+
+def test_a_loaded_model_is_quantized_as_while_it_is_loaded(folder):
+    loaded = load(folder, "int4")
+    later = hf_llmopt.optimize(load(folder, None), llmopt="int4")
+    assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
+        k: v.tolist() for k, v in later.state_dict().items()
+    }
+    assert torch.equal(logits(loaded), logits(later))
+    assert loaded.llmopt.quantization == later.llmopt.quantization
+    assert loaded.is_quantized
+    assert later.is_quantized
+
+
+def test_nothing_is_kept_twice(folder):
+    model = load(folder, "int4")
+    logits(model)
+    for module in quantized(model).values():
+        held = [*module.parameters(), *module.buffers()]
+        assert module.kernel is not None
+        # 4 bits, and at most 6 bytes of scales and zeros for 32 inputs
+        assert sum(t.numel() * t.element_size() for t in held) <= module.in_features * module.out_features * (
+            0.5 + 6 / 32
+        )
+    report = model.llmopt.quantization
+    assert report.bytes < 0.18 * report.bytes_before
+    assert set(report.skipped) == {"lm_head"}
+
+
+def test_conv1d_of_gpt2_is_quantized(tmp_path):
+    build("gpt2").save_pretrained(tmp_path)
+    model = load(tmp_path, config("int4", **EXACT))
+    assert len(quantized(model)) == 12
+    assert torch.allclose(logits(model), logits(copy.deepcopy(model).dequantize()), atol=1e-4)
+
+
+def test_scales_survive_a_cast_and_a_move(folder):
+    model = load(folder, "int4", dtype=torch.bfloat16)
+    grids = {name: module.grid() for name, module in quantized(model).items()}
+    model.to(torch.float32)
+    assert model.lm_head.weight.dtype is torch.float32
+    stored = {name: (module.restore(), module.state_dict())[1] for name, module in quantized(model).items()}
+    model.to(torch.bfloat16)
+    for name, module in quantized(model).items():
+        assert all(torch.equal(tensor, stored[name][key]) for key, tensor in module.state_dict().items())
+        assert torch.equal(module.grid().scales.float(), grids[name].scales.float())
+    module.kernel = None
+    assert module.to("meta").scales.device.type == "meta"
+
+
+def test_copies_and_pickles_carry_the_weights(folder):
+    model = load(folder, "int4")
+    expected = logits(model)
+    assert torch.equal(expected, logits(copy.deepcopy(model)))
+    assert torch.equal(expected, logits(pickle.loads(pickle.dumps(model))))
+
+
+def test_weights_can_be_loaded_into_a_model_that_has_run(folder):
+    one, other = load(folder, "int4"), load(folder, config("int4", clip=False))
+    expected = logits(one)
+    assert not torch.equal(expected, logits(other))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(expected, logits(other))
+
+
+@pytest.mark.parametrize("places", [("cpu", "disk"), ("disk", "disk")])
+@pytest.mark.parametrize("prequantized", [False, True])
+def test_offloaded_models_run_and_save(folder, tmp_path, places, prequantized):
+    reference = load(folder, config("int4", **EXACT))
+    source, llmopt = folder, config("int4", **EXACT)
+    if prequantized:
+        reference.save_pretrained(tmp_path / "quantized")
+        source = tmp_path / "quantized"
+    plan = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    plan |= {f"model.layers.{index}": place for index, place in enumerate((*places, "cpu"))}
+    model = load(source, llmopt, device_map=plan, offload_folder=tmp_path / "offload")
+    assert (logits(model) - logits(reference)).abs().max() < 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers says that offloaded models need memory to be saved
+        model.save_pretrained(tmp_path / "saved")
+    again, expected = load(tmp_path / "saved", True).state_dict(), reference.state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_gradients_reach_what_stands_before(folder):
+    model = load(folder, config("int4", **EXACT))
+    module = quantized(model)["model.layers.0.mlp.down_proj"]
+    x = torch.randn(3, module.in_features, requires_grad=True)
+    module(x).sum().backward()
+    dense = dequantize(module.grid())
+    assert torch.allclose(x.grad, dense.sum(0).expand_as(x), atol=1e-5)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_has_a_quantized_copy_that_no_file_sees(tmp_path, bits, tied):
+    build("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "full")
+    model = load(tmp_path / "full", config("int4", head_bits=bits))
+    plain = load(tmp_path / "full", "int4")
+    assert not torch.equal(logits(model), logits(plain))
+    assert greedy(model)
+    assert model.llmopt.stats.served_by == "llmopt"
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved", True)), logits(plain))
+    before = logits(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    if not tied:
+        assert torch.allclose(logits(model), 2 * before, rtol=1e-2, atol=1e-2), "the copy follows its weight"
+
+
+def test_modules_that_do_not_fit_stay_and_are_listed(tmp_path):
+    build("llama", intermediate_size=72).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="3 product"):
+        model = load(tmp_path, "int4")
+    assert set(model.llmopt.quantization.skipped) == {"lm_head"} | {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
+    assert "72 inputs" in model.llmopt.quantization.skipped["model.layers.0.mlp.down_proj"]
+    kept = load(tmp_path, config("int4", skip=["down_proj", "layers.0"]))
+    assert all("layers.0" not in name and "down_proj" not in name for name in quantized(kept))
+    assert logits(kept).isfinite().all()
+
+
+def test_errors_come_before_work_is_lost(folder, tmp_path):
+    with pytest.raises(UnsupportedQuantization, match="no multiple of the group size 40"):
+        load(folder, config("int4", group_size=40))
+    model = load(folder, "int4")
+    for again in ("int8", "int4", "gptq"):
+        if again != "int4":
+            with pytest.raises(UnsupportedQuantization, match="quantized already"):
+                hf_llmopt.optimize(model, llmopt=again)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedQuantization, match="quantized already"):
+        load(tmp_path, "int8")
+    assert quantized(load(tmp_path, "int4")), "the same number of bits is what the file holds"
+    with pytest.raises(InvalidOption, match="from_pretrained"):
+        load(folder, True).generate(ids(), llmopt="int4", max_new_tokens=2)
+    assert greedy(model, llmopt="int4")
+    with pytest.raises(InvalidOption, match="'int8' has 8 bits"):
+        QuantizationConfig("int8", bits=4)
+
+
+def test_files_with_missing_tensors_are_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    load(folder, "int4").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for change, what in (
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.scales"), "up_proj.scales"),
+        (lambda t: t.update({"model.layers.1.mlp.up_proj.qweight": torch.zeros(3, 5, dtype=torch.int32)}), "qweight"),
+    ):
+        broken = dict(tensors)
+        change(broken)
+        save_file(broken, file, metadata={"format": "pt"})
+        # transformers finds tensors of another shape itself from some version on
+        with pytest.raises((InvalidCheckpoint, RuntimeError), match=f"{what}|ignore_mismatched_sizes"):
+            load(tmp_path, True)
+
+
+def test_without_the_keyword_nothing_changes(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not quantized(model)
+    assert type(model.lm_head) is nn.Linear
+    assert getattr(model, "hf_quantizer", None) is None
