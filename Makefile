@@ -4,6 +4,7 @@
 PYTHON   ?= python3
 DEMO_ENV ?= .venv
 TEST_ENV ?= .venv-test
+ORACLE_ENV ?= .venv-oracles
 
 # Appended to the commands: make demo DEMO_ARGS="--json", make test PYTEST_ARGS="-k pages -x".
 DEMO_ARGS   ?=
@@ -19,7 +20,7 @@ TEST_CFLAGS ?= -Werror
 SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize lint format types dist clean
+.PHONY: help demo test test-all sanitize oracles lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -38,6 +39,12 @@ sanitize: build/sanitize/.built  ## run the kernels' tests under the address and
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HF_HUB_OFFLINE=1 \
 		$(abspath $(TEST_ENV))/bin/python -m pytest -p no:cacheprovider $(wildcard $(CURDIR)/tests/test_cpu_*.py) $(PYTEST_ARGS)
 
+# Slow to install: packages are built from source. Not part of the tests, which read the files that this leaves.
+oracles: $(ORACLE_ENV)/.made  ## compare the file formats with the packages that wrote them first; renews tests/data/quantized
+	cd tests/oracles && for script in run.py models.py; do \
+		PYTHONPATH=$(CURDIR) GPTQMODEL_CPU_WORKERS=2 HF_HUB_OFFLINE=1 \
+		$(abspath $(ORACLE_ENV))/bin/python -W ignore $$script || exit 1; done
+
 lint: $(TEST_ENV)/.made  ## check style and format
 	$(TEST_ENV)/bin/ruff check .
 	$(TEST_ENV)/bin/ruff format --check .
@@ -53,7 +60,7 @@ dist: $(TEST_ENV)/.made  ## build the source archive and the wheel into dist/
 	$(TEST_ENV)/bin/python -m build
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-test build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-oracles build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hf_llmopt tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(1): the environment's folder, $(2): what to install, $(3): variables of the build.
@@ -72,6 +79,15 @@ $(DEMO_ENV)/.made: $(SETTINGS)
 
 $(TEST_ENV)/.made: $(SETTINGS)
 	$(call make-environment,$(TEST_ENV),.[dev],CFLAGS="$(TEST_CFLAGS)")
+
+# auto-gptq and autoawq ask for packages of their time; what is used of them runs without.
+$(ORACLE_ENV)/.made: tests/oracles/constraints.txt
+	@echo "making $(ORACLE_ENV): this takes a few minutes the first time"
+	$(PYTHON) -m venv --clear $(ORACLE_ENV)
+	$(ORACLE_ENV)/bin/python -m pip install --quiet -c $< torch transformers numpy setuptools wheel
+	$(ORACLE_ENV)/bin/python -m pip install --quiet -c $< gptqmodel compressed-tensors
+	$(ORACLE_ENV)/bin/python -m pip install --quiet -c $< --no-deps auto-gptq autoawq
+	@touch $@
 
 # The package is installed from its sources and the kernels lie among them: they are built again if a file of theirs is
 # newer.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_llmopt.errors import InvalidCheckpoint, UnsupportedQuantization
 from hf_llmopt.kernels.arguments import Grid
-from hf_llmopt.quantization.formats import Scheme, obstacle, pack, tensors, unpack
+from hf_llmopt.kernels.reference import dequantize
+from hf_llmopt.quantization.formats import Recipe, Scheme, obstacle, pack, tensors, unpack
 from hf_llmopt.quantization.formats.bits import pack_bits, unpack_bits
 
 LINEAR = nn.Linear(1, 1)
@@ -314,3 +320,253 @@ def test_grids_that_a_format_cannot_hold(grid: Grid, scheme: Scheme, says: str) 
 def test_schemes_that_do_not_exist(fields: tuple[Any, ...], says: str) -> None:
     with pytest.raises(UnsupportedQuantization, match=says):
         Scheme(*fields)
+
+
+# --------------------------------------------------------------------------------------------- files that others wrote
+
+DATA = Path(__file__).parent / "data" / "quantized"
+
+
+def digest(weight: Tensor) -> str:
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def cases() -> Iterator[Any]:
+    for file in sorted(DATA.glob("*.json")):
+        for case in json.loads(file.read_text("utf-8")):
+            yield pytest.param(file.stem, case, id=f"{file.stem}-{case['name']}")
+
+
+@pytest.mark.parametrize(("package", "case"), list(cases()))
+def test_weights_of_other_packages(package: str, case: dict[str, Any]) -> None:
+    """The same weight, bit for bit, as the package that wrote it reads; and its files again."""
+    recipe = Recipe.from_dict(case["quantization_config"])
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    scheme = recipe.scheme_of(DOWN, LINEAR)
+    assert scheme is not None
+    assert recipe.scheme_of(HEAD, LINEAR) is None or recipe.method == "compressed-tensors"
+    prefix = f"{case['name']}."
+    everything = load_file(DATA / f"{package}.safetensors")
+    stored = {name.removeprefix(prefix): t for name, t in everything.items() if name.startswith(prefix)}
+    grid = unpack(stored, scheme, case["outputs"], case["inputs"])
+    dtype = getattr(torch, case["dtype"])
+    assert digest(dequantize(grid, dtype)) == case["sha256"]
+    again = pack(grid, scheme, dtype)
+    assert again.keys() == stored.keys()
+    for name, tensor in again.items():
+        kept = stored[name]
+        assert tensor.dtype == kept.dtype
+        assert torch.equal(tensor.flatten().view(torch.uint8), kept.flatten().view(torch.uint8))
+
+
+def test_every_package_wrote_something() -> None:
+    written = {case.values[0] for case in cases()}
+    assert written == {"auto-gptq", "autoawq", "compressed-tensors", "gptqmodel", "transformers"}
+    assert sum(file.stat().st_size for file in DATA.rglob("*")) < 300_000
+
+
+@pytest.mark.parametrize("package", ["autoawq", "compressed-tensors", "gptqmodel"])
+def test_checkpoints_of_other_packages(package: str) -> None:
+    folder = DATA / f"{package}-llama"
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    recipe = Recipe.from_dict(config["quantization_config"])
+    stored = load_file(folder / "model.safetensors")
+    hidden, wide, narrow = config["hidden_size"], config["intermediate_size"], config["hidden_size"] // 2
+    shapes = {"q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden)}
+    shapes |= {"o_proj": (hidden, hidden), "gate_proj": (wide, hidden), "up_proj": (wide, hidden)}
+    shapes |= {"down_proj": (hidden, wide)}
+    hashes = json.loads((folder / "weights.json").read_text("utf-8"))
+    assert len(hashes) == 7
+    assert recipe.scheme_of(HEAD, LINEAR) is None
+    for name, expected in hashes.items():
+        scheme = recipe.scheme_of(name, LINEAR)
+        assert scheme is not None
+        of_module = {key.rpartition(".")[2]: t for key, t in stored.items() if key.startswith(f"{name}.")}
+        grid = unpack(of_module, scheme, *shapes[name.rpartition(".")[2]])
+        assert digest(dequantize(grid, torch.float16)) == expected
+
+
+# ------------------------------------------------------------------------------------------------- quantization_config
+
+
+def read(**config: Any) -> Recipe:
+    """A recipe, and its dict read again."""
+    recipe = Recipe.from_dict(config)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    return recipe
+
+
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
+def group(targets: list[str], bits: int = 4, kind: str = "int", inputs: Any = None, **weights: Any) -> dict[str, Any]:
+    made = {"num_bits": bits, "type": kind, "symmetric": True, **weights}
+    return {"targets": targets, "weights": made, "input_activations": inputs}
+
+
+def compressed(*groups: dict[str, Any], stored: str = "pack-quantized", **config: Any) -> dict[str, Any]:
+    numbered = {f"group_{number}": one for number, one in enumerate(groups)}
+    return {"quant_method": "compressed-tensors", "format": stored, "config_groups": numbered, **config}
+
+
+def test_the_first_dialects() -> None:
+    """AutoGPTQ's quantize_config.json and AutoAWQ's first names."""
+    old = read(bits=3, group_size=-1, damp_percent=0.01, desc_act=True, sym=False, true_sequential=True)
+    assert old.scheme_of(DOWN, LINEAR) == Scheme("gptq", 3, -1, False)  # one group has no order
+    old = read(w_bit=4, q_group_size=64, zero_point=True, version="GEMV")
+    assert old.scheme_of(DOWN, LINEAR) == Scheme("awq_gemv", 4, 64, False)
+    assert read(**GPTQ_CONFIG, format="gptq_v2").scheme_of(DOWN, LINEAR) == Scheme("gptq_v2", 4, 128, True)
+
+
+def test_only_linear_layers_in_blocks() -> None:
+    recipe = read(**GPTQ_CONFIG)
+    assert recipe.scheme_of(DOWN, LINEAR) == Scheme("gptq", 4, 128, True)
+    assert recipe.scheme_of(DOWN, nn.Embedding(1, 1)) is None
+    assert recipe.scheme_of("model.embed_out", LINEAR) is None
+    assert recipe.scheme_of(HEAD, LINEAR) is None
+    assert read(**GPTQ_CONFIG, lm_head=True).scheme_of(HEAD, LINEAR) == Scheme("gptq", 4, 128, True)
+
+
+def test_dynamic_rules() -> None:
+    """The first that matches decides, from the start of the name."""
+    dynamic = {r"-:.*\.1\.": {}, r"+:.*down_proj": {"bits": 8, "mse": 2.4}, r".*layers\.[02].*": {"group_size": -1}}
+    recipe = read(**{**GPTQ_CONFIG, "desc_act": True}, dynamic=dynamic)
+    base = Scheme("gptq", 4, 128, True, act_order=True)
+    assert recipe.scheme_of("model.layers.1.mlp.down_proj", LINEAR) is None
+    assert recipe.scheme_of("model.layers.0.mlp.down_proj", LINEAR) == replace(base, bits=8)
+    assert recipe.scheme_of("model.layers.2.mlp.up_proj", LINEAR) == replace(base, group_size=-1, act_order=False)
+    assert recipe.scheme_of("model.layers.3.mlp.up_proj", LINEAR) == base
+    assert read(**GPTQ_CONFIG, dynamic={"-:down_proj": {}}).scheme_of(DOWN, LINEAR) is not None
+
+
+def test_modules_in_blocks() -> None:
+    recipe = read(**GPTQ_CONFIG, modules_in_block_to_quantize=[["mlp.down_proj"], ["self_attn.q_proj", "k_proj"]])
+    names = ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.xdown_proj", "smlp.down_proj")
+    found = [name for name in names if recipe.scheme_of(f"model.layers.0.{name}", LINEAR)]
+    assert found == ["mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj"]
+
+
+def test_names_that_are_not_converted() -> None:
+    """AWQ: parts of names; fp8: whole parts between dots."""
+    gate, gate_proj = "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"
+    awq = read(**AWQ_CONFIG, modules_to_not_convert=["visual", "mlp.gate"])
+    assert awq.scheme_of(gate, LINEAR) is awq.scheme_of(gate_proj, LINEAR) is None
+    assert awq.scheme_of("visual.blocks.0.fc", LINEAR) is None
+    assert awq.scheme_of(DOWN, LINEAR) == Scheme("awq", 4, 128, False)
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "mlp.gate"]}
+    fp8 = read(**config)
+    assert fp8.scheme_of(gate, LINEAR) is None
+    assert fp8.scheme_of(gate_proj, LINEAR) == Scheme("fp8", 8, 128, True, activations=True, rows=128)
+
+
+def test_targets_of_compressed_tensors() -> None:
+    """A name before a regular expression, that before a class; what is ignored comes first."""
+    dynamic = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    config = compressed(
+        group(["Linear"], 4, strategy="group", group_size=64, symmetric=False, actorder="static"),
+        group([r"re:.*\.mlp\..*"], 8, strategy="channel", inputs=dynamic) | {"format": "int-quantized"},
+        group([DOWN], 8, "float", strategy="block", block_structure=[128, 64]) | {"format": "float-quantized"},
+        ignore=["lm_head", r"re:.*gate$"],
+    )
+    recipe = read(**config)
+    assert recipe.scheme_of("model.layers.0.self_attn.q_proj", LINEAR) == Scheme("pack-quantized", 4, 64, False)
+    assert recipe.scheme_of("model.layers.0.mlp.up_proj", LINEAR) == Scheme("int-quantized", 8, -1, True, False, True)
+    assert recipe.scheme_of(DOWN, LINEAR) == Scheme("float-quantized", 8, 64, True, rows=128)
+    assert recipe.scheme_of(HEAD, LINEAR) is recipe.scheme_of("model.layers.0.mlp.gate", LINEAR) is None
+    assert recipe.scheme_of("model.embed_tokens", nn.Embedding(1, 1)) is None
+    assert recipe.to_dict()["format"] == "mixed-precision"
+
+
+def test_strategies_of_compressed_tensors() -> None:
+    def scheme(**weights: Any) -> Scheme | None:
+        return read(**compressed(group(["Linear"], **weights))).scheme_of(DOWN, LINEAR)
+
+    assert scheme(strategy="tensor") == scheme() == Scheme("pack-quantized", 4, -1, True, rows=-1)
+    assert scheme(strategy="channel") == scheme(group_size=-1) == Scheme("pack-quantized", 4, -1, True)
+    assert scheme(group_size=32) == Scheme("pack-quantized", 4, 32, True)
+    assert scheme(group_size=32, actorder="group") == Scheme("pack-quantized", 4, 32, True, act_order=True)
+    naive = read(**compressed(group(["Linear"], 8, "float", strategy="tensor"), stored="naive-quantized"))
+    assert naive.scheme_of(DOWN, LINEAR) == Scheme("float-quantized", 8, -1, True, rows=-1)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "quant_method 'bitsandbytes' cannot be read. These can",
+        ),
+        ({"quant_method": "auto-round", "bits": 4}, "quant_method 'auto-round'"),
+        (GPTQ_CONFIG | {"checkpoint_format": "marlin"}, "GPTQ's format 'marlin'"),
+        (GPTQ_CONFIG | {"is_marlin_format": True}, "GPTQ's format 'marlin'"),
+        (GPTQ_CONFIG | {"bits": 5}, "gptq with 5 bits cannot be read, only with 2, 3, 4, 8"),
+        (GPTQ_CONFIG | {"pack_dtype": "int64"}, "packed in 'int64'"),
+        (GPTQ_CONFIG | {"dynamic": {"+:.*": {"bits": 6}}}, "gptq with 6 bits"),
+        (AWQ_CONFIG | {"version": "gemv_fast"}, "AWQ's version 'gemv_fast'"),
+        (AWQ_CONFIG | {"version": "llm-awq"}, "AWQ's version 'llm-awq'"),
+        (AWQ_CONFIG | {"bits": 8}, "awq with 8 bits cannot be read, only with 4"),
+        (compressed(group(["Linear"]), stored="marlin-24"), "format 'marlin-24'"),
+        (compressed(group(["Linear"], 4, "float"), stored="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
+        (compressed(group(["Linear"]), stored="dense"), "format 'dense'"),
+        (compressed(group(["Linear"], 5)), "pack-quantized with 5 bits"),
+        (compressed(group(["Linear"], 4, "float")), "pack-quantized of weights"),
+        (compressed(group(["Linear"], inputs={"num_bits": 4}), stored="int-quantized"), "int-quantized of weights"),
+        (compressed(group(["Linear"], strategy="tensor_group", group_size=16)), "strategy 'tensor_group'"),
+        (compressed(group(["Linear"]), sparsity_config={"format": "sparse-24-bitmask"}), "a sparsity_config"),
+        (compressed(group(["Linear"]), transform_config={"config_groups": {"u": {}}}), "a transform_config"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}, "the preset 'W4A16'"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 with fmt='e5m2'"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "fp8 with expert_dtype='fp4'"),
+    ],
+)
+def test_configs_that_cannot_be_read(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedQuantization, match=says):
+        Recipe.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, "has no quant_method"),
+        ({"quant_method": "gptq", "group_size": 128}, "lacks 'bits'"),
+        ({"quant_method": "awq", "bits": 4}, "lacks 'group_size'"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "lacks 'config_groups'"),
+        (compressed({"targets": ["Linear"], "weights": None}), "no group with weights"),
+        (compressed(group(["Linear"], strategy="block")), "lacks 'block_structure'"),
+        (compressed(group(["re:[a"])), r"'\[a', which is no regular"),
+        (GPTQ_CONFIG | {"dynamic": {"-:(a": {}}}, r"'\(a', which is no regular"),
+    ],
+)
+def test_configs_that_lack_something(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match=says):
+        Recipe.from_dict(config)
+
+
+SKIPPED = ("lm_head", "model.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "scheme"),
+    [
+        (("gptq", 4, 128, True), "gptq", Scheme("gptq", 4, 128, True)),
+        (("gptq", 3, 64, True), "gptq", Scheme("gptq", 3, 64, True)),
+        (("int4", 8, 64, True), "gptq", Scheme("gptq", 8, 64, True)),
+        (("awq", 4, 64, False), "awq", Scheme("awq", 4, 64, False)),
+        (("hqq", 4, 64, False), "awq", Scheme("awq", 4, 64, False)),
+        (("hqq", 2, 64, False), "compressed-tensors", Scheme("pack-quantized", 2, 64, False)),
+        (("int8", 8, -1, True), "compressed-tensors", Scheme("int-quantized", 8, -1, True, activations=True)),
+        (("int8", 8, 64, True), "gptq", Scheme("gptq", 8, 64, True)),
+        (("smoothquant", 8, -1, True), "compressed-tensors", Scheme("int-quantized", 8, -1, True, activations=True)),
+        (("fp8", 8, -1, True), "compressed-tensors", Scheme("float-quantized", 8, -1, True, activations=True)),
+    ],
+)
+def test_what_we_write(asked: tuple[str, int, int, bool], method: str, scheme: Scheme) -> None:
+    made = Recipe.for_method(*asked, act_order=True, skipped=SKIPPED)
+    recipe = read(**made.to_dict())
+    assert recipe == made
+    assert recipe.method == method
+    assert recipe.scheme_of(DOWN, LINEAR) == recipe.scheme_of("model.layers.11.mlp.up_proj", LINEAR) == scheme
+    assert recipe.scheme_of(HEAD, LINEAR) is recipe.scheme_of(SKIPPED[1], LINEAR) is None
+    assert made.to_dict().get("static_groups", False) == (asked[0] == "gptq")
+    assert not made.to_dict().get("desc_act")

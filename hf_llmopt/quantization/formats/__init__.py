@@ -7,6 +7,7 @@ byte.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def unpack(stored: Mapping[str, Tensor], scheme: Scheme, outputs: int, inputs: i
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Whether a stored tensor is what its scheme says; scales may be in any format of two bytes or more."""
-    if tensor.shape != torch.Size(shape) and not (shape == (1,) and tensor.numel() == 1):
+    if tensor.shape != torch.Size(shape) and not (len(shape) < 2 and prod(shape) == tensor.numel() == 1):
         raise InvalidCheckpoint(
             f"{name!r} should be {list(shape)} and is {list(tensor.shape)}; the file is damaged, or its "
             "quantization_config is of another one"

@@ -143,7 +143,9 @@ def in_order(scheme: Scheme, inputs: int, device: torch.device) -> Tensor:
 
 def scale_shape(scheme: Scheme, outputs: int, inputs: int) -> tuple[int, ...]:
     """Shape of the scales where several outputs may share one."""
-    return (1,) if scheme.rows == -1 else (-(-outputs // scheme.rows), scheme.groups(inputs))
+    if scheme.rows == -1:
+        return () if scheme.format == "fp8" else (1,)
+    return -(-outputs // scheme.rows), scheme.groups(inputs)
 
 
 def repeated(shared: Tensor, scheme: Scheme, outputs: int) -> Tensor:
@@ -160,4 +162,4 @@ def shared(each: Tensor, scheme: Scheme) -> Tensor:
     kept = each[:: len(each) if scheme.rows == -1 else scheme.rows].contiguous()
     if not torch.equal(repeated(kept, scheme, len(each)), each):
         raise UnsupportedQuantization("Outputs that share a scale in the file have different ones.")
-    return kept.reshape(1) if scheme.rows == -1 else kept
+    return kept.reshape(scale_shape(scheme, 1, 1)) if scheme.rows == -1 else kept
