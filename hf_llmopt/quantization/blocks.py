@@ -152,8 +152,8 @@ def quantize_blocks(
         fallback: Rounds a weight, float32 `[outputs, inputs]`, without samples: for products outside the blocks, and
             those that too few tokens reach. They are listed in a warning.
         tokens: Token ids, `[samples, length]`, as `calibration.pack` makes them.
-        chosen: The modules to quantize by their name in the model, `nn.Linear` or `Conv1D`. Those whose grid was yielded
-            may be removed from it, which frees them.
+        chosen: The modules to quantize by their name in the model, `nn.Linear` or `Conv1D`. Those whose grid was
+            yielded may be removed from it, which frees them.
         progress: Show a bar, unless `transformers.utils.logging` switched bars off.
 
     Yields:
