@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_llmopt.errors import InvalidCheckpoint, UnsupportedQuantization
 from hf_llmopt.kernels.arguments import Grid
 from hf_llmopt.kernels.reference import dequantize
-from hf_llmopt.quantization.formats import Recipe, Scheme, obstacle, pack, tensors, unpack
+from hf_llmopt.quantization.formats import Recipe, Scheme, obstacle, pack, stored_in, tensors, unpack
 from hf_llmopt.quantization.formats.bits import pack_bits, unpack_bits
 
 LINEAR = nn.Linear(1, 1)
@@ -227,6 +227,26 @@ def test_missing_tensors() -> None:
         unpack(stored, GPTQ, 32, 64)
     with pytest.raises(InvalidCheckpoint, match="no 'qweight', only nothing"):
         unpack({}, GPTQ, 32, 64)
+
+
+def test_what_the_files_hold() -> None:
+    """Full weights beside quantized ones are a checkpoint; weights of which a part is there are not."""
+    plain, up = Scheme("int-quantized", 8, -1, True), "model.layers.0.mlp.up_proj"
+    gptq = [f"{DOWN}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx", "bias")]
+    assert stored_in([*gptq, f"{up}.weight"], {DOWN: GPTQ, up: GPTQ}) == {DOWN: GPTQ}
+    assert stored_in([*gptq, f"{up}.weight", f"{up}.weight_scale"], {DOWN: GPTQ, up: plain}) == {DOWN: GPTQ, up: plain}
+    assert stored_in([f"{up}.weight", f"{up}.bias"], {up: Scheme("fp8", 8, 128, True, rows=128)}) == {}
+    with pytest.raises(InvalidCheckpoint, match="lacks weight_scale and has bias, weight"):
+        stored_in([f"{up}.weight", f"{up}.bias"], {up: plain})
+    with pytest.raises(InvalidCheckpoint, match=r"1 of 2 .* lacks qweight, qzeros, scales and has nothing. Files are"):
+        stored_in(gptq, {DOWN: GPTQ, up: GPTQ})
+    with pytest.raises(InvalidCheckpoint, match=r"1 of 1 .* lacks qzeros and has bias, g_idx, qweight, scales"):
+        stored_in([name for name in gptq if "qzeros" not in name], {DOWN: GPTQ})
+    with pytest.raises(InvalidCheckpoint, match="lacks qweight, qzeros and has scales, weight"):
+        stored_in([f"{up}.weight", f"{up}.scales"], {up: GPTQ})
+    many = {f"layers.{n}.up": GPTQ for n in range(9)}
+    with pytest.raises(InvalidCheckpoint, match=r"9 of 9 .*; …\. Files"):
+        stored_in([], many)
 
 
 def test_an_index_may_only_be_missing_without_act_order() -> None:

@@ -6,7 +6,8 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import torch
@@ -18,7 +19,7 @@ from . import awq, compressed_tensors, fp8, gptq
 from .recipe import Recipe
 from .scheme import Format, Layout, Scheme, in_order
 
-__all__ = ["Recipe", "Scheme", "obstacle", "pack", "tensors", "unpack"]
+__all__ = ["Recipe", "Scheme", "obstacle", "pack", "stored_in", "tensors", "unpack"]
 
 FORMATS: dict[str, Format] = {
     "gptq": gptq.FORMAT,
@@ -30,7 +31,8 @@ FORMATS: dict[str, Format] = {
     "float-quantized": fp8.FLOAT,
     "fp8": fp8.BLOCKS,
 }
-OPTIONAL = ("g_idx", "weight_shape")  # older files lack them
+OPTIONAL = {"g_idx", "weight_shape"}  # older files lack them
+EXACT = {"pack-quantized", "int-quantized", "float-quantized"}  # their configs name every weight
 
 
 def obstacle(scheme: Scheme, outputs: int, inputs: int) -> str | None:
@@ -41,6 +43,45 @@ def obstacle(scheme: Scheme, outputs: int, inputs: int) -> str | None:
         'its 100 inputs are no multiple of the group size 128'
     """
     return FORMATS[scheme.format].obstacle(scheme, outputs, inputs)
+
+
+def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The weights that a checkpoint really holds quantized, before any is read.
+
+    Configs of GPTQ, AWQ and fp8 do not always say what is quantized, above all in models with more than a language
+    model: there, what stands in the files as `weight` alone is not.
+
+    Args:
+        names: Of all tensors in the files.
+        schemes: How each module would be stored, by its name.
+
+    Raises:
+        InvalidCheckpoint: A weight lacks some of its tensors, or all: files are missing, or mixed with others.
+
+    Example:
+        >>> names = ["layers.0.up.qweight", "layers.0.up.qzeros", "layers.0.up.scales", "vision.0.up.weight"]
+        >>> scheme = Scheme("gptq", 4, 128, symmetric=True)
+        >>> list(stored_in(names, {"layers.0.up": scheme, "vision.0.up": scheme}))
+        ['layers.0.up']
+    """
+    leaves: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        leaves[module].add(leaf)
+    found, wrong = {}, []
+    for module, scheme in schemes.items():
+        wanted = FORMATS[scheme.format].layout(scheme, 1, 1, torch.float32).keys() - OPTIONAL
+        if wanted <= leaves[module]:
+            found[module] = scheme
+        elif scheme.format in EXACT or "weight" not in leaves[module] or (wanted - {"weight"}) & leaves[module]:
+            there = ", ".join(sorted(leaves[module])) or "nothing"
+            wrong.append(f"{module} lacks {', '.join(sorted(wanted - leaves[module]))} and has {there}")
+    if wrong:
+        raise InvalidCheckpoint(
+            f"{len(wrong)} of {len(schemes)} quantized weights are not complete: {'; '.join(wrong[:3])}"
+            f"{'; …' if len(wrong) > 3 else ''}. Files are missing, or belong to another checkpoint."
+        )
+    return found
 
 
 def tensors(scheme: Scheme, outputs: int, inputs: int, dtype: torch.dtype) -> Layout:
