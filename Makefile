@@ -41,7 +41,7 @@ sanitize: build/sanitize/.built  ## run the kernels' tests under the address and
 
 # Slow to install: packages are built from source. Not part of the tests, which read the files that this leaves.
 oracles: $(ORACLE_ENV)/.made  ## compare the file formats with the packages that wrote them first; renews tests/data/quantized
-	cd tests/oracles && for script in run.py models.py; do \
+	cd tests/oracles && for script in run.py models.py ours.py; do \
 		PYTHONPATH=$(CURDIR) GPTQMODEL_CPU_WORKERS=2 HF_HUB_OFFLINE=1 \
 		$(abspath $(ORACLE_ENV))/bin/python -W ignore $$script || exit 1; done
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from hf_llmopt.errors import InvalidCheckpoint, UnsupportedQuantization
 from hf_llmopt.kernels.arguments import Grid
@@ -386,24 +387,24 @@ def test_every_package_wrote_something() -> None:
 
 
 @pytest.mark.parametrize("package", ["autoawq", "compressed-tensors", "gptqmodel"])
-def test_checkpoints_of_other_packages(package: str) -> None:
+def test_checkpoints_of_other_packages(package: str, tmp_path: Path) -> None:
+    """Loaded by transformers, the weights are those that the package reads; saved again, the files hold the same."""
     folder = DATA / f"{package}-llama"
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    recipe = Recipe.from_dict(config["quantization_config"])
-    stored = load_file(folder / "model.safetensors")
-    hidden, wide, narrow = config["hidden_size"], config["intermediate_size"], config["hidden_size"] // 2
-    shapes = {"q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden)}
-    shapes |= {"o_proj": (hidden, hidden), "gate_proj": (wide, hidden), "up_proj": (wide, hidden)}
-    shapes |= {"down_proj": (hidden, wide)}
+    model = AutoModelForCausalLM.from_pretrained(folder, llmopt="kv_cache", dtype=torch.float16)
     hashes = json.loads((folder / "weights.json").read_text("utf-8"))
     assert len(hashes) == 7
-    assert recipe.scheme_of(HEAD, LINEAR) is None
     for name, expected in hashes.items():
-        scheme = recipe.scheme_of(name, LINEAR)
-        assert scheme is not None
-        of_module = {key.rpartition(".")[2]: t for key, t in stored.items() if key.startswith(f"{name}.")}
-        grid = unpack(of_module, scheme, *shapes[name.rpartition(".")[2]])
-        assert digest(dequantize(grid, torch.float16)) == expected
+        assert digest(dequantize(model.get_submodule(name).grid(), torch.float16)) == expected
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor)
+    configs = [
+        json.loads((path / "config.json").read_text("utf-8"))["quantization_config"] for path in (folder, tmp_path)
+    ]
+    assert Recipe.from_dict(configs[0]) == Recipe.from_dict(configs[1])
 
 
 # ------------------------------------------------------------------------------------------------- quantization_config

@@ -17,6 +17,8 @@ import packages
 import torch
 from run import FIXTURES, digest
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,6 +33,12 @@ def small_llama() -> LlamaForCausalLM:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).half()
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Packages want one beside the model, also where they are given token ids."""
+    words = {f"w{n}": n for n in range(96)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0")
 
 
 def gptqmodel(source: Path, target: Path) -> None:
@@ -89,11 +97,7 @@ def write(package: str) -> None:
         source, target = Path(room, "source"), Path(room, "target")
         model = small_llama()
         model.save_pretrained(source)
-        words = {f"w{n}": n for n in range(96)}
-        from tokenizers import Tokenizer, models
-
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(source)
+        small_tokenizer().save_pretrained(source)
         with contextlib.chdir(room):  # GPTQModel leaves its log where it stands
             quantize(source, target)
         for name in ("config.json", "model.safetensors"):
