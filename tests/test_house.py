@@ -277,6 +277,9 @@ def test_optional_packages_are_imported_where_they_are_needed() -> None:
     assert found == []
 
 
+BROUGHT = {"triton", "llama_cpp"}  # by torch, and by llama-cpp-python
+
+
 def test_imports_are_declared() -> None:
     def named(requirement: str) -> str:
         return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("-", "_")
@@ -293,7 +296,7 @@ def test_imports_are_declared() -> None:
         for found in imports(module, source)
     }
     used = {name: where for name, where in used.items() if name not in sys.stdlib_module_names}
-    assert {n: w for n, w in used.items() if n not in declared | {"hf_llmopt", "triton"}} == {}  # torch brings triton
+    assert {n: w for n, w in used.items() if n not in declared | {"hf_llmopt", *BROUGHT}} == {}
 
 
 def test_no_print() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, chat, demo, env, eval, generate
+from . import bench, chat, demo, env, eval, generate, quantize
 from .command import Command, ModelCommand
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo", cls=ModelCommand)(demo.demo)
 app.command("generate", cls=ModelCommand)(generate.generate)
 app.command("chat", cls=ModelCommand)(chat.chat)
+app.command("quantize", cls=ModelCommand)(quantize.quantize)
 app.command("env", cls=Command)(env.env)
 app.add_typer(bench.app, name="bench")
 app.add_typer(eval.app, name="eval")

@@ -60,7 +60,7 @@ def chat(
     from .models import load
 
     conversation = Conversation(
-        *load(model, dtype, device),
+        *load(model, dtype, device, wanted),
         system,
         {"llmopt": wanted, "max_new_tokens": max_new_tokens, **sampling(temperature, top_k, top_p)},
     )

@@ -51,7 +51,7 @@ def generate(
     from .models import load
     from .streams import Writer
 
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer = load(model, dtype, device, wanted)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].numel() == 0:
         raise UserError("the prompt is empty; give at least one character")

@@ -71,6 +71,7 @@ class QuantizedLinear(nn.Module):
             module = cls(inputs, outputs, scheme, bias is not None, grid.scales.dtype)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            module.bias._is_hf_initialized = True  # type: ignore[attr-defined]  # it is no bias that a file lacks
         module._store(formats.pack(grid, scheme, grid.scales.dtype))
         return module
 

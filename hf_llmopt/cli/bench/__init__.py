@@ -9,11 +9,13 @@ from .continuous_batching import continuous_batching
 from .cpu import cpu
 from .kv_cache import kv_cache
 from .prompt_cache import prompt_cache
+from .quantization import quantization
 
 app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
 app.command("kv_cache", cls=ModelCommand)(kv_cache)
 app.command("prompt_cache", cls=ModelCommand)(prompt_cache)
 app.command("continuous_batching", cls=ModelCommand)(continuous_batching)
+app.command("quantization", cls=ModelCommand)(quantization)
 app.command("cpu", cls=ModelCommand)(cpu)
 
 

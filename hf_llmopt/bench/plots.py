@@ -1,0 +1,110 @@
+"""Pictures of reports as SVG, drawn by hand: they need no package and are the same everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLORS = ("#555555", "#9ecae1", "#1f77b4", "#2ca02c", "#ff7f0e", "#d62728", "#9467bd", "#8c564b")
+
+
+def quantized_speed(found: Mapping[str, Any], width: int = 760) -> str:
+    """Times as fast as stock over the rows of a decode step, a line for each method, with intervals.
+
+    Args:
+        found: An entry of `"speed"` of a report of `bench quantization`.
+        width: Of the picture, in pixels.
+    """
+    cases = [case for case in found["cases"] if case["new_tokens"] > 1 and case["ratios"]]
+    names = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
+    top = max((_high(case["ratios"][name]) for case in cases for name in names), default=1.0)
+    left, right, upper, lower = 50, width - 10, 20 + 18 * len(names), 330 + 18 * len(names)
+    places = {
+        case["rows"]: left + 30 + (right - left - 60) * i / max(1, len(cases) - 1) for i, case in enumerate(cases)
+    }
+
+    def y(times: float) -> float:
+        return lower - (lower - upper - 20) * times / top
+
+    parts = _begin(width, lower + 40)
+    for number, name in enumerate(names):
+        color = COLORS[(number + 1) % len(COLORS)]
+        parts.append(f'<rect x="{left}" y="{10 + 18 * number}" width="12" height="12" fill="{color}"/>')
+        parts.append(f'<text x="{left + 18}" y="{20 + 18 * number}">{name}</text>')
+    for times in range(math.floor(top) + 1):
+        parts.append(_line(left, y(times), right, y(times), "#dddddd" if times != 1 else "#777777"))
+        parts.append(f'<text x="{left - 6}" y="{y(times) + 4:.1f}" text-anchor="end">{times}</text>')
+    for rows, x in places.items():
+        parts.append(f'<text x="{x:.1f}" y="{lower + 16}" text-anchor="middle">{rows}</text>')
+    parts.append(
+        f'<text x="{left}" y="{lower + 34}">requests in a step; times as fast as stock, {found["shape"]}</text>'
+    )
+    for number, name in enumerate(names):
+        color = COLORS[(number + 1) % len(COLORS)]
+        points = [(places[case["rows"]], case["ratios"][name]) for case in cases]
+        parts += [
+            _line(x0, y(a["ratio"]), x1, y(b["ratio"]), color, 2) for (x0, a), (x1, b) in itertools.pairwise(points)
+        ]
+        for x, ratio in points:
+            parts.append(f'<circle cx="{x:.1f}" cy="{y(ratio["ratio"]):.1f}" r="3" fill="{color}"/>')
+            if ratio["low"] is not None:
+                parts.append(_line(x, y(ratio["low"]), x, y(ratio["high"]), color))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def quantized_quality(found: Mapping[str, Any], width: int = 760) -> str:
+    """Perplexity as a multiple of full precision's, a dot with its interval for each method, on a logarithmic axis.
+
+    Args:
+        found: `"quality"` of a report of `bench quantization`.
+        width: Of the picture, in pixels.
+    """
+    cases = found["cases"]
+    left, right, height = 190, width - 30, 22
+    ends = [
+        end for case in cases for end in (case["times"]["low"], case["times"]["high"], case["times"]["value"]) if end
+    ]
+    low, high = math.log(min([*ends, 0.999])), math.log(max([*ends, 1.001]))
+    bottom = 20 + height * len(cases)
+
+    def x(times: float) -> float:
+        return left + (right - left) * (math.log(times) - low) / (high - low)
+
+    parts = _begin(width, bottom + 40)
+    parts.append(_line(x(1), 10, x(1), bottom, "#777777"))
+    for number, case in enumerate(cases):
+        y, times, color = 20 + height * number, case["times"], COLORS[2]
+        parts.append(f'<text x="8" y="{y + 4}">{case["name"]}</text>')
+        if times["low"] is not None:
+            parts.append(_line(x(times["low"]), y, x(times["high"]), y, color))
+        parts.append(f'<circle cx="{x(times["value"]):.1f}" cy="{y}" r="4" fill="{color}"/>')
+    for times in _ticks(math.exp(low), math.exp(high)):
+        parts.append(f'<text x="{x(times):.1f}" y="{bottom + 14}" text-anchor="middle">{times:g}</text>')
+    parts.append(f'<text x="{left}" y="{bottom + 32}">perplexity, times that of full precision</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _ticks(low: float, high: float) -> Sequence[float]:
+    step = next(
+        (step for step in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 8), 5.0
+    )
+    first = math.ceil(low / step)
+    return [round(number * step, 6) for number in range(first, math.floor(high / step) + 1) if number > 0]
+
+
+def _high(ratio: Mapping[str, Any]) -> float:
+    return float(ratio["ratio"] if ratio["high"] is None else min(ratio["high"], 2 * ratio["ratio"]))
+
+
+def _begin(width: int, height: int) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, color: str, width: int = 1) -> str:
+    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{color}" stroke-width="{width}"/>'
