@@ -390,7 +390,7 @@ def test_every_package_wrote_something() -> None:
 def test_checkpoints_of_other_packages(package: str, tmp_path: Path) -> None:
     """Loaded by transformers, the weights are those that the package reads; saved again, the files hold the same."""
     folder = DATA / f"{package}-llama"
-    model = AutoModelForCausalLM.from_pretrained(folder, llmopt="kv_cache", dtype=torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(folder, llmopt="kv_cache", dtype="auto")
     hashes = json.loads((folder / "weights.json").read_text("utf-8"))
     assert len(hashes) == 7
     for name, expected in hashes.items():
@@ -401,10 +401,8 @@ def test_checkpoints_of_other_packages(package: str, tmp_path: Path) -> None:
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor)
-    configs = [
-        json.loads((path / "config.json").read_text("utf-8"))["quantization_config"] for path in (folder, tmp_path)
-    ]
-    assert Recipe.from_dict(configs[0]) == Recipe.from_dict(configs[1])
+    configs = [json.loads((path / "config.json").read_text("utf-8")) for path in (folder, tmp_path)]
+    assert len({Recipe.from_dict(config["quantization_config"]) for config in configs}) == 1
 
 
 # ------------------------------------------------------------------------------------------------- quantization_config
