@@ -891,3 +891,44 @@ def test_training_beside_a_step() -> None:
         generate(model, True)
     assert other.ident
     assert not missing
+
+
+class _Wrapped(torch.Tensor):
+    """A tensor whose numbers lie in another one, as libraries for quantization make them."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, context, size, stride):
+        return _Wrapped(parts["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        bare = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        gave = function(*bare, **(kwargs or {}))
+        return cls(gave) if function is torch.ops.aten.detach.default else gave
+
+
+def test_weights_that_lie_elsewhere_are_left_alone_and_watched():
+    model = build("llama")
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.weight = torch.nn.Parameter(_Wrapped(module.weight.detach()), requires_grad=False)
+    ids = torch.arange(3, 30)[None]
+    model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=True)
+    assert model.llmopt.stats.served_by == "llmopt"
+    assert not any("product" in line or "layer" in line for line in model.llmopt.stats.fused)
+    first = model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=True)
+    assert model.llmopt.stats.cached_tokens > 0
+    model.model.layers[0].mlp.up_proj.weight.inner.mul_(-3)
+    again = model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=True)
+    assert model.llmopt.stats.cached_tokens == 0
+    assert again.tolist() == model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=False).tolist() != first.tolist()

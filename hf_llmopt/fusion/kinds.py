@@ -69,6 +69,7 @@ def plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
     return (
         type(module) is kind
         and is_plain(module)
+        and type(module.weight) in (nn.Parameter, Tensor)  # the numbers of other classes lie elsewhere
         and module.weight.device.type == "cpu"
         and module.weight.dtype in cpu.DTYPES
         and module.weight.is_contiguous()

@@ -28,7 +28,7 @@ from ..kernels import cpu
 from ..kv_cache import LayerSpec
 from ..walk import modules
 from .choice import own_rows
-from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, inside, is_library_code, is_plain
+from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, inside, is_library_code, is_plain, plain_linear
 from .layer import Joined, Structure, recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
@@ -189,7 +189,7 @@ class Fusion:
 
         module: Any
         for module in model.modules():
-            if type(module) in PRODUCTS and not module.weight.is_meta:
+            if type(module) in PRODUCTS and plain_linear(module, type(module)):
                 alike.setdefault(key(module), []).append(module.weight.detach())
         return lambda module: own_rows(type(module), alike[key(module)])
 

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..walk import modules
@@ -93,7 +94,17 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
+    return chain.from_iterable(map(_parts, chain(model.parameters(), model.buffers())))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, or those that it wraps, as torchao's do."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for name in names:
+        yield from _parts(getattr(tensor, name))
 
 
 def _modules(model: PreTrainedModel) -> tuple[object, ...]:
