@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -121,7 +121,8 @@ class BatchingConfig(Section):
         overlap: Launch the next step of submitted requests before the tokens of the last one are read; a request that
             ends is noticed one step late. `None`: where the model is not on the CPU.
         continuous: A text-generation pipeline submits its inputs as requests that come and go, instead of one padded
-            batch after the other. Set by `llmopt="continuous_batching"`.
+            batch after the other. `None`: where this section is given in any form, `llmopt="continuous_batching"` among
+            them; `llmopt=True` alone keeps the stock class.
 
     Example:
         >>> from hf_llmopt import BatchingConfig
@@ -137,7 +138,7 @@ class BatchingConfig(Section):
     aging: int = _option(256, kind=int, low=1)
     swap_bytes: int = _option(2**30, kind=int)
     overlap: bool | None = _option(None, choices=(False, True))
-    continuous: bool = _option(False, choices=(False, True))
+    continuous: bool | None = _option(None, choices=(False, True))
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ EIGHT_BITS = ("int8", "fp8", "smoothquant")  # methods
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_cache": ("kv_cache", {}),
     "prompt_cache": ("prompt_cache", {}),
-    "continuous_batching": ("batching", {"continuous": True}),
+    "continuous_batching": ("batching", {}),
     "int8": ("quantization", {"method": "int8"}),
     "int4": ("quantization", {"method": "int4"}),
     "fp8": ("quantization", {"method": "fp8"}),
@@ -290,7 +291,7 @@ class LLMOptConfig:
     kv_cache: KVCacheConfig = KVCacheConfig()
     prompt_cache: PromptCacheConfig | None = None
     attention: AttentionConfig = AttentionConfig()
-    batching: BatchingConfig = BatchingConfig()
+    batching: BatchingConfig = BatchingConfig(continuous=False)
     quantization: QuantizationConfig | None = None
     batch_invariant: bool = False
     strict: bool = False
@@ -300,6 +301,8 @@ class LLMOptConfig:
             value = getattr(self, name)
             off = name in OPTIONAL and (value is None or value is False)
             object.__setattr__(self, name, None if off else section.parse(value))
+        if self.batching.continuous is None:  # whoever names the part wants it
+            object.__setattr__(self, "batching", replace(self.batching, continuous=True))
         for name in ("batch_invariant", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")

@@ -7,6 +7,7 @@ LLMOptError
 ├── NotServed            strict=True, and this call would have run on transformers      (ValueError)
 ├── InvalidRequest       the inputs of one request cannot be generated from             (ValueError)
 │   ├── EmptyPrompt      a row without a single unmasked token
+│   ├── ObjectInUse      a processor, criterion or streamer of the user serves another live request
 │   ├── PromptTooLong    more tokens than the model has positions for
 │   └── TokenOutOfRange  an id outside the vocabulary
 ├── OutOfPages           the KV cache's budget cannot hold the request                  (MemoryError)
@@ -54,6 +55,10 @@ class InvalidRequest(LLMOptError, ValueError):
 
 class EmptyPrompt(InvalidRequest):
     """A row of the prompt has no unmasked token."""
+
+
+class ObjectInUse(InvalidRequest):
+    """A processor, criterion or streamer of the user, which may carry state, serves another live request."""
 
 
 class PromptTooLong(InvalidRequest):

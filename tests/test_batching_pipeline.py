@@ -1,17 +1,18 @@
 """`BatchingPipeline` and `generate_batch`: what goes in and comes out, against the stock pipeline."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import build
-from transformers import pipeline
+from transformers import LogitsProcessor, LogitsProcessorList, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
 import hf_llmopt
-from hf_llmopt import BatchingPipeline, Engine, errors
+from hf_llmopt import BatchingConfig, BatchingPipeline, Engine, LLMOptConfig, errors
 
 sys.path.insert(0, str(Path(__file__).parent / "equality"))
 from compare import counted_updates, stock, tokenizer
@@ -212,6 +213,73 @@ def test_a_failing_input_raises_and_cancels_the_rest(words) -> None:
     fast.close()
 
 
+def test_a_failing_input_harms_no_other(words) -> None:
+    small = {"kv_cache": {"page_size": 4, "max_tokens": 64}}
+    fast = BatchingPipeline(model=build("llama"), tokenizer=words, llmopt=small)
+    inputs = ["a", "the " * 60, "no", 7, "the store"]
+    expected = fast(["a", "no", "the store"], **GREEDY)
+    found = fast(inputs, return_exceptions=True, **GREEDY)
+    assert [found[0], found[2], found[4]] == expected
+    assert isinstance(found[1], errors.OutOfPages)
+    assert str(found[1]).startswith("Input 1: ")
+    assert isinstance(found[3], Exception)
+    found = dict(fast.as_completed(inputs, return_exceptions=True, **GREEDY))
+    assert [found[0], found[2], found[4]] == expected
+    results = fast((text for text in inputs), **GREEDY)
+    assert next(results) == expected[0], "what came before is delivered"
+    with pytest.raises(errors.OutOfPages, match="Input 1: "):
+        next(results)
+    fast.close()
+
+
+def test_what_fails_while_it_runs_harms_no_other(pipes) -> None:
+    found = pipes[1](TEXTS[:2], deadline=0, return_exceptions=True, **GREEDY)
+    assert [type(error) for error in found] == [errors.DeadlineExceeded] * 2
+    assert str(found[1]).startswith("Input 1: ")
+    with pytest.raises(errors.DeadlineExceeded, match=r"^The deadline"):
+        pipes[1](TEXTS[0], deadline=0, **GREEDY)
+
+
+def test_figures_and_log_probabilities_of_a_pipeline(pipes) -> None:
+    plain, fast = pipes
+    outputs = fast(TEXTS, logprobs=2, prompt_logprobs=0, return_stats=True, num_return_sequences=1, **GREEDY)
+    for (output,), (stock_output,), text in zip(outputs, plain(TEXTS, **GREEDY), TEXTS, strict=True):
+        stats, logprobs, prompt = (output.pop(name) for name in ("stats", "logprobs", "prompt_logprobs"))
+        assert output == stock_output
+        assert stats.served_by == "llmopt"
+        assert stats.usage["completion_tokens"] == len(logprobs) == GREEDY["max_new_tokens"]
+        assert stats.usage["prompt_tokens"] == len(prompt) + 1 == len(fast.tokenizer(text)["input_ids"])
+        assert all(len(entry.top) == 2 for entry in logprobs)
+    with pytest.warns(UserWarning, match="beam search"):
+        ((output,),) = fast(TEXTS[:1], num_beams=2, return_stats=True, **GREEDY)
+    assert output["stats"].served_by == "transformers"
+    with pytest.raises(errors.NotServed, match="beam search"):
+        fast(TEXTS[:1], num_beams=2, logprobs=1, **GREEDY)
+
+
+class Counts(LogitsProcessor):
+    """Raises the score of a token that depends on how often it was called: stock's order is the only right one."""
+
+    calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores[:, 3 + self.calls % 40] += 100
+        return scores
+
+
+def test_a_processor_of_the_users_own_serves_one_input_at_a_time(pipes) -> None:
+    plain, fast = pipes
+    ours, theirs = Counts(), Counts()
+    found = fast(TEXTS, logits_processor=LogitsProcessorList([ours]), **GREEDY)
+    assert found == plain(TEXTS, logits_processor=LogitsProcessorList([theirs]), **GREEDY)
+    assert ours.calls == theirs.calls
+    ids = [fast.tokenizer(text)["input_ids"] for text in TEXTS]
+    ours.calls = 0
+    tokens = hf_llmopt.generate_batch(fast.model, ids, logits_processor=LogitsProcessorList([ours]), **GREEDY)
+    assert ours.calls == theirs.calls == sum(map(len, tokens))
+
+
 def test_an_iterator_that_is_dropped_stops(pipes) -> None:
     fast = pipes[1]
     taken = []
@@ -257,6 +325,31 @@ def test_true_keeps_the_stock_class(words) -> None:
     assert not isinstance(made, BatchingPipeline)
 
 
+@pytest.mark.parametrize(
+    ("llmopt", "batches"),
+    [
+        (BatchingConfig("fair"), True),
+        (BatchingConfig(), True),
+        (LLMOptConfig(batching="fair"), True),
+        ({"batching": {"max_requests": 4}}, True),
+        ("prompt_cache,continuous_batching", True),
+        (BatchingConfig(continuous=False), False),
+        (LLMOptConfig(), False),
+        ({"kv_cache": True}, False),
+    ],
+    ids=str,
+)
+def test_who_names_batching_gets_it(words, llmopt, batches: bool) -> None:
+    model = build("llama")
+    made = pipeline("text-generation", model=model, tokenizer=words, llmopt=llmopt)
+    assert isinstance(made, BatchingPipeline) is batches
+    if batches:
+        assert made.engine.loop is model.llmopt.engine_for(
+            model, replace(made.engine.config, batching=replace(made.engine.config.batching, continuous=False))
+        ), "generate shares its pages"
+        made.close()
+
+
 def test_generate_batch() -> None:
     model = build("qwen3")
     prompts = [[5 + index, 7, 9 + index % 3] * (1 + index % 4) for index in range(20)]
@@ -270,6 +363,29 @@ def test_generate_batch() -> None:
     assert len(one) == 40
     assert one == hf_llmopt.generate_batch(model, prompts, seed=1, **sampled)
     assert one[0::2] != one[1::2]
+
+
+def test_generate_batch_says_which_prompt_is_wrong() -> None:
+    model = build("llama")
+    arguments = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    prompts = [[5, 6], [7, 8, 9], [10_000], [5, 7]]
+    with pytest.raises(errors.TokenOutOfRange, match=r"^Input 2: The prompt contains token id 10000"):
+        hf_llmopt.generate_batch(model, prompts, **arguments)
+    found = hf_llmopt.generate_batch(model, prompts, return_exceptions=True, **arguments)
+    assert found[:2] + found[3:] == hf_llmopt.generate_batch(model, [*prompts[:2], *prompts[3:]], **arguments)
+    assert isinstance(found[2], errors.TokenOutOfRange)
+    arguments |= {"do_sample": True, "num_return_sequences": 2}
+    found = hf_llmopt.generate_batch(model, prompts, return_exceptions=True, **arguments)
+    assert [isinstance(item, errors.TokenOutOfRange) for item in found] == [False] * 4 + [True] * 2 + [False] * 2
+
+
+def test_generate_batch_gives_handles() -> None:
+    model = build("llama")
+    arguments = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    handles = hf_llmopt.generate_batch(model, [[5, 6], [7, 8, 9]], return_handles=True, logprobs=1, **arguments)
+    assert [handle.result() for handle in handles] == hf_llmopt.generate_batch(model, [[5, 6], [7, 8, 9]], **arguments)
+    assert [handle.stats.usage["total_tokens"] for handle in handles] == [6, 7]
+    assert [[entry.token for entry in handle.logprobs] for handle in handles] == [h.result() for h in handles]
 
 
 def test_generate_batch_waits_where_others_fill_the_line() -> None:

@@ -28,6 +28,7 @@ from ..errors import (
     InvalidOption,
     InvalidRequest,
     LLMOptError,
+    ObjectInUse,
     RequestCancelled,
     RequestFailed,
 )
@@ -151,8 +152,8 @@ class Engine:
                 `logits_processor`, `streamer`, `num_return_sequences`, ...
 
         Raises:
-            InvalidRequest: The prompt cannot be generated from, or a processor, criterion or streamer of the user is in
-                use by another live request.
+            InvalidRequest: The prompt cannot be generated from.
+            ObjectInUse: A processor, criterion or streamer of the user serves another live request.
             NotServed: The arguments need transformers' own loop.
             OutOfPages: The request could never fit.
             EngineFull: Too many requests wait.
@@ -259,7 +260,7 @@ class Engine:
         for item in objects:
             # Objects of the user may carry state: one in two live requests would mix them up.
             if id(item) in self._objects:
-                raise InvalidRequest(
+                raise ObjectInUse(
                     f"This {type(item).__name__} is in use by another live request and may carry its state; give each "
                     "request its own."
                 )

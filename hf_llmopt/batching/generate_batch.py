@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import EngineFull
+from ..errors import EngineFull, LLMOptError, ObjectInUse
 from .engine import Engine
 from .handle import RequestHandle
 
 Submit = Callable[[], "RequestHandle | None"]  # `None` if the caller has the result already
+Ended = RequestHandle | Exception | None  # an exception if the request could not be submitted
 
 
 def generate_batch(
@@ -26,8 +27,10 @@ def generate_batch(
     *,
     seed: int | None = None,
     progress_bar: bool = False,
+    return_exceptions: bool = False,
+    return_handles: bool = False,
     **kwargs: Any,
-) -> list[list[int]]:
+) -> list[Any]:
     """Generate from many prompts of token ids, by continuous batching.
 
     Args:
@@ -36,14 +39,17 @@ def generate_batch(
         llmopt: Any form of the keyword but `False`.
         seed: Makes sampling repeatable, whatever runs beside; `torch.manual_seed` does so too.
         progress_bar: Show how many have finished.
-        kwargs: What `Engine.submit` takes, for all prompts.
+        return_exceptions: Put the error of a request that fails into its place, as `asyncio.gather` does.
+        return_handles: Return the requests' handles, which have `result()`, `stats` with `usage`, and `logprobs`.
+        kwargs: What `Engine.submit` takes, for all prompts. Processors, criteria and streamers of your own may carry
+            state: with them, one prompt runs at a time.
 
     Returns:
         The new tokens of each prompt, in the order of the prompts. With `num_return_sequences=n`, `n` entries for each
         prompt, behind one another.
 
     Raises:
-        LLMOptError: A request failed; the others were cancelled.
+        LLMOptError: A request failed, and the message says which; the others were cancelled.
 
     Example:
         >>> import hf_llmopt
@@ -58,8 +64,30 @@ def generate_batch(
         submits = (
             partial(engine.submit, ids, seed=own, **kwargs) for ids, own in zip(inputs, seeds(seed), strict=False)
         )
-        ended = progress(stream(submits, room(engine)), total, progress_bar)
-        return [choice.result() for _, handle in ended if handle is not None for choice in handle.choices]
+        results: list[Any] = []
+        for number, ended in progress(stream(submits, room(engine)), total, progress_bar):
+            if isinstance(ended, Exception):
+                outcomes = [ended] * _sequences(model, kwargs)
+            else:
+                outcomes = [c.error or (c if return_handles else c.result()) for c in ended.choices]
+            for outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    name_input(outcome, number)
+                    if not return_exceptions:
+                        raise outcome
+            results += outcomes
+        return results
+
+
+def _sequences(model: PreTrainedModel, arguments: Mapping[str, Any]) -> int:
+    config = arguments.get("generation_config") or model.generation_config
+    return arguments.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
+
+
+def name_input(error: Exception, number: int) -> None:
+    """Let the message of one of our errors say which input of a call it is about."""
+    if isinstance(error, LLMOptError) and not str(error).startswith("Input "):
+        error.args = (f"Input {number}: {error}",)
 
 
 def seeds(seed: int | None) -> Iterator[int]:
@@ -79,10 +107,11 @@ def progress(items: Iterator[Any], total: int | None, shown: bool) -> Iterator[A
     return iter(logging.tqdm(items, total=total)) if shown else items
 
 
-def stream(submits: Iterable[Submit], limit: int, in_order: bool = True) -> Iterator[tuple[int, RequestHandle | None]]:
+def stream(submits: Iterable[Submit], limit: int, in_order: bool = True) -> Generator[tuple[int, Any], None, None]:
     """Submit requests and yield each with its number once all of its sequences have ended.
 
-    The iterator of requests is read only as far as needed. If the caller stops early, what runs is cancelled.
+    The iterator of requests is read only as far as needed. If the caller stops early, what runs is cancelled. In the
+    place of a request that could not be submitted stands the exception.
 
     Args:
         submits: Each hands in one request.
@@ -90,7 +119,7 @@ def stream(submits: Iterable[Submit], limit: int, in_order: bool = True) -> Iter
         in_order: In the order of the requests, else as they end.
     """
     ended: SimpleQueue[int] = SimpleQueue()
-    handles: dict[int, RequestHandle | None] = {}  # submitted, not yet handed out
+    handles: dict[int, Ended] = {}  # submitted, not yet handed out
     unfinished: dict[int, int] = {}  # how many sequences of each still run
     done: list[int] = []
     waiting = enumerate(submits)
@@ -99,15 +128,17 @@ def stream(submits: Iterable[Submit], limit: int, in_order: bool = True) -> Iter
         while item is not None or handles:
             while item is not None and sum(unfinished.values()) < limit and len(handles) < 4 * limit:
                 number, submit = item
+                handle: Ended
                 try:
                     handle = submit()
-                except EngineFull:
-                    if not unfinished:
-                        raise
-                    break  # others fill the line too: try again when one of ours has ended
+                except Exception as error:
+                    # Others fill the line too, or ours use the same objects: try again when one of ours has ended.
+                    if unfinished and isinstance(error, (EngineFull, ObjectInUse)):
+                        break
+                    handle = error
                 handles[number] = handle
                 item = next(waiting, None)
-                if handle is None:
+                if not isinstance(handle, RequestHandle):
                     done.append(number)
                     break
                 unfinished[number] = len(handle.choices)
@@ -126,5 +157,5 @@ def stream(submits: Iterable[Submit], limit: int, in_order: bool = True) -> Iter
                     done.append(number)
     finally:
         for left in handles.values():
-            for choice in left.choices if left is not None else ():
+            for choice in left.choices if isinstance(left, RequestHandle) else ():
                 choice.cancel()

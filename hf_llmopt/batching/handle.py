@@ -54,6 +54,11 @@ class RequestHandle:
         return self._done
 
     @property
+    def error(self) -> LLMOptError | None:
+        """Why the request failed, or `None`."""
+        return self._error
+
+    @property
     def logprobs(self) -> list[TokenLogprob]:
         """One entry for each new token so far, with `submit(logprobs=...)`."""
         return self._row.logprobs

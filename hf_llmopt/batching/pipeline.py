@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from types import GeneratorType
@@ -14,10 +15,13 @@ from torch.utils.data import Dataset
 from transformers import TextGenerationPipeline
 
 from ..errors import InvalidOption, InvalidRequest, NotServed
-from ..generation import Wishes
+from ..generation import Wishes, handle_of
 from .engine import Engine
-from .generate_batch import progress, room, seeds, stream
+from .generate_batch import name_input, progress, room, seeds, stream
 from .handle import RequestHandle
+
+# What a call takes for itself, and what stands for it.
+_OURS = {"in_order": True, "progress_bar": False, "return_exceptions": False, "return_stats": False}
 
 
 class BatchingPipeline(TextGenerationPipeline):
@@ -29,7 +33,12 @@ class BatchingPipeline(TextGenerationPipeline):
 
     Every call also takes `progress_bar=True`, and what `Engine.submit` takes beyond the arguments of `generate`:
     `seed`, `salt`, `priority`, `deadline`, ... With sampling, `torch.manual_seed` makes a call repeatable, and the
-    tokens of an input do not depend on the others.
+    tokens of an input do not depend on the others. With `logprobs=` and `prompt_logprobs=` each output has a key of
+    that name, with `return_stats=True` the key `stats` (`Stats`, with `usage`).
+
+    An input that fails raises when it is its turn, as in the stock pipeline; the inputs behind it are cancelled. With
+    `return_exceptions=True` its error stands in the place of its outputs, and all others are completed. Processors,
+    criteria and streamers of your own may carry state: with them, one input runs at a time, as in the stock pipeline.
 
     Args:
         args: As of `TextGenerationPipeline`.
@@ -69,11 +78,14 @@ class BatchingPipeline(TextGenerationPipeline):
 
         Args:
             text_inputs: A string, a chat, or a list, generator, dataset or other iterable of them.
-            kwargs: As of the stock pipeline, and `progress_bar`.
+            kwargs: As of the stock pipeline, and what the class describes.
 
         Returns:
             As the stock pipeline: for one input its outputs, for a list a list, for anything else an iterator, which
             yields in the order of the inputs as soon as it can.
+
+        Raises:
+            LLMOptError: An input failed, and the message says which.
         """
         if "llmopt" in kwargs:
             raise InvalidOption("llmopt= belongs to pipeline(..., llmopt=...), a call takes other arguments.")
@@ -94,11 +106,11 @@ class BatchingPipeline(TextGenerationPipeline):
         yield from results
 
     def _sanitize_parameters(  # type: ignore[override]
-        self, progress_bar: bool | None = None, in_order: bool | None = None, **kwargs: Any
+        self, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        ours = {name: kwargs.pop(name) for name in _OURS if name in kwargs}
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        ours = {"progress_bar": progress_bar, "in_order": in_order}
-        return preprocess, {**forward, **{k: v for k, v in ours.items() if v is not None}}, postprocess
+        return preprocess, {**forward, **ours}, postprocess
 
     def run_single(self, inputs: Any, preprocess: Any, forward: Any, postprocess: Any) -> Any:
         """Complete one prompt; called by transformers."""
@@ -108,29 +120,44 @@ class BatchingPipeline(TextGenerationPipeline):
         self, inputs: Any, num_workers: int, batch_size: int, preprocess: Any, forward: Any, postprocess: Any
     ) -> Iterator[Any]:
         """Complete many prompts; called by transformers."""
-        forward = dict(forward)
-        in_order, shown = forward.pop("in_order", True), forward.pop("progress_bar", False)
-        wishes, forward = Wishes.split(forward)
+        own = {name: forward.get(name, default) for name, default in _OURS.items()}
+        wishes, forward = Wishes.split({name: value for name, value in forward.items() if name not in _OURS})
         total = len(inputs) if hasattr(inputs, "__len__") else None
         prepared: dict[int, Any] = {}  # inputs of those that run
+
+        def submit(number: int, item: Any, seed: int) -> RequestHandle | None:
+            if isinstance(item, dict):
+                raise InvalidRequest(
+                    f"A prompt is a string or a chat, got a row with {sorted(item)}; give a column, "
+                    "dataset['text'] say, or KeyDataset(dataset, 'text')."
+                )
+            if number not in prepared:
+                prepared[number] = self.preprocess(item, **preprocess)
+            return self._submit(prepared[number], forward, replace(wishes, seed=seed))
 
         def submits() -> Iterator[Any]:
             items = (inputs[i] for i in range(total)) if total is not None else iter(inputs)
             for number, (item, seed) in enumerate(zip(items, seeds(wishes.seed), strict=False)):
-                if isinstance(item, dict):
-                    raise InvalidRequest(
-                        f"A prompt is a string or a chat, got a row with {sorted(item)}; give a column, "
-                        "dataset['text'] say, or KeyDataset(dataset, 'text')."
-                    )
-                prepared[number] = self.preprocess(item, **preprocess)
-                yield partial(self._submit, prepared[number], forward, replace(wishes, seed=seed))
+                yield partial(submit, number, item, seed)
 
         def outputs() -> Iterator[Any]:
-            for number, handle in stream(submits(), room(self.engine), in_order):
-                found = self.postprocess(self._outputs(prepared.pop(number), handle), **postprocess)
-                yield found if in_order else (number, found)
+            with closing(stream(submits(), room(self.engine), own["in_order"])) as ended:
+                for number, handle in ended:
+                    ready = prepared.pop(number, None)
+                    try:
+                        if isinstance(handle, Exception):
+                            raise handle
+                        found: Any = self.postprocess(self._outputs(ready, handle), **postprocess)
+                        self._report(found, ready, handle, wishes, own["return_stats"])
+                    except Exception as error:
+                        if total != 1:
+                            name_input(error, number)
+                        if not own["return_exceptions"]:
+                            raise
+                        found = error
+                    yield found if own["in_order"] else (number, found)
 
-        return progress(outputs(), total, shown)
+        return progress(outputs(), total, own["progress_bar"])
 
     def _submit(self, inputs: Any, forward: dict[str, Any], wishes: Wishes) -> RequestHandle | None:
         """Submit what the stock pipeline would generate; `None` if it has to generate it itself."""
@@ -140,10 +167,25 @@ class BatchingPipeline(TextGenerationPipeline):
             on_device = self._ensure_tensor_on_device(dict(inputs), device=self.device)
             return self.engine.submit_call(lambda: prepare(on_device, **forward), wishes)
         except NotServed:
+            if wishes.logprobs is not None or wishes.prompt_logprobs is not None:
+                raise  # stock reports none
             if wishes.salt is not None:
                 forward = {**forward, "llmopt": self.engine.config_for(wishes)}
             inputs["served"] = self.forward(dict(inputs), **forward)
+            inputs["stats"] = handle_of(self.model).stats
             return None
+
+    def _report(
+        self, outputs: list[Any], inputs: dict[str, Any], handle: RequestHandle | None, wishes: Wishes, stats: bool
+    ) -> None:
+        """Add what was asked for to the output of each sequence."""
+        for place, output in enumerate(outputs):
+            choice = None if handle is None else handle.choices[place]
+            if stats:
+                output["stats"] = inputs["stats"] if choice is None else choice.stats
+            for name in ("logprobs", "prompt_logprobs"):
+                if getattr(wishes, name) is not None:
+                    output[name] = getattr(choice, name)
 
     def _outputs(self, inputs: dict[str, Any], handle: RequestHandle | None) -> dict[str, Any]:
         """What the stock method returns for a request that has ended."""

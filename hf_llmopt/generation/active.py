@@ -293,11 +293,10 @@ def _tokens(prompt: Any) -> list[int]:
 
 
 def _shared(config: LLMOptConfig) -> LLMOptConfig:
-    """What decides which engine serves a call: tenants share one, whatever their salt."""
-    prompts = config.prompt_cache
-    return replace(
-        config, strict=False, quantization=None, prompt_cache=None if prompts is None else replace(prompts, salt=None)
-    )
+    """What decides which engine serves a call: tenants share one, whatever their salt, and so do pipelines."""
+    prompts, batching = config.prompt_cache, replace(config.batching, continuous=False)
+    prompts = None if prompts is None else replace(prompts, salt=None)
+    return replace(config, strict=False, quantization=None, prompt_cache=prompts, batching=batching)
 
 
 def _structure(model: PreTrainedModel) -> tuple[Any, ...]:

@@ -224,8 +224,9 @@ class _Prompt:
         bad = ((self.ids < 0) | (self.ids >= size)) & real
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
+            where = "The prompt" if len(bad) == 1 else f"Row {row}"
             raise TokenOutOfRange(
-                f"Row {row} contains token id {int(self.ids[row, column])}; the model's ids are 0 to {size - 1}. "
+                f"{where} contains token id {int(self.ids[row, column])}; the model's ids are 0 to {size - 1}. "
                 "Is the tokenizer the model's own?"
             )
 
