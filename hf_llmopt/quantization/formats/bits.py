@@ -6,6 +6,8 @@ section 7-4): twos of codes, then fours, then all eight become neighbours, each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,16 +30,19 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         ['0x76543210']
     """
     rows, count = codes.shape
-    if count % 32:  # 32 codes fill `bits` whole words
-        codes = torch.nn.functional.pad(codes, (0, -count % 32))
-    flat = codes.reshape(-1)
-    eights = (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64)
-    for size in (1, 2, 4):
-        moved = eights >> size * (8 - bits)
-        eights = moved.bitwise_or_(eights).bitwise_and_(_fields(2 * size, bits))
-    # The lowest byte stands first, on every machine that torch runs on.
-    packed = eights.view(torch.uint8).view(rows, -1, 8)[..., :bits].contiguous()
-    return packed.view(rows, -1).view(torch.int32)[:, : words(count, bits)].contiguous()
+    packed = torch.empty(rows, words(count, bits), dtype=torch.int32, device=codes.device)
+    for begin, end in _parts(rows, count):
+        part = codes[begin:end]
+        # 32 codes fill `bits` whole words.
+        flat = (torch.nn.functional.pad(part, (0, -count % 32)) if count % 32 else part).reshape(-1)
+        eights = (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64)
+        for size in (1, 2, 4):
+            moved = eights >> size * (8 - bits)
+            eights = moved.bitwise_or_(eights).bitwise_and_(_fields(2 * size, bits))
+        # The lowest byte stands first, on every machine that torch runs on.
+        full = eights.view(torch.uint8).view(-1, 8)[:, :bits].contiguous().view(end - begin, -1).view(torch.int32)
+        packed[begin:end] = full[:, : packed.shape[1]]
+    return packed
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -57,15 +62,26 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         [[0, 1, 2, 3, 4, 5, 6]]
     """
     rows, padded = packed.shape[0], count + -count % 32
-    if count % 32:
-        packed = torch.nn.functional.pad(packed, (0, words(padded, bits) - packed.shape[1]))
-    spread = torch.zeros(rows, padded // 8, 8, dtype=torch.uint8, device=packed.device)
-    spread[..., :bits] = packed.reshape(-1).view(torch.uint8).view(rows, -1, bits)
-    eights = spread.view(rows, padded).view(torch.int64)
-    for size in (4, 2, 1):
-        moved = eights << size * (8 - bits)
-        eights = moved.bitwise_or_(eights).bitwise_and_(_fields(size, bits))
-    return eights.view(torch.uint8)[:, :count].contiguous()
+    codes = torch.empty(rows, count, dtype=torch.uint8, device=packed.device)
+    for begin, end in _parts(rows, count):
+        part = packed[begin:end]
+        if count % 32:
+            part = torch.nn.functional.pad(part, (0, words(padded, bits) - part.shape[1]))
+        spread = torch.zeros((end - begin) * padded // 8, 8, dtype=torch.uint8, device=packed.device)
+        spread[:, :bits] = part.reshape(-1).view(torch.uint8).view(-1, bits)
+        eights = spread.view(-1).view(torch.int64)
+        for size in (4, 2, 1):
+            moved = eights << size * (8 - bits)
+            eights = moved.bitwise_or_(eights).bitwise_and_(_fields(size, bits))
+        codes[begin:end] = eights.view(torch.uint8).view(end - begin, padded)[:, :count]
+    return codes
+
+
+def _parts(rows: int, count: int) -> Iterator[tuple[int, int]]:
+    """Rows that are moved together: what they need in between stays small, and in the cache."""
+    step = max(1, 2**20 // count)
+    for begin in range(0, rows, step):
+        yield begin, min(begin + step, rows)
 
 
 def _fields(size: int, bits: int) -> int:
