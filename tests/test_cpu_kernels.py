@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_llmopt.kernels import cpu, reference
-from hf_llmopt.kernels.arguments import Layer, Norm, Product, Seen, Stage, Turns
+from hf_llmopt.kernels.arguments import Grid, Layer, Norm, Product, Seen, Stage, Turns
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 # With a compiler these tests must run: an optional extension that fails to build would go unnoticed.
@@ -155,7 +155,7 @@ def test_gated(dtype: torch.dtype, level: str, kind: str, joined: bool) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_layers(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
     """Every structure that a layer may have, two of them one after the other, over pages in any order."""
@@ -167,7 +167,7 @@ def test_layers(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
         draw(st.sampled_from([24, 64])),
         draw(st.sampled_from([8, 64])),
     )
-    joined = draw(st.booleans())
+    joined, quantized = draw(st.booleans()), draw(st.booleans())
     heads = kv_heads * (1 if joined else draw(st.sampled_from([1, 3])))
     rotated = draw(st.sampled_from([0, 8, key_dim]))
 
@@ -182,6 +182,10 @@ def test_layers(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
 
     def product(outputs: int, inputs: int, factor: float = 1.0) -> Product:
         bias = random(outputs) if draw(st.booleans()) else None
+        if quantized and draw(st.booleans()):
+            codes, scales = torch.randint(16, (outputs, inputs), dtype=torch.uint8), torch.rand(outputs, 2) * 0.05
+            index = (torch.arange(inputs) * 2 // inputs)[torch.randperm(inputs)].int()
+            return Product(Grid(codes, scales, None, 4, index), bias, factor)
         return Product((torch.randn(outputs, inputs) * inputs**-0.5).to(dtype), bias, factor)
 
     def stage() -> Stage:
@@ -227,16 +231,25 @@ def test_layers(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
             if isinstance(item, torch.Tensor):
                 return item.to(to, copy=True) if item.is_floating_point() else item
             if isinstance(item, tuple):
+                if isinstance(item, Grid):
+                    return item
                 values = [cast(value) for value in item]
                 return type(item)(*values) if hasattr(item, "_fields") else tuple(values)
             return item
 
         return cast(stage)  # type: ignore[no-any-return]
 
+    def laid(stage: Stage) -> Stage:
+        products = [
+            p if p is None or not isinstance(p.weight, Grid) else p._replace(weight=cpu.BlockedWeight.pack(p.weight))
+            for p in stage.layer.products
+        ]
+        return stage._replace(layer=stage.layer._replace(products=tuple(products)))
+
     stages, x = [stage(), stage()], random(tokens, hidden)
     twins, exact = ([copied(stage, to) for stage in stages] for to in (dtype, torch.float64))
     with cpu.using(level):
-        ours = cpu.layers(x, stages)
+        ours = cpu.layers(x, [laid(stage) for stage in stages])
     theirs, truth = x, x.double()
     for twin, wide in zip(twins, exact, strict=True):
         theirs, truth = reference.layer(theirs, twin), reference.layer(truth, wide)

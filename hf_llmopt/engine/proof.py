@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..config import KVCacheConfig
 from ..errors import LLMOptError, UnsupportedModel
 from ..kv_cache import PagedStore
+from ..quantization.linear import QuantizedHead, QuantizedLinear
 from .probe import input_device, input_weight
 from .request import Request
 from .runner import Runner
@@ -21,6 +22,7 @@ PROMPT, NEW = 8, 4  # tokens computed together, and one by one
 # What another order of additions may change, as a share of the logits' size; deep models in half precision drift far.
 FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF = 0.25
+INT8 = 0.05  # activations in int8: whatever moves one to its neighbour shows in every product behind it
 
 
 def prove(runner: Runner) -> None:
@@ -41,7 +43,9 @@ def prove(runner: Runner) -> None:
         return
     if not truth.isfinite().all():
         return
-    bound = max(FLOORS.get(runner.store.layers[0].dtype, HALF), 4 * noise)
+    quantized = [m for m in model.modules() if isinstance(m, (QuantizedLinear, QuantizedHead))]
+    int8 = any(getattr(module, "activations", True) for module in quantized)  # a head has no say in it
+    bound = max(FLOORS.get(runner.store.layers[0].dtype, HALF), INT8 if int8 else 0.0, 4 * noise)
     while True:
         try:
             distance = _distance(_over_pages(runner, tokens.tolist()), truth)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import perf_counter
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
-from .kinds import PRODUCTS
+from ..kernels.race import best_seconds
+from .kinds import PRODUCTS, Product
 
 ROWS = (1, 2, 4, 8, 16)
 # Enough weights to stream from memory, as a model does, and no more.
@@ -39,21 +40,14 @@ def own_rows(kind: type[nn.Module], weights: Sequence[Tensor]) -> int:
                 rows, first.shape[kind is nn.Linear], dtype=first.dtype, device="cpu"
             )  # no draw: the user's seed must not notice
             # One limit serves all counts below it, so what counts is their sum.
-            spent = [sum(pair) for pair in zip(spent, _seconds(kind, x, chosen), strict=True)]
+            ways = [partial(_multiply, product, x, chosen) for product in PRODUCTS[kind]]
+            spent = [sum(pair) for pair in zip(spent, best_seconds(ways), strict=True)]
             if spent[0] <= TIE * spent[1]:
                 best = rows
         _measured[key] = best
     return _measured[key]
 
 
-@torch.no_grad()
-def _seconds(kind: type[nn.Module], x: Tensor, weights: Sequence[Tensor]) -> list[float]:
-    """What ours and torch's take, in turns, the best of several rounds."""
-    best = [float("inf")] * 2
-    for _ in range(5):
-        for index, product in enumerate(PRODUCTS[kind]):
-            began = perf_counter()
-            for weight in weights:
-                product(x, weight, None)
-            best[index] = min(best[index], perf_counter() - began)
-    return best
+def _multiply(product: Product, x: Tensor, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        product(x, weight, None)

@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels import cpu, reference
 from ..kernels.arguments import Norm
+from ..kernels.arguments import Product as ProductOf
+from ..quantization.linear import QuantizedLinear
 
 Forward = Callable[[Tensor], Tensor]
 Rows = Callable[[nn.Module], int]
@@ -45,8 +47,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_library_code(module: nn.Module) -> bool:
-    """Only code that transformers or torch came with: code of users may do what no trial shows."""
+    """Only code that transformers or torch came with, or our own: code of users may do what no trial shows."""
     kind = type(module)
+    if kind is QuantizedLinear and "forward" not in vars(module):
+        return True
     wrapped = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     return not wrapped and all(
         str(where).startswith(("transformers.", "torch.")) for where in (kind.__module__, kind.forward.__module__)
@@ -74,6 +78,28 @@ def plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
         and module.weight.dtype in cpu.DTYPES
         and module.weight.is_contiguous()
     )
+
+
+def quantized_linear(module: Any) -> bool:
+    """Our quantized product with nothing attached, in the layout that the C kernels read."""
+    if type(module) is not QuantizedLinear or not is_plain(module):
+        return False
+    module.prepare()
+    return isinstance(module.kernel, cpu.BlockedWeight)
+
+
+def product_of(module: Any, rows: slice = slice(None), factor: float = 1.0) -> ProductOf:
+    """What a product module multiplies with; `rows` are the outputs that are meant.
+
+    Raises:
+        ValueError: They do not begin and end where a quantized weight can be cut.
+    """
+    bias = None if module.bias is None else module.bias[rows]
+    if not quantized_linear(module):
+        return ProductOf(module.weight[rows], bias, factor)
+    start, stop, _ = rows.indices(module.out_features)
+    weight = module.kernel.rows(start, stop)
+    return ProductOf(weight, bias, factor, weight.share if module.activations else 0)
 
 
 def linear(module: nn.Module, rows: Rows) -> Found | None:

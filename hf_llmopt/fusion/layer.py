@@ -24,9 +24,20 @@ from ..attention import SHORT, Span, StepInputs, backend, current_step, serving
 from ..config import KVCacheConfig
 from ..errors import UnsupportedModel
 from ..kernels import cpu
-from ..kernels.arguments import Layer, Product, Stage, Turns
+from ..kernels.arguments import Layer, Stage, Turns
 from ..kv_cache import LayerSpec, PagedStore
-from .kinds import Rows, activation_kind, inside, is_library_code, is_plain, norm_of, plain_linear
+from ..quantization.linear import QuantizedLinear
+from .kinds import (
+    Rows,
+    activation_kind,
+    inside,
+    is_library_code,
+    is_plain,
+    norm_of,
+    plain_linear,
+    product_of,
+    quantized_linear,
+)
 
 LayerForward = Callable[..., Any]
 APART = (
@@ -58,9 +69,8 @@ def recognise(layer: nn.Module, rows: Rows) -> Candidate | None:
     attentions = [m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "config") and m is not layer]
     if len(attentions) != 1 or not all(map(is_plain, layer.modules())):
         return None
-    owners = [module for module in layer.modules() if module._parameters]
-    products = [module for module in owners if plain_linear(module)]
-    norms = [module for module in owners if module not in products]
+    products = [module for module in layer.modules() if plain_linear(module) or quantized_linear(module)]
+    norms = [module for module in layer.modules() if module._parameters and module not in products]
     if not 4 <= len(products) <= 7 or len(norms) > 6 or any(list(norm.children()) for norm in norms):
         return None
     if not all(map(is_library_code, layer.modules())) or getattr(attentions[0].config, "clip_qkv", None) is not None:
@@ -97,18 +107,11 @@ class Structure(NamedTuple):
 
     def bind(self, layer: nn.Module) -> Layer:
         """The structure with a layer's parameters."""
-        products: list[Product | None] = []
-        for place, role in enumerate(self.products):
-            module: Any = None if role is None else layer.get_submodule(role.name)
-            if role is None:
-                products.append(None)
-                continue
-            weight, bias = module.weight, module.bias
-            if role.rows != slice(None):
-                weight, bias = weight[role.rows], None if bias is None else bias[role.rows]
-            products.append(
-                Product(weight, bias, {0: self.factors[0], 3: self.factors[1], 6: self.factors[1]}.get(place, 1.0))
-            )
+        factors = {0: self.factors[0], 3: self.factors[1], 6: self.factors[1]}
+        products = [
+            None if role is None else product_of(layer.get_submodule(role.name), role.rows, factors.get(place, 1.0))
+            for place, role in enumerate(self.products)
+        ]
         norms = [None if name is None else norm_of(layer.get_submodule(name)) for name in self.norms]
         return Layer(tuple(norms), tuple(products), self.kind, self.parallel)  # type: ignore[arg-type]
 
@@ -329,8 +332,7 @@ def _prove(
     former = inside.now
     inside.now = False  # the copies' own products must be torch's
     try:
-        exact = _Trial(layer, found, like, spec, kwargs, torch.float32)
-        exact.redraw()  # what a layer computes must not be read from weights that are 0 or 1 for now
+        exact = _Trial(layer, found, like, spec, kwargs, None)
         truth = exact.run(exact.eagerly)
         # Whatever depends on the position beyond the embeddings given (a scale of late queries) is not seen here.
         later = {name: value + 100_003 for name, value in kwargs.items() if _is_index(value)}
@@ -344,7 +346,9 @@ def _prove(
         rounded = own.run(own.eagerly)
         if not structures or truth is None or rounded is None or not exact.agrees(structures[0], truth[0], 1e-4):
             return None
-        bound = 1e-4 if spec.dtype is torch.float32 else 0.1
+        # Where activations are rounded to int8, another rounding of a norm moves one of them by a step.
+        int8 = any(isinstance(module, QuantizedLinear) and module.activations for module in layer.modules())
+        bound = 1e-4 if spec.dtype is torch.float32 and not int8 else 0.1
         return structures[0] if own.agrees(structures[0], rounded[0], bound) else None
     except Exception:
         return None  # another structure after all
@@ -361,7 +365,8 @@ class _Trial:
         like: Hidden states `[1, tokens, hidden]`, for their shape.
         spec: What the layer stores.
         kwargs: Further arguments of a real pass.
-        dtype: Of the copy.
+        dtype: Of the copy. `None` for float32 and other weights: what a layer computes must not be read from weights
+            that are 0 or 1 for now, and does not depend on how they are stored.
     """
 
     def __init__(
@@ -371,10 +376,14 @@ class _Trial:
         like: Tensor,
         spec: LayerSpec,
         kwargs: dict[str, Any],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> None:
         self.config = found.config
-        self.own = copy.deepcopy(layer, {id(self.config): self.config}).to(dtype)  # a step is found by the config
+        known: dict[int, Any] = {id(self.config): self.config}  # a step is found by the config
+        drawn, dtype = dtype is None, dtype or torch.float32
+        if drawn:
+            known |= {id(m): _dense(m) for m in layer.modules() if isinstance(m, QuantizedLinear)}
+        self.own = copy.deepcopy(layer, known).to(dtype)
         for module in self.own.modules():
             module.__dict__.pop("forward", None)
             if getattr(module, "layer_idx", None) is not None:
@@ -387,9 +396,11 @@ class _Trial:
         if self.turns is not None:  # at position 0 nothing turns; and every entry must be seen to be used
             random = (torch.randn(t.shape, generator=generator, dtype=torch.float32, device="cpu") for t in self.turns)
             self.kwargs["position_embeddings"] = tuple(r.to(t) for r, t in zip(random, self.turns, strict=True))
+        if drawn:
+            self._draw()
 
     @torch.no_grad()
-    def redraw(self) -> None:
+    def _draw(self) -> None:
         """Give every parameter and buffer a value that shows."""
         generator = torch.Generator("cpu").manual_seed(2)
         for name, tensor in itertools.chain(self.own.named_parameters(), self.own.named_buffers()):
@@ -445,6 +456,13 @@ class _Trial:
             a.shape == b.shape and bool((a - b).abs().max() <= bound * b.abs().max().clamp_min(1e-6))
             for a, b in zip(ours[0], truth, strict=True)
         )
+
+
+def _dense(module: QuantizedLinear) -> nn.Linear:
+    """A product of the same shape, whose weight is yet to be drawn."""
+    bias = module.bias is not None
+    made = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=torch.float32)
+    return made.to_empty(device="cpu")
 
 
 def _structures(trial: _Trial, step: _Watching) -> list[Structure]:

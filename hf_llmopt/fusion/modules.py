@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -25,10 +25,22 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..kernels import cpu
+from ..kernels.cpu import own_products
 from ..kv_cache import LayerSpec
+from ..quantization.linear import QuantizedHead, QuantizedLinear
 from ..walk import modules
-from .choice import own_rows
-from .kinds import PRODUCTS, RECOGNISERS, Forward, Rows, inside, is_library_code, is_plain, plain_linear
+from .choice import ROWS, own_rows
+from .kinds import (
+    PRODUCTS,
+    RECOGNISERS,
+    Forward,
+    Rows,
+    inside,
+    is_library_code,
+    is_plain,
+    plain_linear,
+    quantized_linear,
+)
 from .layer import Joined, Structure, recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
@@ -157,9 +169,11 @@ class Fusion:
         ours = {id(attributes) for attributes, _ in self._entries}
         replaced = {id(child) for m in model.modules() if id(m.__dict__) in ours for child in m.modules()}
         embeddings = {id(m) for m in model.modules() if isinstance(m, nn.Embedding)}
+        heads = {id(m) for m in model.modules() if isinstance(m, QuantizedHead) and cpu.available()}
         for name, module in model.named_modules():
-            products = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-            if products and id(module) not in replaced | embeddings:
+            products = isinstance(module, QuantizedLinear) and not quantized_linear(module)
+            products |= any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+            if products and id(module) not in replaced | embeddings | heads:
                 raise UnsupportedModel(
                     f"batch_invariant=True: the products of {name} ({type(module).__name__}) are torch's own, and "
                     "depend on the batch. Leave batch_invariant out for this model."
@@ -191,7 +205,8 @@ class Fusion:
         for module in model.modules():
             if type(module) in PRODUCTS and plain_linear(module, type(module)):
                 alike.setdefault(key(module), []).append(module.weight.detach())
-        return lambda module: own_rows(type(module), alike[key(module)])
+        # Quantized products choose for themselves; layers of them are joined as far as others.
+        return lambda module: own_rows(type(module), alike[key(module)]) if type(module) in PRODUCTS else ROWS[-1]
 
     @contextmanager
     def entered(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:
@@ -209,7 +224,8 @@ class Fusion:
                 _users[id(attributes)] += 1
         try:
             inside.now = True
-            yield
+            with own_products() if self.batch_invariant else nullcontext():
+                yield
         finally:
             inside.now = former
             with _lock:
@@ -230,7 +246,8 @@ def _mark(module: nn.Module) -> tuple[object, ...]:
     weights = [(id(p), p.data_ptr(), p.dtype, p.stride()) for p in module._parameters.values() if p is not None]
     attached = len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward")
     plain = [value for value in vars(module).values() if isinstance(value, (int, float, str))]
-    return id(module), type(module), type(module).forward, *attached, *weights, *plain
+    laid = id(module.__dict__.get("kernel"))  # of a quantized product
+    return id(module), type(module), type(module).forward, laid, *attached, *weights, *plain
 
 
 def _proves(module: nn.Module, forward: Forward) -> bool:

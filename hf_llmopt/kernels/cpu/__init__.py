@@ -23,7 +23,7 @@ from .ops import (
     using,
     why_not,
 )
-from .quantized import BlockedWeight
+from .quantized import BlockedWeight, own_products
 
 __all__ = [
     "DTYPES",
@@ -39,6 +39,7 @@ __all__ = [
     "levels",
     "linear",
     "norm",
+    "own_products",
     "quantized_linear",
     "rest",
     "timing",

@@ -63,6 +63,15 @@ INLINE void FN(normed)(const norm *before, const E *from, const linear *product)
     FN(linear_prepare)(product);
 }
 
+/* A product after another one of the same x, which is laid out again only if it has to lie otherwise. */
+INLINE void FN(share_after)(const linear *before, const linear *product) {
+    if (!linear_alike(before, product)) {
+#pragma omp barrier
+        FN(linear_prepare)(product);
+    }
+    FN(linear_share)(product, team_thread(), team_size());
+}
+
 LOCAL void FN(layer_team)(const layer *a, int threads, double *spent) {
     double since = spent ? now() : 0;
     long t = team_thread(), n = team_size(), tokens = a->query.rows, heads = a->turns.heads + a->turns.kv_heads;
@@ -70,8 +79,8 @@ LOCAL void FN(layer_team)(const layer *a, int threads, double *spent) {
     FN(count)(spent, &since, OTHERS);
     FN(linear_share)(&a->query, t, n);
     if (a->key.weight) {
-        FN(linear_share)(&a->key, t, n);
-        FN(linear_share)(&a->value, t, n);
+        FN(share_after)(&a->query, &a->key);
+        FN(share_after)(&a->key, &a->value);
     }
 #pragma omp barrier
     FN(count)(spent, &since, PRODUCTS);
@@ -100,7 +109,7 @@ LOCAL void FN(layer_team)(const layer *a, int threads, double *spent) {
     FN(normed)(&a->before_mlp, a->parallel ? a->x : a->after_mlp.x, &a->gate);
     FN(count)(spent, &since, OTHERS);
     FN(linear_share)(&a->gate, t, n);
-    if (a->up.weight) FN(linear_share)(&a->up, t, n);
+    if (a->up.weight) FN(share_after)(&a->gate, &a->up);
     FN(count)(spent, &since, PRODUCTS);
     long from, to; /* a thread's outputs of gate and up are the same */
     FN(linear_range)(&a->gate, t, n, &from, &to);
@@ -129,10 +138,11 @@ INLINE void *FN(take)(FN(space) space, size_t bytes) {
 /* Where a layer's operations read and write, in memory that every layer uses anew. */
 LOCAL void FN(place)(layer *a, const stack *all, int threads, FN(space) space) {
     attention *seen = &a->attention;
-    long tokens = all->tokens, hidden = all->hidden, widest = hidden;
+    linear *products[] = {&a->query, &a->key, &a->value, &a->output, &a->gate, &a->up, &a->down};
+    long tokens = all->tokens, hidden = all->hidden, widest = 0;
     long joined = a->query.outputs + a->key.outputs + a->value.outputs;
-    if (a->output.inputs > widest) widest = a->output.inputs;
-    if (a->down.inputs > widest) widest = a->down.inputs;
+    for (int i = 0; i < 7; i++)
+        if (products[i]->laid > widest) widest = products[i]->laid;
     size_t row = (size_t)tokens * sizeof(E);
     E *normed = FN(take)(space, row * (size_t)hidden), *made = FN(take)(space, row * (size_t)hidden);
     E *sum = FN(take)(space, row * (size_t)hidden), *qkv = FN(take)(space, row * (size_t)joined);
@@ -157,7 +167,6 @@ LOCAL void FN(place)(layer *a, const stack *all, int threads, FN(space) space) {
     a->down.residual = a->after_mlp.width ? NULL : sum;
     a->down.y = a->after_mlp.width ? made : a->y;
     a->after_mlp.x = sum, a->after_mlp.y = a->y;
-    linear *products[] = {&a->query, &a->key, &a->value, &a->output, &a->gate, &a->up, &a->down};
     for (int i = 0; i < 7; i++) {
         products[i]->rows = tokens, products[i]->scratch = scratch;
         if (i >= 3) products[i]->stride = products[i]->outputs;

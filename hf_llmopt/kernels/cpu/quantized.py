@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..arguments import Grid
+from ..race import best_seconds
 from . import ops
 
 LANES, STEP = 16, 8  # outputs side by side; inputs that are always of one group
 LARGEST = 128  # inputs that share an int8 scale at most, as in quantized.c
 FOUR_BITS, EIGHT_BITS, FLOAT8 = 1, 2, 3  # as in linear.h
 CHUNK = 1 << 22  # codes that are laid out at a time: little memory beside the weight
+FEW = 16  # rows up to which a dense copy of the weight never pays
+TRIED = 64  # rows with which it is measured whether it does
+NO_LIMIT = 1 << 30
+DENSE = 1 << 26  # elements of a weight of which no dense copy is made
+
+_limits: dict[tuple[object, ...], int] = {}
+
+
+class _Own(threading.local):
+    """Whether this thread wants products whose rows do not depend on one another."""
+
+    only = False
+
+
+_own = _Own()
+
+
+@contextmanager
+def own_products() -> Iterator[None]:
+    """Multiply any number of rows with our kernels, so that a row's result never depends on others."""
+    former, _own.only = _own.only, True
+    try:
+        yield
+    finally:
+        _own.only = former
 
 
 class BlockedWeight:
@@ -98,7 +128,54 @@ class BlockedWeight:
             return self.product(x.float(), bias, activations=activations).to(x.dtype)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return ops.quantized_linear(x.contiguous(), self, bias, group=self.share if activations else 0)
+        group, rows = self.share if activations else 0, x.numel() // self.inputs
+        if rows > FEW and not _own.only and rows > self.own_rows(x.dtype, group):
+            return linear(x, ops.dequantize(self, x.dtype), bias)
+        return ops.quantized_linear(x.contiguous(), self, bias, group=group)
+
+    def own_rows(self, dtype: torch.dtype, group: int) -> int:
+        """Rows up to which this kernel is faster than torch's product with a dense copy; measured once per shape.
+
+        Args:
+            dtype: Of the activations.
+            group: Inputs whose activations share an int8 scale, or 0.
+        """
+        key = (
+            self.outputs, self.laid, self.groups, self.kind, *self.tensors, dtype, group,
+            torch.get_num_threads(), ops.used(),
+        )  # fmt: skip
+        if key not in _limits:
+            if self.outputs * self.inputs > DENSE:
+                return NO_LIMIT
+            x = torch.ones(TRIED, self.inputs, dtype=dtype, device="cpu")
+            dense = ops.dequantize(self, dtype)
+            ours, theirs, made = best_seconds(
+                [
+                    lambda: ops.quantized_linear(x, self, group=group),
+                    lambda: linear(x, dense),
+                    lambda: ops.dequantize(self, dtype),
+                ],
+                rounds=3,
+            )
+            # rows * ours / TRIED = rows * theirs / TRIED + made
+            _limits[key] = int(TRIED * made / (ours - theirs)) if ours > theirs else NO_LIMIT
+        return _limits[key]
+
+    def rows(self, start: int, stop: int) -> BlockedWeight:
+        """The outputs `[start, stop)`, which share memory with the whole.
+
+        Raises:
+            ValueError: They do not begin and end between blocks.
+        """
+        if start % LANES or (stop % LANES and stop != self.outputs):
+            raise ValueError(f"outputs {start} to {stop} are not whole blocks of {LANES}")
+        part = copy.copy(self)
+        part.outputs = stop - start
+        part.tensors = {
+            name: tensor if name == "order" else tensor[start // LANES : -(-stop // LANES)]
+            for name, tensor in self.tensors.items()
+        }
+        return part
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight `[outputs, inputs]`."""
