@@ -7,17 +7,13 @@ block, and none of it is stored.
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
-from accelerate.utils import set_module_tensor_to_device
-from accelerate.utils.modeling import named_module_tensors
-from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +22,8 @@ from transformers.utils import logging
 from ..errors import CalibrationFailed
 from ..kernels.arguments import Grid
 from ..kernels.reference import dequantize
+from .finished import Finished, fingerprint
+from .offload import resident
 from .stages import Flow, Stage
 
 BATCH = 4096  # tokens that run through a block at once
@@ -137,6 +135,8 @@ def quantize_blocks(
     tokens: Tensor,
     chosen: Mapping[str, nn.Module],
     *,
+    resume: str | Path | None = None,
+    settings: str = "",
     progress: bool = True,
 ) -> Iterator[tuple[str, Grid]]:
     """Quantize the products of a model, one block after another, on calibration samples.
@@ -154,6 +154,9 @@ def quantize_blocks(
         tokens: Token ids, `[samples, length]`, as `calibration.pack` makes them.
         chosen: The modules to quantize by their name in the model, `nn.Linear` or `Conv1D`. Those whose grid was
             yielded may be removed from it, which frees them.
+        resume: A folder for the grids of blocks that are done. A second run with the same model, settings and tokens
+            finds them, and returns the same grids bit for bit. They are removed once all blocks are done.
+        settings: Whatever else decides about the grids: everything that `method` was told.
         progress: Show a bar, unless `transformers.utils.logging` switched bars off.
 
     Yields:
@@ -163,26 +166,30 @@ def quantize_blocks(
         CalibrationFailed: The model has no list of blocks, or a block cannot be run.
     """
     prefix, blocks = find_blocks(model, chosen)
-    run = _Runner(model, blocks, tokens)
-    rounded = []
+    finished = None if resume is None else Finished(resume, fingerprint(model, tokens, chosen, settings))
+    rounded: list[str] = []
     training = model.training
     model.eval()
     try:
+        run = _Runner(model, blocks, tokens)
         for index in logging.tqdm(range(len(blocks)), desc="Quantizing blocks", disable=not progress):
             name = f"{prefix}.{index}"
             products = {key: module for key, module in chosen.items() if key.startswith(f"{name}.")}
             run.index = index
             with resident(blocks[index], without=products.values()):
                 block = Block(name, blocks[index], products, run, fallback)
-                block.trace()
-                grids = dict(method(block))
-                for key in products:
-                    if key not in grids:
-                        grids[key] = block.fall_back(key)
-                    block.replace(key, grids[key])
+                found = finished.load(block) if finished else None
+                if found is None:
+                    block.trace()
+                    found = dict(method(block))
+                    found |= {key: block.fall_back(key) for key in products if key not in found}
+                    if finished:
+                        finished.save(block, found)
+                for key, grid in found.items():
+                    block.replace(key, grid)
                 run.advance()
             rounded += block.rounded
-            yield from grids.items()
+            yield from found.items()
     finally:
         model.train(training)
     for key, module in list(chosen.items()):
@@ -193,6 +200,8 @@ def quantize_blocks(
                 outside.replace(key, grid)
             rounded.append(key)
             yield key, grid
+    if finished:
+        finished.clear()
     if rounded:
         warnings.warn(
             f"llmopt: too few tokens of the calibration set reach {len(rounded)} products to calibrate them; they were "
@@ -319,51 +328,3 @@ def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-@contextmanager
-def resident(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Keep what accelerate offloads of a module on its device for a while.
-
-    Parameters that got other data meanwhile are stored, but for the weights of the modules in `without`: they would
-    fill the memory that offloading saves.
-    """
-    loaded: list[tuple[nn.Module, AlignDevicesHook, str, int]] = []
-    hooks: list[AlignDevicesHook] = []
-    for child in module.modules():
-        own = getattr(child, "_hf_hook", None)
-        for hook in getattr(own, "hooks", (own,)):
-            if isinstance(hook, AlignDevicesHook) and hook.offload:
-                hooks.append(hook)
-                for name, _ in _offloaded(child, hook):
-                    set_module_tensor_to_device(child, name, hook.execution_device, value=hook.weights_map[name])
-                    loaded.append((child, hook, name, operator.attrgetter(name)(child).data_ptr()))
-                hook.offload = False
-    try:
-        yield
-    finally:
-        for child, hook, name, address in loaded:
-            tensor = operator.attrgetter(name)(child)
-            if tensor.data_ptr() != address and not (name == "weight" and child in without):
-                _store(hook.weights_map, name, tensor)
-            set_module_tensor_to_device(child, name, "meta")
-        for hook in hooks:
-            hook.offload = True
-
-
-def _offloaded(module: nn.Module, hook: AlignDevicesHook) -> list[tuple[str, Tensor]]:
-    """What an offloading hook loads before its module runs."""
-    return list(
-        named_module_tensors(
-            module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
-        )
-    )
-
-
-def _store(weights: Any, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place that accelerate loads it from; in memory, where that was a file."""
-    if isinstance(weights, PrefixedDataset):
-        weights, name = weights.dataset, f"{weights.prefix}{name}"
-    if isinstance(weights, OffloadedWeightsLoader):
-        weights = weights.state_dict
-    weights[name] = tensor.detach().cpu()

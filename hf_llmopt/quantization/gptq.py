@@ -81,6 +81,7 @@ def quantize_block(
     return grids
 
 
+@torch.no_grad()
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -103,7 +104,7 @@ def gptq(
         act_order: Round the groups in the order of their largest diagonal element of H, and inputs inside a group
             likewise (GAR, Gafni et al. 2025, arXiv 2505.14638). Inputs stay in their group, so files need no index.
         damping: Share of H's mean diagonal that is added to the diagonal; more, where H cannot be inverted otherwise.
-        clip: Search the range of each group for the least error.
+        clip: Search the range of each group for the least loss.
         scale_dtype: What scales are stored in.
 
     Raises:
@@ -122,6 +123,8 @@ def gptq(
     w = weight.float().T[order].contiguous()  # [inputs, outputs]: an input is a row
     h = hessian[order][:, order]
     u = _inverse_factor(h, damping)
+    importance = u.diagonal() ** -2  # the squared error of input i enters the loss with this factor (equation 3)
+    importance = importance / importance.mean()  # the factor itself may be out of float32's range once squared
 
     codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=w.device)
     scales, zeros = torch.empty(2, inputs // size, outputs, device=w.device).unbind()
@@ -132,7 +135,9 @@ def gptq(
         for i in range(start, end):
             group = i // size
             if i % size == 0:  # with what the inputs before have added to its weights
-                scales[group], zeros[group] = find_range(w[i : i + size].T, bits, symmetric, clip, scale_dtype)
+                scales[group], zeros[group] = find_range(
+                    w[i : i + size].T, bits, symmetric, clip, scale_dtype, importance[i : i + size]
+                )
             q = round_to(w[i], scales[group], zeros[group], bits, symmetric)
             codes[i] = q.to(torch.uint8)
             errors[i - start] = (w[i] - scales[group] * (q - zeros[group])) / u[i, i]
@@ -162,13 +167,14 @@ def _block(size: int) -> int:
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
-    """U with `U^T U = H^-1`, of a damped H. Inputs that were always 0 get 1 on the diagonal, so are rounded to nearest.
+    """U with `U^T U = H^-1`, of a damped H, in which inputs that were always 0 get the mean: so they are only rounded.
 
     Raises:
         CalibrationFailed: H is not finite.
     """
-    h = h + torch.diag((h.diagonal() == 0).to(h.dtype))
-    mean = h.diagonal().mean()
+    dead = h.diagonal() == 0
+    mean = h.diagonal().sum() / (~dead).sum() if not dead.all() else torch.ones_like(h[0, 0])
+    h = h + torch.diag(dead * mean)
     if not h.isfinite().all():
         raise CalibrationFailed("A layer reads NaN or infinite values on the calibration set.")
     while True:

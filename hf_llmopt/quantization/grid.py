@@ -24,6 +24,7 @@ SHRINK = 0.95  # a range that is tried, as a share of the one tried before
 REFITS = 2  # least-squares scales for the codes of the best range
 
 
+@torch.no_grad()
 def make_grid(
     weight: Tensor,
     bits: int,
@@ -69,6 +70,7 @@ def make_grid(
     return Grid(codes, scales, zeros, bits)
 
 
+@torch.no_grad()
 def make_float8_grid(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> Grid:
     """Cast a weight to float8_e4m3fn, each output with a scale that brings its largest weight to 448.
 
@@ -91,6 +93,7 @@ def make_float8_grid(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -
     return Grid(codes, scales.to(scale_dtype), None, 8)
 
 
+@torch.no_grad()
 def find_range(
     weight: Tensor,
     bits: int,
@@ -153,10 +156,10 @@ def _whole_range(columns: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, T
         scale = (high - low) / last
         return scale, (-low / scale.masked_fill(scale == 0, 1)).round_().clamp_(0, last)
     middle = 2 ** (bits - 1)
-    # The longer side gets the codes below the middle, of which there are more.
+    # The longer side gets the codes below the middle, where there are more of them.
     long, short = torch.maximum(high, -low), torch.minimum(high, -low)
     scale = torch.maximum(long / (middle - first), short / (last - middle))
-    return torch.where(high > -low, -scale, scale), torch.full_like(scale, middle)
+    return scale.where((high <= -low) | (first > 0), -scale), torch.full_like(scale, middle)
 
 
 def _shares(size: int, bits: int) -> list[float]:
