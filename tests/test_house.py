@@ -24,7 +24,7 @@ PACKAGE = Path(hf_llmopt.__file__).parent
 
 # A room imports from the layers above it in this list, and from its own layer without cycles.
 LAYERS = (
-    {"errors", "config", "stats", "walk"},
+    {"errors", "config", "stats", "walk", "sealed"},
     {"kernels"},
     {"kv_cache", "attention", "quantization", "fusion", "adapters"},
     {"prompt_cache", "speculative"},
