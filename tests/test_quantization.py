@@ -1,6 +1,7 @@
 """Quantized models as transformers handles them: loaded, run, saved, moved, copied, refused."""
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
-from hf_llmopt.errors import InvalidCheckpoint, InvalidOption, UnsupportedQuantization
+from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
 
 EXACT = {"activations": "none"}
@@ -243,7 +244,7 @@ def test_files_with_missing_tensors_are_refused(folder, tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     for change, what in (
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.scales"), "up_proj.scales"),
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.scales"), "up_proj lacks scales"),
         (lambda t: t.update({"model.layers.1.mlp.up_proj.qweight": torch.zeros(3, 5, dtype=torch.int32)}), "qweight"),
     ):
         broken = dict(tensors)
@@ -259,3 +260,32 @@ def test_without_the_keyword_nothing_changes(folder):
     assert not quantized(model)
     assert type(model.lm_head) is nn.Linear
     assert getattr(model, "hf_quantizer", None) is None
+
+
+def test_gptq_calibrates_while_it_walks(folder, tmp_path):
+    samples = torch.randint(3, 112, (16, 32))
+    full, nearest = load(folder, None), load(folder, config("int4", **EXACT))
+    asked = config("gptq", calibration=samples, samples=16, length=32, **EXACT)
+    model = load(folder, asked)
+    assert len(quantized(model)) == 21
+    with torch.no_grad():
+        truth, near, ours = (each(samples).logits for each in (full, nearest, model))
+    assert (ours - truth).norm() < 0.9 * (near - truth).norm()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, True)
+    assert {k: v.tolist() for k, v in again.state_dict().items()} == {
+        k: v.tolist() for k, v in model.state_dict().items()
+    }
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == "gptq"
+    assert not any(isinstance(value, list) for value in entry.values()), "no calibration set in the file"
+
+
+@pytest.mark.parametrize("calibration", [[], ["text"], [[1, 2, 500]], torch.zeros(0, dtype=torch.long)])
+def test_a_calibration_set_that_cannot_serve_is_refused_before_anything_is_changed(folder, calibration):
+    model = load(folder, None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CalibrationFailed):
+        hf_llmopt.optimize(model, llmopt=config("gptq", calibration=calibration, samples=1, length=3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert greedy(model, llmopt=True)

@@ -97,12 +97,12 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
     return chain.from_iterable(map(_parts, chain(model.parameters(), model.buffers())))
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def _parts(tensor: Any) -> Iterator[Tensor]:
     """A tensor, or those that it wraps, as torchao's do."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from _parts(getattr(tensor, name))
 

@@ -8,24 +8,30 @@ sees only the weights, which are then quantized one tensor at a time as they are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
+from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import EIGHT_BITS, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from ..kernels import reference
 from ..kernels.arguments import Grid
-from . import formats
+from . import formats, gptq
+from .blocks import quantize_blocks
+from .calibration import pack
 from .formats import Recipe, Scheme
 from .grid import make_float8_grid, make_grid
 from .linear import QuantizedHead, QuantizedLinear
@@ -101,12 +107,25 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             self.use(plan(model, self.asked))
+        chosen = self._stored(model, kwargs.get("checkpoint_files")) if self.plan is None else self.plan.chosen
+        for name, scheme in chosen.items():
+            self._swap(model, name, model.get_submodule(name), scheme)
+
+    def _stored(self, model: PreTrainedModel, files: list[str] | None) -> dict[str, Scheme]:
+        """How the files hold each product that they hold quantized."""
         recipe: Any = self.quantization_config.recipe
-        for name, module in list(model.named_modules()):
-            if inputs_and_outputs(module) is not None:
-                scheme = recipe.scheme_of(name, AS_LINEAR) if self.plan is None else self.plan.chosen.get(name)
-                if scheme is not None:
-                    self._swap(model, name, module, scheme)
+        products = [name for name, module in model.named_modules() if inputs_and_outputs(module) is not None]
+        schemes = {name: scheme for name in products if (scheme := recipe.scheme_of(name, AS_LINEAR)) is not None}
+        names: set[str] = set()
+        for file in files or ():
+            if str(file).endswith(".safetensors"):
+                with safe_open(file, "pt") as tensors:
+                    names.update(tensors.keys())
+        modules = {name.rpartition(".")[0] for name in names}
+        # What transformers renames while it loads is found incomplete afterwards, if it is.
+        known = {name: scheme for name, scheme in schemes.items() if name in modules}
+        here = formats.stored_in(names, known)
+        return {name: scheme for name, scheme in schemes.items() if name in here or name not in known}
 
     def use(self, plan: Plan) -> None:
         """Follow a plan."""
@@ -238,23 +257,58 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
     """
     require_full(model)
     found = plan(model, asked)
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in found.chosen}
     quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
     quantizer.use(found)
     with torch.no_grad():
-        for name, scheme in found.chosen.items():
-            module = modules.pop(name)
+        for name, grid in _grids(model, found):
+            module: Any = model.get_submodule(name)
             quantizer.names.add(name)
             quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
-            weight = module.weight.T if type(module) is Conv1D else module.weight
-            grid = make(weight.detach(), found, scheme)
-            new = QuantizedLinear.from_grid(grid, scheme, module.bias).train(module.training)
+            new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
             new.prepare()
             model.set_submodule(name, new)
-            del module, weight, grid
     method = quantizer.quantization_config.quant_method
     vars(model).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=method)
     quantizer.postprocess_model(model)
+
+
+def _grids(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Grid]]:
+    """The chosen products, one after the other; who takes one may exchange its module."""
+    if plan.config.method in CALIBRATED:
+        yield from _calibrated(model, plan)
+        return
+    for name in tqdm(list(plan.chosen), desc="Quantizing weights"):
+        module: Any = model.get_submodule(name)
+        weight = module.weight.T if type(module) is Conv1D else module.weight
+        yield name, make(weight, plan, plan.chosen[name])
+
+
+def _calibrated(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Grid]]:
+    """Likewise, by a method that sees what the products read."""
+    asked, scheme = plan.config, next(iter(plan.chosen.values()))
+    options: dict[str, Any] = {
+        "bits": plan.bits, "group_size": plan.group_size, "symmetric": plan.symmetric, "clip": asked.clip,
+        "scale_dtype": scheme.scale_dtype(model.dtype),
+    }  # fmt: skip
+    if asked.method == "gptq":
+        options |= {"act_order": asked.act_order, "damping": asked.damping}
+    quantize_block = {"gptq": gptq}[asked.method].quantize_block
+    tokens = _calibration_tokens(model, asked)
+    chosen: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.chosen}
+    walk = quantize_blocks(
+        model, partial(quantize_block, **options), lambda weight: make(weight, plan, scheme), tokens, chosen
+    )
+    for name, grid in walk:
+        del chosen[name]
+        yield name, grid
+
+
+def _calibration_tokens(model: PreTrainedModel, asked: QuantizationConfig) -> Tensor:
+    tokenizer = None
+    with suppress(Exception):  # token ids need none; for texts, `pack` says that there is none
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    embedding: Any = model.get_input_embeddings()
+    return pack(asked.calibration, tokenizer, asked.samples, asked.length, embedding.weight.shape[0])
 
 
 def has(model: PreTrainedModel, asked: QuantizationConfig) -> bool:
@@ -272,8 +326,9 @@ def require_full(model: PreTrainedModel) -> None:
 
 def _already(entry: Any) -> str:
     words = entry if isinstance(entry, dict) else entry.to_dict() if entry is not None else {}
+    method = words.get("quant_method")
     return (
-        f"The model is quantized already (quant_method {str(words.get('quant_method'))!r}). Load full-precision "
+        f"The model is quantized already (quant_method {getattr(method, 'value', method)!r}). Load full-precision "
         "weights to quantize them anew, or leave the format out: llmopt=True runs the model as it is."
     )
 
@@ -325,8 +380,12 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
 
 def _require_all(name: str, module: QuantizedLinear) -> None:
     """Every tensor of a quantized module came from a file: transformers fills in those that did not, and warns."""
-    for leaf, parameter in module.named_parameters(recurse=False):
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta or getattr(parameter, "_is_hf_initialized", False):
+            continue
+        if leaf in formats.OPTIONAL:
+            del module._parameters[leaf]
+        else:
             raise InvalidCheckpoint(
                 f"The files hold no {name}.{leaf}, which the format {module.scheme.format!r} of their config.json "
                 "needs. They are incomplete, or belong to another config.json."
