@@ -931,4 +931,5 @@ def test_weights_that_lie_elsewhere_are_left_alone_and_watched():
     model.model.layers[0].mlp.up_proj.weight.inner.mul_(-3)
     again = model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=True)
     assert model.llmopt.stats.cached_tokens == 0
-    assert again.tolist() == model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=False).tolist() != first.tolist()
+    stock = model.generate(ids, max_new_tokens=4, do_sample=False, llmopt=False)
+    assert again.tolist() == stock.tolist() != first.tolist()

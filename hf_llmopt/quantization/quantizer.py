@@ -296,8 +296,9 @@ def _calibrated(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Grid]
     tokens = _calibration_tokens(model, asked)
     chosen: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.chosen}
     walk = quantize_blocks(
-        model, partial(quantize_block, **options), lambda weight: make(weight, plan, scheme), tokens, chosen
-    )
+        model, partial(quantize_block, **options), lambda weight: make(weight, plan, scheme), tokens, chosen,
+        resume=asked.resume, settings=repr((asked.method, options)),
+    )  # fmt: skip
     for name, grid in walk:
         del chosen[name]
         yield name, grid
