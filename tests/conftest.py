@@ -1,11 +1,17 @@
 """What every test shares: no network, two threads, fixed seeds, one tiny model per architecture."""
 
+import os
 import random
 import socket
 
 import numpy
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run in its interpreter. That is decided when Triton is imported, as transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from architectures import build
 
 # A tiny model gains nothing from more, and the numbers must not depend on the machine.

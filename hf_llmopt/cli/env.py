@@ -122,7 +122,11 @@ def _triton(gpu: bool) -> tuple[bool, str]:
         return False, "not installed"
     if not gpu:
         return False, "installed, but there is no GPU"
-    return True, "installed; no kernel of this version uses it yet"
+    from hf_llmopt.kernels.weight import triton_serves
+
+    if not triton_serves():
+        return False, "installed, but the kernels need an NVIDIA GPU of compute capability 8.0 or newer"
+    return True, "installed; products with quantized weights use it"
 
 
 def _mps() -> tuple[bool, str]:

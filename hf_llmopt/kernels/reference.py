@@ -153,6 +153,19 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return torch.round(grouped / scales[..., None]).clamp(-127, 127).flatten(-2).to(torch.int8), scales
 
 
+def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as float8_e4m3fn, a scale for each row: `x ~ codes * scales`; 448 is the largest code.
+
+    Args:
+        x: `[rows, inputs]`.
+
+    Returns:
+        float8_e4m3fn `[rows, inputs]` and float32 `[rows, 1]`.
+    """
+    scales = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-9) / 448
+    return (x.float() / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+
+
 def quantized_linear(
     x: Tensor, grid: Grid, bias: Tensor | None = None, residual: Tensor | None = None, group: int = 0
 ) -> Tensor:

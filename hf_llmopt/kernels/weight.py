@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -60,4 +61,14 @@ def _own(device: str) -> list[Any]:
         from . import cpu
 
         return [cpu.BlockedWeight] if cpu.available() else []
+    if device == "cuda" and triton_serves():
+        from .triton.weight import TritonWeight
+
+        return [TritonWeight]
     return []
+
+
+def triton_serves() -> bool:
+    """Whether the Triton kernels can run: on NVIDIA GPUs since Ampere."""
+    found = find_spec("triton") is not None and torch.version.cuda is not None and torch.cuda.is_available()
+    return found and torch.cuda.get_device_capability() >= (8, 0)
