@@ -15,7 +15,8 @@ from architectures import build
 import hf_llmopt
 from hf_llmopt import errors
 from hf_llmopt.prompt_cache import cache as cache_module
-from hf_llmopt.prompt_cache.store import DiskTier, read, write
+from hf_llmopt.prompt_cache.store import DiskTier
+from hf_llmopt.sealed import read, write
 
 KW = {"pad_token_id": 0, "eos_token_id": None}
 PAGE = 4

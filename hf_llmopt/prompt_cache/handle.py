@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import InvalidOption, InvalidPromptCache, OutOfPages
 from ..kv_cache import BlockTable
+from ..sealed import read, write
 from .cache import Name, PromptCache
-from .store import read, write
 
 FORMAT = "hf_llmopt prompt 1"
 
@@ -190,8 +190,8 @@ class PromptHandle:
         try:
             tensors, metadata = read(Path(path))
             if metadata.get("format") != FORMAT:
-                raise InvalidPromptCache("it is no saved prompt")
-        except InvalidPromptCache as error:
+                raise ValueError("it is no saved prompt")
+        except ValueError as error:
             raise InvalidPromptCache(f"{str(path)!r} cannot be loaded: {error}.") from error
         handle = cls(find, lock, tensors["tokens"].tolist(), salt, compute)
         with lock:

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InvalidPromptCache
 from ..kv_cache import PagedStore
+from ..sealed import read, write
 from .index import Node, Tokens
 
 TRIAL = 64  # tokens that are computed to see how long a token takes
@@ -187,51 +185,6 @@ class DiskTier:
             UserWarning,
             stacklevel=2,
         )
-
-
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Write a file with a checksum under a temporary name and rename it; returns its size."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    sealed = {**metadata, "checksum": _checksum(tensors, metadata)}
-    data = safetensors.torch.save(tensors, sealed)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # readable by its owner only
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return len(data)
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `write` wrote.
-
-    Raises:
-        InvalidPromptCache: The file is damaged, or something else.
-        OSError: It cannot be read.
-    """
-    data = path.read_bytes()  # not mapped: a file that shrinks under a mapping ends the process
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata: dict[str, Any] = header["__metadata__"]
-        checksum = metadata.pop("checksum")
-        tensors = safetensors.torch.load(data)
-        intact = checksum == _checksum(tensors, metadata)
-    except Exception as error:  # whatever a parser says about foreign bytes
-        raise InvalidPromptCache(f"it cannot be parsed: {error!r}") from error
-    if not intact:
-        raise InvalidPromptCache("its checksum is wrong")
-    return tensors, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = blake2b(json.dumps(sorted(metadata.items())).encode(), digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().data)
-    return digest.hexdigest()
 
 
 def compute_seconds(model: PreTrainedModel, tokens: int) -> float:
