@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import EIGHT_BITS, QuantizationConfig
 from ..errors import UnsupportedQuantization
 from . import formats
+from .experts import names_in_files
 from .formats import Recipe, Scheme
 
 GROUP_SIZES = (128, 64, 32)  # where the user leaves it open
@@ -71,9 +72,10 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
     if group_size is None:
         group_size = -1 if config.method in EIGHT_BITS else _largest_group(left)
     how = config.method, bits, group_size, symmetric, config.act_order
+    in_files = names_in_files(model)
     trial = Recipe.for_method(*how)
     for name, (inputs, outputs) in left.items():
-        scheme = trial.scheme_of(name, AS_LINEAR)
+        scheme = trial.scheme_of(in_files(name), AS_LINEAR)
         reason = OUTSIDE if scheme is None else formats.obstacle(scheme, outputs, inputs)
         if reason is not None:
             skipped[name] = reason
@@ -83,8 +85,8 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
             f"No product of {type(model).__name__} can be quantized with {config!r} ({reasons}). "
             "Leave group_size out, or choose one that divides."
         )
-    recipe = Recipe.for_method(*how, skipped)
-    schemes = {name: recipe.scheme_of(name, AS_LINEAR) for name in left if name not in skipped}
+    recipe = Recipe.for_method(*how, [in_files(name) for name in skipped])
+    schemes = {name: recipe.scheme_of(in_files(name), AS_LINEAR) for name in left if name not in skipped}
     chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     assert chosen.keys() == schemes.keys()  # what the files do not say could not be read back
     return Plan(config, bits, group_size, symmetric, chosen, skipped, recipe)

@@ -1,0 +1,130 @@
+"""Mixtures of experts: a module for each product, in memory, while loading and when saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import hf_llmopt
+from hf_llmopt.quantization.experts import Expert, Experts, unfuse
+from hf_llmopt.quantization.linear import QuantizedLinear
+
+# Plain, with shared experts, with two routers, transposed and interleaved with biases, with files that hold them fused.
+MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "gpt_oss", "deepseek_v3", "granitemoehybrid")
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(3, 112, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def fused_weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.dim() == 3 and min(p.shape) > 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unfused_experts_compute_the_same(name: str) -> None:
+    model = build(name)
+    before, fused, size = logits(model), fused_weights(model), sum(p.numel() for p in model.parameters())
+    assert unfuse(model) == []
+    linears = [m for e in model.modules() if isinstance(e, Experts) for m in e.modules() if type(m) is nn.Linear]
+    assert sum(m.weight.numel() for m in linears) == fused > 0
+    assert fused_weights(model) == 0
+    assert sum(p.numel() for p in model.parameters()) == size
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_share_the_memory_of_the_fused_ones() -> None:
+    experts = build("mixtral").model.layers[0].mlp.experts
+    fused = experts.gate_up_proj
+    part = Experts(experts)[3].up_proj.weight
+    assert part.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+    assert torch.equal(part, fused[3, len(fused[3]) // 2 :])
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    model = build("qwen3_moe")
+    unfuse(model)
+    experts = model.model.layers[0].mlp.experts
+    x, chosen = torch.randn(7, 64), torch.tensor([[0, 1], [1, 3], [3, 0], [0, 1], [1, 0], [3, 1], [1, 3]])
+    weights = torch.rand(7, 2)
+    together = experts(x, chosen, weights)
+    for i in range(7):
+        torch.testing.assert_close(experts(x[i : i + 1], chosen[i : i + 1], weights[i : i + 1])[0], together[i])
+
+
+def test_experts_that_nothing_is_known_of_stay() -> None:
+    model = build("llama4_text")
+    before = logits(model)
+    assert unfuse(model) == ["model.layers.1.feed_forward.experts", "model.layers.3.feed_forward.experts"]
+    assert torch.equal(logits(model), before)
+
+
+GROUPS = {"quantization": {"method": "int4", "group_size": 32}}
+CASES = [("mixtral", GROUPS), ("qwen3_moe", "int8"), ("gpt_oss", GROUPS), ("granitemoehybrid", "int8")]
+
+
+@pytest.mark.parametrize(("name", "llmopt"), CASES)
+def test_experts_are_quantized_on_every_way(name: str, llmopt: Any, tmp_path: Path) -> None:
+    """While loading, after loading and from a quantized file: the same weights, and those of `dequantize`."""
+    full = build(name)
+    full.save_pretrained(tmp_path / "full")
+    loading = AutoModelForCausalLM.from_pretrained(tmp_path / "full", llmopt=llmopt)
+    loaded = hf_llmopt.optimize(build(name), llmopt=llmopt)
+    loading.save_pretrained(tmp_path / "quantized")
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", llmopt=True)
+    assert torch.equal(logits(loading), logits(loaded))
+    assert torch.equal(logits(loading), logits(again))
+    assert tensor_names(tmp_path / "quantized") == tensor_names(tmp_path / "again")
+
+    report = loading.llmopt.quantization
+    inside = [name for name in report.quantized if ".experts." in name]
+    assert sum(loading.get_submodule(name).grid().codes.numel() for name in inside) == fused_weights(full)
+    assert fused_weights(loading) == 0
+    assert report.bytes < (0.21 if llmopt is GROUPS else 0.28) * report.bytes_before  # of float32
+
+    for module in loading.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activations = False
+    quantized = logits(loading)
+    loading.hf_quantizer.dequantize(loading, torch.float32)
+    torch.testing.assert_close(quantized, logits(loading), atol=2e-3, rtol=1e-3)
+
+
+def test_files_have_the_names_that_others_give(tmp_path: Path) -> None:
+    """Those of Mixtral are `w1`, `w2` and `w3`."""
+    hf_llmopt.optimize(build("mixtral"), llmopt=GROUPS).save_pretrained(tmp_path)
+    names = {name for name in tensor_names(tmp_path) if "layers.0." in name and ".experts.1" in name}
+    stored = ("g_idx", "qweight", "qzeros", "scales")
+    start = "model.layers.0.block_sparse_moe.experts.1"
+    assert names == {f"{start}.{part}.{tensor}" for part in ("w1", "w2", "w3") for tensor in stored}
+
+
+def test_skipped_experts_are_saved_and_read_again(tmp_path: Path) -> None:
+    llmopt = {"quantization": {"method": "int8", "skip": ("experts",)}}
+    model = hf_llmopt.optimize(build("mixtral"), llmopt=llmopt)
+    assert len(model.llmopt.quantization.quantized) == 4 * 3
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", llmopt=True)
+    assert len([module for module in again.modules() if isinstance(module, QuantizedLinear)]) == 4 * 3
+    assert torch.equal(logits(again), logits(model))
+
+
+def tensor_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def test_an_expert_without_a_gate() -> None:
+    up, down = nn.Linear(4, 6), nn.Linear(6, 4)
+    x = torch.randn(3, 4)
+    assert torch.equal(Expert({"up_proj": up, "down_proj": down}, torch.relu, False)(x), down(torch.relu(up(x))))
