@@ -29,9 +29,10 @@ from ..config import EIGHT_BITS, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from ..kernels import reference
 from ..kernels.arguments import Grid
-from . import formats, gptq
+from . import awq, formats, gptq, smoothquant
 from .blocks import quantize_blocks
 from .calibration import pack
+from .experts import conversions, keep_apart, names_in_files, unfuse
 from .formats import Recipe, Scheme
 from .grid import make_float8_grid, make_grid
 from .linear import QuantizedHead, QuantizedLinear
@@ -105,6 +106,8 @@ class Quantizer(HfQuantizer):
         self.bytes_before = 0
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        recipe: Any = self.quantization_config.recipe
+        unfuse(model, lambda name: recipe is None or recipe.scheme_of(name, AS_LINEAR) is not None)
         if not self.pre_quantized:
             self.use(plan(model, self.asked))
         chosen = self._stored(model, kwargs.get("checkpoint_files")) if self.plan is None else self.plan.chosen
@@ -114,8 +117,11 @@ class Quantizer(HfQuantizer):
     def _stored(self, model: PreTrainedModel, files: list[str] | None) -> dict[str, Scheme]:
         """How the files hold each product that they hold quantized."""
         recipe: Any = self.quantization_config.recipe
+        in_file = names_in_files(model)
         products = [name for name, module in model.named_modules() if inputs_and_outputs(module) is not None]
-        schemes = {name: scheme for name in products if (scheme := recipe.scheme_of(name, AS_LINEAR)) is not None}
+        in_files = {name: in_file(name) for name in products}
+        found = {name: recipe.scheme_of(in_files[name], AS_LINEAR) for name in products}
+        schemes = {in_files[name]: scheme for name, scheme in found.items() if scheme is not None}
         names: set[str] = set()
         for file in files or ():
             if str(file).endswith(".safetensors"):
@@ -125,7 +131,8 @@ class Quantizer(HfQuantizer):
         # What transformers renames while it loads is found incomplete afterwards, if it is.
         known = {name: scheme for name, scheme in schemes.items() if name in modules}
         here = formats.stored_in(names, known)
-        return {name: scheme for name, scheme in schemes.items() if name in here or name not in known}
+        held = {name for name in schemes if name in here or name not in known}
+        return {name: scheme for name, scheme in found.items() if scheme is not None and in_files[name] in held}
 
     def use(self, plan: Plan) -> None:
         """Follow a plan."""
@@ -143,6 +150,10 @@ class Quantizer(HfQuantizer):
         model.set_submodule(name, new)
         self.names.add(name)
         self.bytes_before += module.weight.numel() * module.weight.element_size()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Of the model, without the merging of experts."""
+        return conversions(super().update_weight_conversions(weight_conversions, model), model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: D102
         name, _, leaf = param_name.rpartition(".")
@@ -162,6 +173,7 @@ class Quantizer(HfQuantizer):
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        keep_apart(model)
         for name in sorted(self.names):
             module: Any = model.get_submodule(name)
             _require_all(name, module)
@@ -225,19 +237,25 @@ class _Quantize(ConversionOps):
         missing_keys: set[str],
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        name = full_layer_name.rpartition(".")[0]
-        module: Any = model.get_submodule(name)
         assert self.quantizer.plan is not None
-        shape = module.out_features, module.in_features
-        if weight.shape != shape and weight.T.shape == shape:
-            weight = weight.T  # GPT-2's Conv1D
-        stored = formats.pack(make(weight, self.quantizer.plan, module.scheme), module.scheme, weight.dtype)
-        if "weight" not in stored:
-            del module._parameters["weight"]
-            missing_keys.discard(full_layer_name)
-        return {f"{name}.{key}": nn.Parameter(tensor, requires_grad=False) for key, tensor in stored.items()}
+        made: dict[str, Tensor] = {}
+        for key in list(input_dict):  # one, or all experts of a layer
+            weight = input_dict.pop(key)
+            weight = weight[0] if isinstance(weight, list) else weight
+            name = key.rpartition(".")[0]
+            if name not in self.quantizer.names:
+                made[key] = nn.Parameter(weight, requires_grad=False)
+                continue
+            module: Any = model.get_submodule(name)
+            shape = module.out_features, module.in_features
+            if weight.shape != shape and weight.T.shape == shape:
+                weight = weight.T  # GPT-2's Conv1D
+            stored = formats.pack(make(weight, self.quantizer.plan, module.scheme), module.scheme, weight.dtype)
+            if "weight" not in stored:
+                del module._parameters["weight"]
+                missing_keys.discard(key)
+            made |= {f"{name}.{leaf}": nn.Parameter(tensor, requires_grad=False) for leaf, tensor in stored.items()}
+        return made
 
 
 def make(weight: Tensor, plan: Plan, scheme: Scheme) -> Grid:
@@ -256,6 +274,7 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
         CalibrationFailed: The method needs texts that there are not.
     """
     require_full(model)
+    unfuse(model)
     found = plan(model, asked)
     quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
     quantizer.use(found)
@@ -292,7 +311,8 @@ def _calibrated(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Grid]
     }  # fmt: skip
     if asked.method == "gptq":
         options |= {"act_order": asked.act_order, "damping": asked.damping}
-    quantize_block = {"gptq": gptq}[asked.method].quantize_block
+    methods: dict[str, Any] = {"gptq": gptq, "awq": awq, "smoothquant": smoothquant}
+    quantize_block = methods[asked.method].quantize_block
     tokens = _calibration_tokens(model, asked)
     chosen: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.chosen}
     walk = quantize_blocks(
