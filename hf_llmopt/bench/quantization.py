@@ -193,7 +193,8 @@ def _memory_table(found: Sequence[Mapping[str, Any]]) -> Table:
         for case in found
     ]  # fmt: skip
     columns = ["shape", "method", "bfloat16 MB", "result MB", "peak MB", "one layer MB", "(peak - layer) / result"]
-    return Table("quantization: memory while a model is quantized as it is loaded", columns, rows, 2)
+    caption = "peak: memory that belongs to no file; weights that stay as they are may remain mapped from theirs"
+    return Table("quantization: memory while a model is quantized as it is loaded", columns, rows, 2, caption)
 
 
 def _peer_table(found: Mapping[str, Any]) -> Table:

@@ -64,7 +64,10 @@ def _features(gpu: bool) -> list[tuple[str, bool, str]]:
     weights = (demo.path() / "config.json").is_file()
     return [
         ("keyword llmopt=", *_hooks()),
-        *((f"llmopt={part!r}", True, "exact") for part in PARTS),
+        *(
+            (f"llmopt={part!r}", True, "lossy" if home == "quantization" else "exact")
+            for part, (home, _) in PARTS.items()
+        ),
         ("C kernels for the CPU", *_kernels()),
         *((f"attention backend {name!r}", *_backend(name)) for name in BACKENDS),
         ("CUDA", *_cuda()),

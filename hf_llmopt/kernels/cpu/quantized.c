@@ -37,18 +37,26 @@ typedef struct {
 #elif defined(FORMAT)
 #include "finish.h"
 
-/* Tiles: rows at most, of integers and of floats; blocks of outputs at a time; sums that hide each other's latency. */
+/* Tiles: rows at most, of integers and of floats; blocks of outputs at a time; sums that hide each other's latency; parts of
+ * 16 integers that fit a register. */
 #undef INTEGER_ROWS
 #undef FLOAT_ROWS
 #undef BLOCKS
 #undef CHAINS
 #undef OFFSET
+#undef PARTS
 #ifdef __AVX512F__
+#define PARTS 1
 #define INTEGER_ROWS 8
 #define FLOAT_ROWS 4
 #define BLOCKS 2
 #define CHAINS 2
 #else
+#ifdef __AVX2__
+#define PARTS 2
+#else
+#define PARTS 4
+#endif
 #define INTEGER_ROWS 4
 #define FLOAT_ROWS 2
 #define BLOCKS 1
@@ -75,22 +83,24 @@ INLINE vec AT(zeros)(const linear *a, const uint8_t *zeros, long side) {
     return __builtin_convertvector(v, vec);
 }
 
+typedef int32_t AT(part) __attribute__((vector_size(4 * WIDTH / PARTS)));
+
 /* Four codes of each lane times four bytes of x, added to the lanes. */
-INLINE ivec AT(dot)(ivec sum, ivec codes, int32_t x, const int kind) {
+INLINE AT(part) AT(dot)(AT(part) sum, AT(part) codes, int32_t x, const int kind) {
 #if defined(__AVX512VNNI__)
     (void)kind;
-    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-    __m256i w[2], sums[2], all = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
-    memcpy(w, &codes, sizeof w);
-    memcpy(sums, &sum, sizeof sums);
-    for (int i = 0; i < 2; i++) {
-        __m256i pairs = kind == FOUR_BITS ? _mm256_maddubs_epi16(w[i], all)
-                                          : _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(all, w[i]));
-        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+    return (AT(part))_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(x));
+#elif defined(__AVX512F__)
+    __m512i w = (__m512i)codes, all = _mm512_set1_epi32(x), ones = _mm512_set1_epi16(1);
+    if (kind == EIGHT_BITS) { /* |w| times x with w's sign */
+        all = _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(w), _mm512_setzero_si512(), all);
+        w = _mm512_abs_epi8(w);
     }
-    memcpy(&sum, sums, sizeof sum);
-    return sum;
+    return (AT(part))_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, all), ones));
+#elif defined(__AVX2__)
+    __m256i w = (__m256i)codes, all = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
+    if (kind == EIGHT_BITS) all = _mm256_sign_epi8(all, w), w = _mm256_abs_epi8(w);
+    return (AT(part))_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, all), ones));
 #else
     (void)kind;
     for (int j = 0; j < 4; j++) sum += (codes >> 8 * j & 255) * (int32_t)(int8_t)((uint32_t)x >> 8 * j);
@@ -106,27 +116,28 @@ INLINE void AT(integer_tile)(const tile *t, vec *result, const int T, const int 
     const float *scales = t->scales, *steps = t->steps, *sums = t->sums;
     vec total[16] = {0}, scale[BLOCKS], zero[BLOCKS];
     for (long run = 0, left = 0; run < runs; run++, left--, steps += T, sums += T) {
-        ivec s[2][16] = {0}; /* the second serves few rows, to hide latency */
+        AT(part) s[2][16 * PARTS] = {0}; /* the second serves few rows, to hide latency */
         for (long k = 0; k < share; k += 8, x += 8 * T, w += kind == FOUR_BITS ? 64 : 128) {
-            ivec low[BLOCKS], high[BLOCKS];
-            for (int b = 0; b < BLOCKS; b++) {
-                const uint8_t *p = w + b * next;
+            AT(part) low[BLOCKS * PARTS], high[BLOCKS * PARTS];
+            _Pragma("GCC unroll 4") for (int i = 0; i < BLOCKS * PARTS; i++) {
+                const uint8_t *p = w + i / PARTS * next + i % PARTS * (long)sizeof *low;
                 __builtin_prefetch(p + AHEAD);
+                memcpy(low + i, p, sizeof *low);
                 if (kind == FOUR_BITS) {
-                    ivec both = AT(codes)(p);
-                    low[b] = both & 0x0f0f0f0f, high[b] = both >> 4 & 0x0f0f0f0f;
+                    high[i] = low[i] >> 4 & 0x0f0f0f0f;
+                    low[i] &= 0x0f0f0f0f;
                 } else {
                     __builtin_prefetch(p + AHEAD + 64);
-                    low[b] = AT(codes)(p), high[b] = AT(codes)(p + 64);
-                    if (OFFSET) low[b] ^= (int32_t)0x80808080, high[b] ^= (int32_t)0x80808080;
+                    memcpy(high + i, p + 64, sizeof *high);
+                    if (OFFSET) low[i] ^= (int32_t)0x80808080, high[i] ^= (int32_t)0x80808080;
                 }
             }
             _Pragma("GCC unroll 8") for (int m = 0; m < T; m++) {
                 int32_t four[2];
                 memcpy(four, x + 4 * m, 4);
                 memcpy(four + 1, x + 4 * (T + m), 4);
-                _Pragma("GCC unroll 2") for (int b = 0; b < BLOCKS; b++) {
-                    int i = m * BLOCKS + b;
+                _Pragma("GCC unroll 4") for (int b = 0; b < BLOCKS * PARTS; b++) {
+                    int i = m * BLOCKS * PARTS + b;
                     s[0][i] = AT(dot)(s[0][i], low[b], four[0], kind);
                     s[T < 4][i] = AT(dot)(s[T < 4][i], high[b], four[1], kind);
                 }
@@ -143,7 +154,10 @@ INLINE void AT(integer_tile)(const tile *t, vec *result, const int T, const int 
         _Pragma("GCC unroll 8") for (int m = 0; m < T; m++)
             _Pragma("GCC unroll 2") for (int b = 0; b < BLOCKS; b++) {
                 int i = m * BLOCKS + b;
-                vec product = __builtin_convertvector(T < 4 ? s[0][i] + s[1][i] : s[0][i], vec) - zero[b] * sums[m];
+                ivec whole, second;
+                memcpy(&whole, s[0] + i * PARTS, sizeof whole);
+                memcpy(&second, s[1] + i * PARTS, sizeof second);
+                vec product = __builtin_convertvector(T < 4 ? whole + second : whole, vec) - zero[b] * sums[m];
                 total[i] += product * (scale[b] * steps[m]);
             }
     }
@@ -152,12 +166,11 @@ INLINE void AT(integer_tile)(const tile *t, vec *result, const int T, const int 
 
 /* Code j of 8 as a float: 2^23 + code - (2^23 + zero). */
 INLINE vec AT(decode)(const ivec *v, vec zero, const int j, const int kind) {
-    uvec bits = (uvec)v[kind == FOUR_BITS ? 0 : j / 4] >> (8 * (j % 4) + (kind == FOUR_BITS ? j / 4 * 4 : 0));
-    if (kind != FLOAT8) return (vec)((bits & (kind == FOUR_BITS ? 15 : 255)) | MAGIC) - zero;
-    /* 1 sign, 4 exponent and 3 mantissa bits into a float's; without exponent m / 8 * 2^-6 = (1 + m / 8) * 2^-6 - 2^-6 */
-    uvec size = bits & 127, least = (uvec)(size < 8);
-    vec value = (vec)((size << 20) + (120u << 23) + (least & (1u << 23))) - (vec)(least & 0x3c800000);
-    return (vec)((uvec)value | (bits & 128) << 24);
+    uvec codes = (uvec)v[kind == FOUR_BITS ? 0 : j / 4];
+    if (kind == FOUR_BITS) return (vec)((codes >> (8 * (j % 4) + j / 4 * 4) & 15) | MAGIC) - zero;
+    if (kind == EIGHT_BITS) return (vec)((codes >> 8 * (j % 4) & 255) | MAGIC) - zero;
+    /* 1 sign, 4 exponent and 3 mantissa bits where a float has them; its exponent counts from 127 instead of 7 */
+    return (vec)((ivec)(codes << (24 - 8 * (j % 4))) >> 4 & (int32_t)0x87f00000) * 0x1p120f;
 }
 
 INLINE void AT(floats_tile)(const tile *t, vec *result, const int T, const int kind) {

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ class BlockedWeight:
         order = _order(self.inputs, self.groups, index)
         self.laid = self.inputs if order is None else len(order)
         self.share = 0 if self.kind == FLOAT8 else _divisor(self.laid // self.groups)
+        self._told: dict[int, tuple[int, tuple[int | float, ...]]] = {}
         self.tensors = {"codes": self._codes(codes.view(torch.uint8), order), "scales": _lanes(scales.float())}
         if zeros is not None:
             self.tensors["zeros"] = _lanes(zeros)
@@ -182,13 +184,23 @@ class BlockedWeight:
         return ops.dequantize(self, dtype) if dtype in ops.DTYPES else ops.dequantize(self, torch.float32).to(dtype)
 
     def numbers(self, group: int) -> tuple[int | float, ...]:
-        """What C is told of the weight besides its address and shape."""
-        zeros, order = self.tensors.get("zeros"), self.tensors.get("order")
-        return (
-            self.kind, self.tensors["scales"].data_ptr(), 0 if zeros is None else zeros.data_ptr(),
-            0 if order is None else order.data_ptr(), 2.0 ** (self.bits - 1),
-            self.laid, self.laid // self.groups, group,
-        )  # fmt: skip
+        """What C is told of the weight besides its address and shape.
+
+        Args:
+            group: Inputs whose activations share an int8 scale, or 0.
+        """
+        address = self.tensors["codes"].data_ptr()
+        if self._told.get(group, (0,))[0] != address:  # sharing memory with another process moves tensors, all of them
+            zeros, order = self.tensors.get("zeros"), self.tensors.get("order")
+            self._told[group] = address, (
+                self.kind, self.tensors["scales"].data_ptr(), 0 if zeros is None else zeros.data_ptr(),
+                0 if order is None else order.data_ptr(), 2.0 ** (self.bits - 1),
+                self.laid, self.laid // self.groups, group,
+            )  # fmt: skip
+        return self._told[group][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_told": {}}  # a copy has tensors of its own
 
     def _codes(self, codes: Tensor, order: Tensor | None) -> Tensor:
         """`[blocks, laid / 8, 64]` (two codes a byte) or `[blocks, laid / 4, 64]`."""
