@@ -181,14 +181,13 @@ class QuantizationConfig(Section):
 
     Args:
         method: How codes are found. `"int4"` rounds to the nearest code of ranges with the least squared error,
-            `"int8"` likewise, `"fp8"` casts to float8_e4m3, `"hqq"` (Badri and Shaji 2023) optimizes zeros; these see
-            only the weights. `"gptq"` (Frantar et al. 2022), `"awq"` (Lin et al. 2023) and `"smoothquant"` (Xiao et
-            al. 2022) also see what the layers read, on `calibration`.
+            `"int8"` likewise, `"fp8"` casts to float8_e4m3; these see only the weights. `"gptq"` (Frantar et al.
+            2022), `"awq"` (Lin et al. 2023) and `"smoothquant"` (Xiao et al. 2022) also see what the layers read, on
+            `calibration`.
         bits: Of a code: 2, 3, 4 or 8. `None`: 8 for int8, fp8 and smoothquant, 4 for the others.
         group_size: Inputs that share a scale; -1 for all inputs of an output. `None`: -1 for int8, fp8 and
             smoothquant, else the largest of 128, 64 and 32 that divides the inputs of every product.
-        symmetric: No zeros: codes stand around the middle. `None`: what the method's file format stores, `False` for
-            awq and hqq.
+        symmetric: No zeros: codes stand around the middle. `None`: no zeros, but for awq.
         act_order: GPTQ rounds the inputs with the largest activations first.
         damping: GPTQ adds this share of the Hessian's mean diagonal to its diagonal.
         clip: Search the range of each group for the least error, instead of taking the largest weight.
@@ -210,7 +209,7 @@ class QuantizationConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("int4", choices=("int4", "int8", "fp8", "hqq", "gptq", "awq", "smoothquant"))
+    method: str = _option("int4", choices=("int4", "int8", "fp8", "gptq", "awq", "smoothquant"))
     bits: int | None = _option(None, choices=(None, 2, 3, 4, 8))
     group_size: int | None = _option(None, kind=int, low=-1)
     symmetric: bool | None = _option(None, choices=(None, False, True))

@@ -203,7 +203,7 @@ def test_cases() -> None:
     names = [case.name for case in quantized_quality.CASES]
     assert len(set(names)) == len(names)
     for bits in (3, 4):
-        for method in ("rtn", "int4", "hqq", "gptq", "awq"):
+        for method in ("rtn", "int4", "gptq", "awq"):
             assert f"{method}, {bits} bits" in names
     firsts = {case.family: case.name for case in reversed(quantized_quality.CASES)}
     assert firsts["4 bits"] == "rtn, 4 bits", "the others are compared with it"

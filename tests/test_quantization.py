@@ -15,9 +15,10 @@ import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
 from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
+from hf_llmopt.quantization.plan import plan
 
 EXACT = {"activations": "none"}
-METHODS = ("int4", "int8", "fp8", "hqq")
+METHODS = ("int4", "int8", "fp8")
 
 
 def config(method: str, **options) -> LLMOptConfig:
@@ -59,7 +60,7 @@ def greedy(model, llmopt=None):
 def test_weight_only_gives_the_tokens_of_the_same_dequantized_weights(folder, method):
     model = load(folder, config(method, **EXACT))
     assert len(quantized(model)) == 21, "seven products in each of three layers"
-    full, bound = load(folder, None), 0.15 if method in ("int4", "hqq") else 0.04
+    full, bound = load(folder, None), 0.15 if method == "int4" else 0.04
     for name, module in quantized(model).items():
         weight = full.get_submodule(name).weight
         assert (dequantize(module.grid()) - weight).norm() < bound * weight.norm()
@@ -289,3 +290,13 @@ def test_a_calibration_set_that_cannot_serve_is_refused_before_anything_is_chang
         hf_llmopt.optimize(model, llmopt=config("gptq", calibration=calibration, samples=1, length=3))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert greedy(model, llmopt=True)
+
+
+def test_what_the_file_format_cannot_tell_apart_from_a_skipped_module_stays_too(folder, tmp_path):
+    """AWQ files name what is not quantized by parts of names."""
+    with torch.device("meta"):
+        model = build("llama")
+    model.model.layers[0].mlp.gate = nn.Linear(64, 64)
+    found = plan(model, QuantizationConfig("awq", skip=["mlp.gate"]))
+    assert set(found.skipped) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"}
+    assert "contains that of one that stays" in found.skipped["model.layers.0.mlp.gate_proj"]

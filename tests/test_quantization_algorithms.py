@@ -1,4 +1,4 @@
-"""Quantization's algorithms: grids, GPTQ, HQQ, the calibration set, and the walk through a model."""
+"""Quantization's algorithms: grids, GPTQ, the calibration set, and the walk through a model."""
 
 from __future__ import annotations
 

@@ -272,6 +272,7 @@ class TestDevice:
 
     @pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
     @pytest.mark.parametrize("rows", [1, 4, 40, 300])
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     def test_graph(self, kind: str, rows: int, table: Path) -> None:
         """A product waits for nothing once its way is known, and a graph replays it with new inputs."""
         packed = TritonWeight.pack(make(kind, (96, 256, 128 if kind != "float8" else 256, False, True)))

@@ -46,8 +46,9 @@ def _grouped(bits: int) -> tuple[Case, ...]:
     ways = {
         RTN: QuantizationConfig("int4", bits=bits, group_size=GROUP, clip=False),
         "int4": QuantizationConfig("int4", bits=bits, group_size=GROUP),
-        "hqq": QuantizationConfig("hqq", bits=bits, group_size=GROUP),
+        "int4, zeros": QuantizationConfig("int4", bits=bits, group_size=GROUP, symmetric=False),
         "gptq": QuantizationConfig("gptq", bits=bits, group_size=GROUP),
+        "gptq, zeros": QuantizationConfig("gptq", bits=bits, group_size=GROUP, symmetric=False),
         "awq": QuantizationConfig("awq", bits=bits, group_size=GROUP),
     }
     return tuple(Case(f"{name}, {bits} bits", config, f"{bits} bits") for name, config in ways.items())

@@ -26,7 +26,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; made whole at the end, or not at all.")],
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="int4, int8, fp8, hqq; calibrated: gptq, awq, smoothquant.")
+        str, typer.Option(metavar="NAME", help="int4, int8, fp8; calibrated: gptq, awq, smoothquant.")
     ] = "int4",
     bits: Annotated[int | None, typer.Option(help="Of a code: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale; -1 for all of an output.")] = None,

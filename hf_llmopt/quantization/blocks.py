@@ -230,7 +230,7 @@ def find_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> tuple[str,
     if not held.get(best):
         raise CalibrationFailed(
             f"{type(model).__name__} has no nn.ModuleList of blocks that hold modules to quantize, so it cannot be "
-            'calibrated block by block. Use a method without calibration: "int4", "int8" or "hqq".'
+            'calibrated block by block. Use a method without calibration: "int4" or "int8".'
         )
     return best, lists[best]
 

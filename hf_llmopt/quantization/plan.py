@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from .formats import Recipe, Scheme
 GROUP_SIZES = (128, 64, 32)  # where the user leaves it open
 HEAD = "the output head, or tied to one"
 OUTSIDE = "stands outside of the decoder blocks, which are all that its file format has quantized"
+ALIKE = "its name contains that of one that stays, and the file format tells them apart by that"
+FUSED = "experts whose products cannot be told apart"
 with torch.device("meta"):
     AS_LINEAR = nn.Linear(1, 1)  # what a product will be to a file format, whatever its class is now
 
@@ -55,17 +58,23 @@ def inputs_and_outputs(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
+def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Iterable[str] = ()) -> Plan:
     """What `config` means for a model.
+
+    Args:
+        model: The model, its experts apart.
+        config: What was asked for.
+        fused: Names of experts that could not be taken apart.
 
     Raises:
         UnsupportedQuantization: Nothing of the model can be quantized so.
     """
     bits = 8 if config.method in EIGHT_BITS else config.bits or 4
-    symmetric = config.method not in ("awq", "hqq") if config.symmetric is None else config.symmetric
+    symmetric = config.method != "awq" if config.symmetric is None else config.symmetric
     products = {name: found for name, module in model.named_modules() if (found := inputs_and_outputs(module))}
     heads = _heads(model)
     skipped = {name: HEAD for name in products if name in heads}
+    skipped |= dict.fromkeys(fused, FUSED)
     skipped |= {name: "named in skip" for name in products if any(matches(name, pattern) for pattern in config.skip)}
     left = {name: shape for name, shape in products.items() if name not in skipped}
     group_size = config.group_size
@@ -85,10 +94,13 @@ def plan(model: PreTrainedModel, config: QuantizationConfig) -> Plan:
             f"No product of {type(model).__name__} can be quantized with {config!r} ({reasons}). "
             "Leave group_size out, or choose one that divides."
         )
-    recipe = Recipe.for_method(*how, [in_files(name) for name in skipped])
-    schemes = {name: recipe.scheme_of(in_files(name), AS_LINEAR) for name in left if name not in skipped}
-    chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    assert chosen.keys() == schemes.keys()  # what the files do not say could not be read back
+    while True:
+        recipe = Recipe.for_method(*how, [in_files(name) for name in skipped])
+        schemes = {name: recipe.scheme_of(in_files(name), AS_LINEAR) for name in left if name not in skipped}
+        chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+        if chosen.keys() == schemes.keys():
+            break
+        skipped |= dict.fromkeys(schemes.keys() - chosen.keys(), ALIKE)
     return Plan(config, bits, group_size, symmetric, chosen, skipped, recipe)
 
 

@@ -8,6 +8,7 @@ sees only the weights, which are then quantized one tensor at a time as they are
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
@@ -107,9 +108,10 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         recipe: Any = self.quantization_config.recipe
-        unfuse(model, lambda name: recipe is None or recipe.scheme_of(name, AS_LINEAR) is not None)
+        fused = unfuse(model, lambda name: recipe is None or recipe.scheme_of(name, AS_LINEAR) is not None)
+        self._model = weakref.ref(model)
         if not self.pre_quantized:
-            self.use(plan(model, self.asked))
+            self.use(plan(model, self.asked, fused))
         chosen = self._stored(model, kwargs.get("checkpoint_files")) if self.plan is None else self.plan.chosen
         for name, scheme in chosen.items():
             self._swap(model, name, model.get_submodule(name), scheme)
@@ -151,9 +153,11 @@ class Quantizer(HfQuantizer):
         self.names.add(name)
         self.bytes_before += module.weight.numel() * module.weight.element_size()
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Of the model, without the merging of experts."""
-        return conversions(super().update_weight_conversions(weight_conversions, model), model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Of the model, without the merging of experts. Older versions of transformers do not hand over the model."""
+        found = super().update_weight_conversions(weight_conversions, *model)
+        mine = self._model()
+        return found if mine is None else conversions(found, mine)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: D102
         name, _, leaf = param_name.rpartition(".")
@@ -274,8 +278,7 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
         CalibrationFailed: The method needs texts that there are not.
     """
     require_full(model)
-    unfuse(model)
-    found = plan(model, asked)
+    found = plan(model, asked, unfuse(model))
     quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
     quantizer.use(found)
     with torch.no_grad():
