@@ -68,7 +68,7 @@ def test_what_is_written_is_what_ran(folder: Path, tmp_path: Path) -> None:
     assert not torch.equal(again(ids).logits, full(ids).logits)
 
 
-@pytest.mark.parametrize("method", ["int8", "gptq"])
+@pytest.mark.parametrize("method", ["int8", "gptq", "awq"])
 def test_methods(folder: Path, tmp_path: Path, method: str) -> None:
     text = tmp_path / "calibration.txt"
     text.write_text(TEXT)
