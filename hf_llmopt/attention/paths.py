@@ -26,7 +26,7 @@ from .inputs import Attend, Span, StepInputs
 TILE = 256  # queries that share one mask
 COPIED = 1024  # keys that are copied at a time where pages are no run
 _flags = threading.Lock()
-SHORT = 16  # tokens of a span up to which the C kernel reads pages directly
+SHORT = 32  # tokens of a span up to which the C kernel reads pages directly
 
 
 def reference_paged(

@@ -12,7 +12,7 @@ from ..kernels import cpu
 from ..kernels.race import best_seconds
 from .kinds import PRODUCTS, Product
 
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 # Enough weights to stream from memory, as a model does, and no more.
 BYTES = 1 << 26
 
