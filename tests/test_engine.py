@@ -57,6 +57,7 @@ def test_random_traffic_leaves_every_page_free(model, name: str, data: st.DataOb
             handle = engine.submit(ids, max_new_tokens=count, logits_processor=processors, **KW)
             if fate == "c":
                 handle.cancel()
+                fate = "w" if handle.error is None else "c"  # it may have ended before
             submitted.append((handle, ids, count, fate))
         for handle, ids, count, fate in submitted:
             if fate == "f":
