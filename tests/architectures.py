@@ -49,6 +49,7 @@ SEED_OFFSET: dict[str, int] = {
     "olmo2": 16,
     "cohere": 4,
     "cohere2": 6,
+    "glm": 1,
     "glm4": 1,
     "gpt_oss": 1,
     "mixtral": 2,
