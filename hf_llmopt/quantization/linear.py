@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Module):
         >>> import torch
         >>> from hf_llmopt.quantization import QuantizedLinear, Scheme, make_grid
         >>> grid = make_grid(torch.randn(32, 64), bits=4, group_size=32)
-        >>> module = QuantizedLinear.from_grid(grid, Scheme("gptq", bits=4, group_size=32))
+        >>> module = QuantizedLinear.from_grid(grid, Scheme("gptq", bits=4, group_size=32, symmetric=True))
         >>> module(torch.ones(1, 64)).shape, sorted(module.state_dict())
         (torch.Size([1, 32]), ['g_idx', 'qweight', 'qzeros', 'scales'])
     """
