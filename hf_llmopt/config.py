@@ -345,7 +345,11 @@ class LLMOptConfig:
             if not isinstance(name, str) or name not in PARTS:
                 raise unknown("llmopt= option", name, PARTS)
         sections: dict[str, dict[str, Any]] = {}
-        for section, values in (PARTS[name] for name in names):
+        for name in names:
+            section, values = PARTS[name]
+            for option, value in values.items():
+                if sections.get(section, {}).get(option, value) != value:
+                    raise InvalidOption(f"llmopt= got {names!r}, which ask for two values of {section}.{option}.")
             sections.setdefault(section, {}).update(values)
         return cls._from_dict(sections)
 

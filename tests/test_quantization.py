@@ -300,3 +300,12 @@ def test_what_the_file_format_cannot_tell_apart_from_a_skipped_module_stays_too(
     found = plan(model, QuantizationConfig("awq", skip=["mlp.gate"]))
     assert set(found.skipped) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"}
     assert "contains that of one that stays" in found.skipped["model.layers.0.mlp.gate_proj"]
+
+
+def test_names_that_contradict_or_do_not_exist(folder):
+    with pytest.raises(InvalidOption, match=r"two values of quantization\.method"):
+        LLMOptConfig.parse(["int4", "int8"])
+    with pytest.raises(InvalidOption, match="Did you mean 'down_proj'"):
+        load(folder, config("int4", skip=["down_prj"]))
+    model = load(folder, config("int4", head_bits=8))
+    assert "copy of 8 bits" in model.llmopt.quantization.skipped["lm_head"]

@@ -162,3 +162,13 @@ def test_a_quantized_model_is_refused(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "quantized already" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_quantized_folder_is_measured_as_it_is_and_not_quantized_again(folder, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    ok(folder, tmp_path / "one")
+    asked = ["eval", "perplexity", str(tmp_path / "one"), "--text", str(tmp_path / "text"), "--json"]
+    measured = CliRunner().invoke(app, asked)
+    assert measured.exit_code == 0, measured.output
+    assert run(tmp_path / "one", tmp_path / "two").exit_code != 0
+    assert not (tmp_path / "two").exists()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure the quality of a model.", no_args_is_help=True)
 
+READER = "kv_cache"  # of the keyword's values the plainest: with any, quantized folders need no other package
 HELD_OUT = "held-out part of Python's standard library"
 Quantized = Annotated[
     str, typer.Option("--llmopt", metavar="NAME", help="As `from_pretrained` takes it, such as int4; false for none.")
@@ -57,7 +58,7 @@ def perplexity(
 
     from .models import load
 
-    loaded, tokenizer = load(model, dtype, device, wanted)
+    loaded, tokenizer = load(model, dtype, device, wanted or READER)
     sample = _cut(loaded, tokenizer, texts, text, context, stride, tokens)
     with ui.progress("perplexity", len(sample.windows)) as on_window:
         found = quality.perplexity(loaded, sample, on_window)
@@ -104,13 +105,13 @@ def logits(
     from .models import load
 
     with TemporaryDirectory() as folder:
-        loaded, tokenizer = load(reference, dtype, device)
+        loaded, tokenizer = load(reference, dtype, device, READER)
         sample = _cut(loaded, tokenizer, texts, text, context, stride, tokens)
         with ui.progress("logits", 2 * len(sample.windows)) as on_window:
             theirs = quality.recorded(_said(quality.logits(loaded, sample), on_window), sample, Path(folder))
             del loaded
             gc.collect()  # a model refers to itself
-            loaded, _ = load(model, dtype, device, wanted)
+            loaded, _ = load(model, dtype, device, wanted or READER)
             found = quality.divergence(quality.logits(loaded, sample), theirs, sample, on_window)
     report = {
         "model": model, "llmopt": llmopt, "against": reference, "dtype": _dtype(loaded), **_about(text, sample),

@@ -70,8 +70,10 @@ def quantize(
         del full
         gc.collect()  # a model refers to itself; the next one comes into the same memory
     loaded, tokenizer = load(model, dtype, device, LLMOptConfig(quantization=asked))
-    handle: Any = loaded.llmopt
-    found = handle.quantization
+    made: Any = loaded
+    if made.hf_quantizer.pre_quantized:
+        raise UserError(f"{model!r} is quantized already; give the full-precision model")
+    found = made.llmopt.quantization
     size_before = _full_bytes(loaded)
     with replacing(out) as folder:
         loaded.save_pretrained(folder)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import EIGHT_BITS, QuantizationConfig
-from ..errors import UnsupportedQuantization
+from ..errors import UnsupportedQuantization, unknown
 from . import formats
 from .experts import names_in_files
 from .formats import Recipe, Scheme
@@ -72,6 +72,12 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Iterable[str
     bits = 8 if config.method in EIGHT_BITS else config.bits or 4
     symmetric = config.method != "awq" if config.symmetric is None else config.symmetric
     products = {name: found for name, module in model.named_modules() if (found := inputs_and_outputs(module))}
+    modules = [name for name, _ in model.named_modules()]
+    for pattern in config.skip:
+        if not any(matches(name, pattern) for name in modules):
+            raise unknown(
+                "QuantizationConfig(skip=...): module", pattern, {name.rpartition(".")[2] for name in products}
+            )
     heads = _heads(model)
     skipped = {name: HEAD for name in products if name in heads}
     skipped |= dict.fromkeys(fused, FUSED)

@@ -203,8 +203,14 @@ class Quantizer(HfQuantizer):
         """What was quantized."""
         modules: list[Any] = [model.get_submodule(name) for name in sorted(self.names)]
         held = [t for m in modules for name, t in (*m.named_parameters(), *m.named_buffers()) if name != "bias"]
+        skipped = dict(self.plan.skipped) if self.plan else {}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedHead):
+                skipped[name] = (
+                    f"multiplies with a copy of {module.bits} bits, made at run time; files keep it as it is"
+                )
         return QuantizationReport(
-            self.quantization_config.to_dict(), sorted(self.names), dict(self.plan.skipped) if self.plan else {},
+            self.quantization_config.to_dict(), sorted(self.names), skipped,
             sum(t.numel() * t.element_size() for t in held), self.bytes_before,
         )  # fmt: skip
 
