@@ -153,9 +153,10 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
             with _active(None):
                 return original(self, *args, **kwargs)
         _require_stock_loop(self)
-        if config.quantization is not None and not quantization.has(self, config.quantization):
+        asked = config.quantization if llmopt is not None else None
+        if asked is not None and not quantization.has(self, asked):
             raise InvalidOption(
-                f"{config.quantization!r} changes weights, which generate() leaves as they are. Give it to "
+                f"{asked!r} changes weights, which generate() leaves as they are. Give it to "
                 "from_pretrained(..., llmopt=...) or hf_llmopt.optimize(model, llmopt=...)."
             )
         with _active(Active(self, config)) as active:

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
 from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
+from hf_llmopt.prompt_cache.epoch import fingerprint
 from hf_llmopt.quantization.plan import plan
 
 EXACT = {"activations": "none"}
@@ -309,3 +311,57 @@ def test_names_that_contradict_or_do_not_exist(folder):
         load(folder, config("int4", skip=["down_prj"]))
     model = load(folder, config("int4", head_bits=8))
     assert "copy of 8 bits" in model.llmopt.quantization.skipped["lm_head"]
+
+
+def test_inputs_that_no_kernel_can_read_get_torchs_own_answer(folder):
+    model = load(folder, config("int4", **EXACT))
+    module = quantized(model)["model.layers.0.mlp.up_proj"]
+    for wrong in (torch.randn(1, 128), torch.randn(1, 63), torch.tensor(1.0), torch.ones(1, 64, dtype=torch.long)):
+        with pytest.raises(RuntimeError):
+            module(wrong)
+    x = torch.randn(3, 64)
+    assert torch.allclose(module(torch._neg_view(x)), module(-x), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype is torch.bfloat16
+    assert torch.equal(module.weight, dequantize(module.grid()))
+
+
+def test_a_model_whose_quantization_was_stopped_is_what_its_files_say(folder, tmp_path):
+    model = load(folder, None)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UnsupportedQuantization):
+        hf_llmopt.optimize(model, llmopt="int4")
+    assert 0 < len(quantized(model)) < 21
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, True)
+    assert quantized(again).keys() == quantized(model).keys()
+    one, other = model.state_dict(), again.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one)
+
+
+def test_a_saved_model_is_dequantized_and_runs(folder, tmp_path):
+    model = load(folder, config("int4", **EXACT))
+    tokens = greedy(model)
+    model.save_pretrained(tmp_path)
+    model.dequantize()
+    assert greedy(model) == tokens
+
+
+def test_threads_may_meet_a_module_that_is_not_ready(folder):
+    model = load(folder, config("int4", **EXACT))
+    expected = logits(model)
+    torch.manual_seed(0)
+    same = ids()
+    for _ in range(5):
+        for module in quantized(model).values():
+            module.restore()
+        with ThreadPoolExecutor(4) as pool, torch.no_grad():
+            found = list(pool.map(lambda _: model(same).logits, range(4)))
+        assert all((expected - each).abs().max() < 1e-4 for each in found)
+
+
+def test_prompts_on_disk_know_whether_activations_are_rounded(folder):
+    one, other = load(folder, "int4"), load(folder, config("int4", **EXACT))
+    assert fingerprint(one) == fingerprint(load(folder, "int4")) != fingerprint(other)

@@ -169,8 +169,9 @@ def fingerprint(model: PreTrainedModel) -> bytes:
     for module in model.modules():
         if _runs_more(module):  # what, no other process can know
             return urandom(16)
-        digest.update(repr(type(module)).encode())
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        digest.update(repr((type(module), module.extra_repr())).encode())
+    named = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in ((name, part) for name, held in named for part in _parts(held)):
         if tensor.device.type == "meta":  # offloaded: not here to be looked at, so no other process may match
             return urandom(16)
         digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())

@@ -8,6 +8,7 @@ forward stay stored.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..errors import InvalidCheckpoint
+from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from ..kernels import reference
 from ..kernels.arguments import Grid
 from ..kernels.weight import KernelWeight, pack
@@ -23,6 +24,7 @@ from . import formats
 from .formats import Scheme
 from .grid import make_grid
 
+_changing = threading.RLock()
 BUFFER = "kernel_"  # what the names of a kernel's tensors begin with
 
 
@@ -70,19 +72,24 @@ class QuantizedLinear(nn.Module):
         with torch.device("meta"):
             module = cls(inputs, outputs, scheme, bias is not None, grid.scales.dtype)
         if bias is not None:
-            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            if bias.shape != (outputs,):
+                raise UnsupportedQuantization(f"A bias of {outputs} outputs is [{outputs}], got {list(bias.shape)}.")
+            module.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
             module.bias._is_hf_initialized = True  # type: ignore[attr-defined]  # it is no bias that a file lacks
         module._store(formats.pack(grid, scheme, grid.scales.dtype))
         return module
 
     def __getattr__(self, name: str) -> Any:
-        """`weight`, where the format stores none: its shape and dtype, on the meta device.
+        """`weight`, where the format stores none: what the grid stands for, made anew each time.
 
-        Some of transformers' models look at the dtype of a product's weight, or initialize it.
+        Some of transformers' models look at it, multiply with it themselves (Mamba), or initialize it.
         """
         if name != "weight" or "weight" in self._parameters:
             return super().__getattr__(name)
-        weight = torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+        if self.kernel is None and any(tensor.is_meta for tensor in self._stored().values()):
+            weight = torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+        else:
+            weight = self._dense(self._dtype)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
@@ -98,7 +105,12 @@ class QuantizedLinear(nn.Module):
         Raises:
             InvalidCheckpoint: The stored tensors are not a weight of this scheme.
         """
-        if self.kernel is not None or _is_offloaded(self):
+        if self.kernel is None and not _is_offloaded(self):
+            with _changing:  # threads may meet a module that is not ready
+                self._prepare()
+
+    def _prepare(self) -> None:
+        if self.kernel is not None:
             return
         grid = self.grid()
         self._scale_dtype = grid.scales.dtype
@@ -111,31 +123,40 @@ class QuantizedLinear(nn.Module):
 
     def restore(self) -> None:
         """Go back to the stored tensors."""
-        if self.kernel is None:
-            return
-        stored = self._repacked()
-        for name in self.kernel.tensors:
-            delattr(self, BUFFER + name)
-        self.kernel = None
-        self._store(stored)
+        with _changing:
+            if self.kernel is None:
+                return
+            stored, names = self._repacked(), list(self.kernel.tensors)
+            self._store(stored)
+            self.kernel = None
+            for name in names:
+                delattr(self, BUFFER + name)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
         self.prepare()
-        if self.kernel is None or (torch.is_grad_enabled() and x.requires_grad):
-            # The weights of an offloaded module are here for this forward only; and torch knows the gradient of a
-            # dense product.
-            dense = (
-                reference.dequantize(self.grid(), x.dtype) if self.kernel is None else self.kernel.dequantize(x.dtype)
-            )
-            return linear(x, dense, self.bias)
-        return self.kernel.product(x, self.bias, activations=self.activations)
+        kernel = self.kernel
+        # The weights of an offloaded module are here for this forward only. And torch knows the gradient of a dense
+        # product, its type under autocast, and what to say of inputs that no kernel can read.
+        if kernel is None or not _is_readable(x, self.in_features, self._device()):
+            return linear(x, self._dense(x.dtype if x.is_floating_point() else self._dtype), self.bias)
+        return kernel.product(x, self.bias, activations=self.activations)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        kernel = self.kernel
+        return reference.dequantize(self.grid(), dtype) if kernel is None else kernel.dequantize(dtype)
+
+    def _device(self) -> torch.device:
+        kernel = self.kernel
+        held = self._stored() if kernel is None else kernel.tensors
+        return next(iter(held.values())).device
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.scheme.format!r}, bits={self.scheme.bits}, group_size={self.scheme.group_size}"
+            f"format={self.scheme.format!r}, bits={self.scheme.bits}, group_size={self.scheme.group_size}, "
+            f"activations={self.activations}"
         )
 
     def _store(self, tensors: dict[str, Tensor]) -> None:
@@ -158,7 +179,8 @@ class QuantizedLinear(nn.Module):
         self.restore()
         for name, tensor in self._stored().items():
             given = state_dict.get(prefix + name)
-            if given is not None and given.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            wide = tensor.dtype.is_floating_point and tensor.element_size() > 1  # scales, which may be widened
+            if given is not None and (not given.is_floating_point() if wide else given.dtype is not tensor.dtype):
                 raise InvalidCheckpoint(
                     f"{prefix}{name} holds {given.dtype}; the format {self.scheme.format!r} has {tensor.dtype} there."
                 )
@@ -170,7 +192,7 @@ class QuantizedLinear(nn.Module):
         A kernel's layout is made for a device: on another one it is made anew, at the next forward.
         """
         if self.kernel is not None:
-            here = next(iter(self.kernel.tensors.values())).device
+            here = self._device()
             if fn(torch.empty(0, dtype=torch.uint8, device=here)).device != here:
                 self.restore()
         bias, kept = self.bias, dict(self._buffers)
@@ -186,6 +208,18 @@ class QuantizedLinear(nn.Module):
             self._buffers.update(kept)
 
 
+def _is_readable(x: Tensor, inputs: int, device: torch.device) -> bool:
+    """Whether a kernel may multiply with x, and gives what torch would."""
+    return (
+        x.shape[-1:] == (inputs,)
+        and x.device == device
+        and x.is_floating_point()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not x.is_neg()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
 def _is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate brings the module's weights for each forward."""
     hook = getattr(module, "_hf_hook", None)
@@ -195,7 +229,8 @@ def _is_offloaded(module: nn.Module) -> bool:
 class QuantizedHead(nn.Linear):
     """An output head that multiplies with a quantized copy of its weight.
 
-    The weight stays: it may be the embedding's, and it is what files keep. When it changes, so does the copy.
+    The weight stays: it may be the embedding's, and it is what files keep. When it changes in a way that torch counts,
+    so does the copy.
     """
 
     bits: int
@@ -214,7 +249,7 @@ class QuantizedHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
-        if (torch.is_grad_enabled() and x.requires_grad) or _is_offloaded(self):
+        if _is_offloaded(self) or not _is_readable(x, self.in_features, self.weight.device):
             return super().forward(x)
         mark = self.weight.data_ptr(), self.weight._version, self.weight.device
         if mark != self._mark:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from .formats import Recipe, Scheme
 GROUP_SIZES = (128, 64, 32)  # where the user leaves it open
 HEAD = "the output head, or tied to one"
 OUTSIDE = "stands outside of the decoder blocks, which are all that its file format has quantized"
+STOPPED = "quantization was stopped before its turn"
 ALIKE = "its name contains that of one that stays, and the file format tells them apart by that"
 FUSED = "experts whose products cannot be told apart"
 with torch.device("meta"):
@@ -47,6 +48,16 @@ class Plan:
     chosen: dict[str, Scheme]
     skipped: dict[str, str]
     recipe: Recipe
+
+    def only(self, names: set[str]) -> Plan:
+        """The plan for some of the chosen products, the others left as they are."""
+        left = {name: STOPPED for name in self.chosen if name not in names}
+        if not left:
+            return self
+        chosen = {name: scheme for name, scheme in self.chosen.items() if name in names}
+        skipped = self.skipped | left
+        how = self.config.method, self.bits, self.group_size, self.symmetric, self.config.act_order
+        return replace(self, chosen=chosen, skipped=skipped, recipe=Recipe.for_method(*how, skipped))
 
 
 def inputs_and_outputs(module: nn.Module) -> tuple[int, int] | None:

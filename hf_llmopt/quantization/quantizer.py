@@ -8,7 +8,6 @@ sees only the weights, which are then quantized one tensor at a time as they are
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -37,7 +36,7 @@ from .experts import conversions, keep_apart, names_in_files, unfuse
 from .formats import Recipe, Scheme
 from .grid import make_float8_grid, make_grid
 from .linear import QuantizedHead, QuantizedLinear
-from .plan import AS_LINEAR, GROUP_SIZES, HEAD, Plan, inputs_and_outputs, plan
+from .plan import AS_LINEAR, GROUP_SIZES, HEAD, STOPPED, Plan, inputs_and_outputs, plan
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read
 CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: they begin with the whole model
@@ -105,11 +104,12 @@ class Quantizer(HfQuantizer):
         self.names: set[str] = set()  # of the modules that are ours
         self.element_sizes: dict[str, int] = {}  # bytes of what they store as `weight`, which is full until it is read
         self.bytes_before = 0
+        self._loading: PreTrainedModel | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         recipe: Any = self.quantization_config.recipe
         fused = unfuse(model, lambda name: recipe is None or recipe.scheme_of(name, AS_LINEAR) is not None)
-        self._model = weakref.ref(model)
+        self._loading = model
         if not self.pre_quantized:
             self.use(plan(model, self.asked, fused))
         chosen = self._stored(model, kwargs.get("checkpoint_files")) if self.plan is None else self.plan.chosen
@@ -127,8 +127,11 @@ class Quantizer(HfQuantizer):
         names: set[str] = set()
         for file in files or ():
             if str(file).endswith(".safetensors"):
-                with safe_open(file, "pt") as tensors:
-                    names.update(tensors.keys())
+                try:
+                    with safe_open(file, "pt") as tensors:
+                        names.update(tensors.keys())
+                except SafetensorError as error:
+                    raise InvalidCheckpoint(f"{file} cannot be read: {error}.") from error
         modules = {name.rpartition(".")[0] for name in names}
         # What transformers renames while it loads is found incomplete afterwards, if it is.
         known = {name: scheme for name, scheme in schemes.items() if name in modules}
@@ -156,8 +159,7 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Of the model, without the merging of experts. Older versions of transformers do not hand over the model."""
         found = super().update_weight_conversions(weight_conversions, *model)
-        mine = self._model()
-        return found if mine is None else conversions(found, mine)
+        return found if self._loading is None else conversions(found, self._loading)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: D102
         name, _, leaf = param_name.rpartition(".")
@@ -177,6 +179,7 @@ class Quantizer(HfQuantizer):
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._loading = None
         keep_apart(model)
         for name in sorted(self.names):
             module: Any = model.get_submodule(name)
@@ -189,7 +192,9 @@ class Quantizer(HfQuantizer):
             name = next(name for name, module in model.named_modules() if module is head)
             group_size = -1 if self.asked.head_bits == 8 else _dividing(head.in_features)
             model.set_submodule(name, QuantizedHead.of(head, self.asked.head_bits, group_size))
-        odd = {name: why for name, why in (self.plan.skipped if self.plan else {}).items() if why != HEAD}
+        odd = {
+            name: why for name, why in (self.plan.skipped if self.plan else {}).items() if why not in (HEAD, STOPPED)
+        }
         if odd and not self.asked.skip:
             name, why = next(iter(odd.items()))
             warnings.warn(
@@ -214,7 +219,9 @@ class Quantizer(HfQuantizer):
             sum(t.numel() * t.element_size() for t in held), self.bytes_before,
         )  # fmt: skip
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # of a config that was saved
+            dtype = getattr(torch, dtype)
         for name in self.names:
             module: Any = model.get_submodule(name)
             with torch.device("meta"):
@@ -287,17 +294,21 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
     found = plan(model, asked, unfuse(model))
     quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
     quantizer.use(found)
-    with torch.no_grad():
-        for name, grid in _grids(model, found):
-            module: Any = model.get_submodule(name)
-            quantizer.names.add(name)
-            quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
-            new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
-            new.prepare()
-            model.set_submodule(name, new)
-    method = quantizer.quantization_config.quant_method
-    vars(model).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=method)
-    quantizer.postprocess_model(model)
+    try:
+        with torch.no_grad():
+            for name, grid in _grids(model, found):
+                module: Any = model.get_submodule(name)
+                new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
+                new.prepare()
+                quantizer.names.add(name)
+                quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
+                model.set_submodule(name, new)
+    finally:
+        if quantizer.names:  # if it was stopped, the model is what it is now, and its files say so
+            quantizer.use(found.only(quantizer.names))
+            method = quantizer.quantization_config.quant_method
+            vars(model).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=method)
+            quantizer.postprocess_model(model)
 
 
 def _grids(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Grid]]:
