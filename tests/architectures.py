@@ -50,7 +50,7 @@ SEED_OFFSET: dict[str, int] = {
     "cohere": 4,
     "cohere2": 6,
     "glm": 1,
-    "nemotron": 7,
+    "nemotron": 4,
     "glm4": 1,
     "gpt_oss": 1,
     "mixtral": 2,
