@@ -117,17 +117,18 @@ INLINE void AT(integer_tile)(const tile *t, vec *result, const int T, const int 
     vec total[16] = {0}, scale[BLOCKS], zero[BLOCKS];
     for (long run = 0, left = 0; run < runs; run++, left--, steps += T, sums += T) {
         AT(part) s[2][16 * PARTS] = {0}; /* the second serves few rows, to hide latency */
+        long ahead = AHEAD + ((runs - run) * share * (kind == FOUR_BITS ? 8 : 16) <= AHEAD ? next : 0);
         for (long k = 0; k < share; k += 8, x += 8 * T, w += kind == FOUR_BITS ? 64 : 128) {
             AT(part) low[BLOCKS * PARTS], high[BLOCKS * PARTS];
             _Pragma("GCC unroll 4") for (int i = 0; i < BLOCKS * PARTS; i++) {
                 const uint8_t *p = w + i / PARTS * next + i % PARTS * (long)sizeof *low;
-                __builtin_prefetch(p + AHEAD);
+                __builtin_prefetch(p + ahead);
                 memcpy(low + i, p, sizeof *low);
                 if (kind == FOUR_BITS) {
                     high[i] = low[i] >> 4 & 0x0f0f0f0f;
                     low[i] &= 0x0f0f0f0f;
                 } else {
-                    __builtin_prefetch(p + AHEAD + 64);
+                    __builtin_prefetch(p + ahead + 64);
                     memcpy(high + i, p + 64, sizeof *high);
                     if (OFFSET) low[i] ^= (int32_t)0x80808080, high[i] ^= (int32_t)0x80808080;
                 }
