@@ -210,6 +210,50 @@ def test_the_head_has_a_quantized_copy_that_no_file_sees(tmp_path, bits, tied):
         assert torch.allclose(logits(model), 2 * before, rtol=1e-2, atol=1e-2), "the copy follows its weight"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_heads_copy_follows_writes_that_torch_does_not_count(tmp_path, tied):
+    build("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model = load(tmp_path, config("int4", head_bits=8))
+    x = torch.randn(3, model.lm_head.in_features)
+    with torch.no_grad():
+        model.lm_head(x)
+        other = torch.randn_like(model.lm_head.weight)
+        model.get_input_embeddings().weight.data.copy_(other)
+        model.lm_head.weight.data.copy_(other)
+        assert torch.allclose(model.lm_head(x), x @ other.T, rtol=5e-2, atol=0.2)
+        unseen = next(i for i in range(other.numel()) if i not in model.lm_head._places.tolist())
+        model.lm_head.weight.data.view(-1)[unseen] += 1000
+        model.llmopt.weights_changed()
+        assert torch.allclose(model.lm_head(x), x @ model.lm_head.weight.T, rtol=5e-2, atol=10)
+
+
+def test_the_heads_copy_is_counted_and_goes_where_the_model_goes(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    plain, model = load(tmp_path, "int4"), load(tmp_path, config("int4", head_bits=8))
+    weight = model.lm_head.weight
+    size = model.get_memory_footprint() - plain.get_memory_footprint()
+    assert weight.numel() < size < 1.5 * weight.numel()
+    report = model.llmopt.quantization
+    assert (report.head_bytes, report.bytes) == (size, plain.llmopt.quantization.bytes)
+    assert plain.llmopt.quantization.head_bytes == 0
+    before = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), before)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), before)
+    half = model.to(torch.bfloat16)
+    assert all(buffer.dtype != torch.bfloat16 for buffer in half.lm_head.buffers())
+    assert logits(half).dtype == torch.bfloat16
+    assert half.get_memory_footprint() < plain.get_memory_footprint()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_head_that_trains_gets_its_gradient(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    model = load(tmp_path, config("int4", head_bits=8))
+    model.requires_grad_(False).lm_head.requires_grad_(True)
+    model(ids()).logits.sum().backward()
+    assert bool(model.lm_head.weight.grad.any())
+
+
 def test_modules_that_do_not_fit_stay_and_are_listed(tmp_path):
     build("llama", intermediate_size=72).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="3 product"):

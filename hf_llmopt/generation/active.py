@@ -18,7 +18,7 @@ from ..config import LLMOptConfig
 from ..engine import EngineLoop, input_weight, unsupported
 from ..errors import EmptyPrompt, InvalidOption, InvalidRequest
 from ..prompt_cache import PromptCache, PromptHandle
-from ..quantization import QuantizationReport, Quantizer
+from ..quantization import QuantizationReport, QuantizedHead, Quantizer
 from ..stats import PromptCacheStats, Stats
 from ..walk import modules
 
@@ -155,7 +155,7 @@ class ModelHandle:
             return caches[-1].figures() if caches else None
 
     def weights_changed(self) -> None:
-        """Say that weights were written in a way that cannot be seen: cached prompts are stale.
+        """Say that weights were written in a way that cannot be seen: cached prompts and the head's copy are stale.
 
         Steps of torch's optimizers, `load_state_dict`, in-place operations, exchanged tensors and adapters are seen,
         and writes through `.data` that change whole tensors.
@@ -164,6 +164,9 @@ class ModelHandle:
             for engine in self._engines.values():
                 if engine.prompts is not None:
                     engine.prompts.weights_changed()
+            model = None if self._model is None else self._model()
+            for head in (module for module in model.modules() if isinstance(module, QuantizedHead)) if model else ():
+                head.forget()
 
     def cache_prompt(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import torch
@@ -20,16 +21,46 @@ from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from ..kernels import reference
 from ..kernels.arguments import Grid
 from ..kernels.weight import KernelWeight, pack
-from . import formats
+from . import formats, traced
 from .formats import Scheme
 from .grid import make_grid
 
 _changing = threading.RLock()
+SAMPLES = 16  # elements of a head's weight by which a change is seen
 BUFFER = "kernel_"  # what the names of a kernel's tensors begin with
 
 
-class QuantizedLinear(nn.Module):
-    """`x @ w^T + bias`, w quantized.
+class DenseCopy(Tensor):
+    """What a quantized weight stands for. It is made anew each time, so that a write to it would be lost."""
+
+    # What is computed from it is a plain tensor, as with a parameter.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The same numbers. Whoever assigns others would merge an adapter into a weight that has no room for it."""
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedQuantization(
+            "A quantized weight cannot be written, so that no adapter can be merged into it. Leave the adapter beside "
+            "it; or make the model dense, model.dequantize(), and then merge."
+        )
+
+
+class _Product(nn.Linear):
+    """A module that operators of torch find by a number."""
+
+    _number: int
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = traced.register(self)  # type: ignore[arg-type]  # a copy is another module
+
+
+class QuantizedLinear(_Product):
+    """`x @ w^T + bias`, w quantized. To others it is an `nn.Linear`, so that adapters (PEFT) stand beside it.
 
     Args:
         in_features: Inputs.
@@ -54,7 +85,9 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, bias: bool = False, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__()
+        super(nn.Linear, self).__init__()  # no weight is made
+        self._is_hf_initialized = True  # transformers need not: what no file holds is an error, or made later
+        self._number = traced.register(self)
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
         self.activations = True
@@ -63,7 +96,8 @@ class QuantizedLinear(nn.Module):
         self._dtype = self._scale_dtype = dtype
         stored = formats.tensors(scheme, out_features, in_features, dtype)
         self._store({name: torch.empty(shape, dtype=kind) for name, (shape, kind) in stored.items()})
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        kept = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", kept)
 
     @classmethod
     def from_grid(cls, grid: Grid, scheme: Scheme, bias: Tensor | None = None) -> QuantizedLinear:
@@ -89,7 +123,8 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None and any(tensor.is_meta for tensor in self._stored().values()):
             weight = torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
         else:
-            weight = self._dense(self._dtype)
+            weight = self.dense(self._dtype)
+        weight = weight.as_subclass(DenseCopy)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
@@ -134,15 +169,25 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
+        x, bias = _as_autocast(x, self.bias)
+        exactly = _needs_gradient(x, bias)
+        # A kernel's layout is here for the backward pass too; what accelerate brings for a forward is not.
+        if torch.compiler.is_compiling() or (exactly and self.kernel is not None):
+            return traced.quantized_linear(x, bias, self._number, self.out_features, exactly)
+        return self.multiply(x, bias, exactly)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, exactly: bool) -> Tensor:
+        """The product, by a kernel if it can read x and does not have to be exact."""
         self.prepare()
         kernel = self.kernel
-        # The weights of an offloaded module are here for this forward only. And torch knows the gradient of a dense
-        # product, its type under autocast, and what to say of inputs that no kernel can read.
-        if kernel is None or not _is_readable(x, self.in_features, self._device()):
-            return linear(x, self._dense(x.dtype if x.is_floating_point() else self._dtype), self.bias)
-        return kernel.product(x, self.bias, activations=self.activations)
+        # The weights of an offloaded module are here for this forward only. And torch knows what to say of inputs that
+        # no kernel can read.
+        if kernel is None or exactly or not _is_readable(x, self.in_features, self._device()):
+            return linear(x, self.dense(x.dtype if x.is_floating_point() else self._dtype), bias)
+        return kernel.product(x, bias, activations=self.activations)
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """What the grid stands for, `[outputs, inputs]`."""
         kernel = self.kernel
         return reference.dequantize(self.grid(), dtype) if kernel is None else kernel.dequantize(dtype)
 
@@ -210,14 +255,20 @@ class QuantizedLinear(nn.Module):
 
 def _is_readable(x: Tensor, inputs: int, device: torch.device) -> bool:
     """Whether a kernel may multiply with x, and gives what torch would."""
-    return (
-        x.shape[-1:] == (inputs,)
-        and x.device == device
-        and x.is_floating_point()
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not x.is_neg()
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    return x.shape[-1:] == (inputs,) and x.device == device and x.is_floating_point() and not x.is_neg()
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a product reads, in the type that autocast gives it: autocast knows torch's products only."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype is torch.float64:
+        return x, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _is_offloaded(module: nn.Module) -> bool:
@@ -226,17 +277,19 @@ def _is_offloaded(module: nn.Module) -> bool:
     return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
 
-class QuantizedHead(nn.Linear):
+class QuantizedHead(_Product):
     """An output head that multiplies with a quantized copy of its weight.
 
-    The weight stays: it may be the embedding's, and it is what files keep. When it changes in a way that torch counts,
-    so does the copy.
+    The weight stays: it may be the embedding's, and it is what files keep. When it changes, so does the copy: where
+    torch counts the change, and on a CPU where one of a few elements is another, which shows writes through `.data`.
     """
 
     bits: int
     group_size: int
+    kernel: KernelWeight | None = None
     _mark: Any = None  # of the weight that the copy was made from
-    _kernel: KernelWeight
+    _places: Tensor  # of the elements that are looked at
+    _sample: Tensor  # what they were
 
     @classmethod
     def of(cls, head: nn.Linear, bits: int, group_size: int) -> QuantizedHead:
@@ -244,15 +297,57 @@ class QuantizedHead(nn.Linear):
         with torch.device("meta"):
             made = cls(head.in_features, head.out_features, head.bias is not None)
         made._parameters.update(head._parameters)
+        made._number = traced.register(made)
         made.bits, made.group_size = bits, group_size
+        made.prepare()
         return made.train(head.training)
+
+    def prepare(self) -> None:
+        """Make the copy, if there is none of the weight as it is."""
+        weight = self.weight.detach()
+        if _is_offloaded(self) or weight.is_meta:
+            return
+        mark = weight.data_ptr(), weight._version, weight.device
+        if mark == self._mark and (weight.device.type != "cpu" or torch.equal(weight.take(self._places), self._sample)):
+            return
+        with _changing:
+            draw = Random()
+            places = [draw.randrange(weight.numel()) for _ in range(SAMPLES)]
+            self._places = torch.tensor(places, device=weight.device)
+            self._sample = weight.take(self._places)
+            kernel = pack(make_grid(weight, self.bits, self.group_size))
+            for name, tensor in kernel.tensors.items():
+                self.register_buffer(BUFFER + name, tensor, persistent=False)
+            self.kernel, self._mark = kernel, mark
+
+    def forget(self) -> None:
+        """Drop the copy; the next forward makes another one."""
+        with _changing:
+            self._mark = self.kernel = None
+            self._buffers.clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
-        if _is_offloaded(self) or not _is_readable(x, self.in_features, self.weight.device):
-            return super().forward(x)
-        mark = self.weight.data_ptr(), self.weight._version, self.weight.device
-        if mark != self._mark:
-            self._kernel = pack(make_grid(self.weight.detach(), self.bits, self.group_size))
-            self._mark = mark
-        return self._kernel.product(x, self.bias)
+        x, bias = _as_autocast(x, self.bias)
+        exactly = _needs_gradient(x, self.weight, bias)
+        if torch.compiler.is_compiling() and not exactly:
+            return traced.quantized_linear(x, bias, self._number, self.out_features, exactly)
+        return self.multiply(x, bias, exactly)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, exactly: bool) -> Tensor:
+        """The product, with the weight itself if it has to be exact."""
+        if not exactly and _is_readable(x, self.in_features, self.weight.device):
+            self.prepare()
+            kernel = self.kernel
+            if kernel is not None:
+                return kernel.product(x, bias)
+        return linear(x, self.weight, bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight itself, `[outputs, inputs]`."""
+        return self.weight.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedHead:
+        """The copy is no weight to be moved or cast."""
+        self.forget()
+        return super()._apply(fn, recurse)

@@ -24,6 +24,7 @@ OUTSIDE = "stands outside of the decoder blocks, which are all that its file for
 STOPPED = "quantization was stopped before its turn"
 ALIKE = "its name contains that of one that stays, and the file format tells them apart by that"
 FUSED = "experts whose products cannot be told apart"
+ADAPTER = "part of an adapter"
 with torch.device("meta"):
     AS_LINEAR = nn.Linear(1, 1)  # what a product will be to a file format, whatever its class is now
 
@@ -92,6 +93,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Iterable[str
     heads = _heads(model)
     skipped = {name: HEAD for name in products if name in heads}
     skipped |= dict.fromkeys(fused, FUSED)
+    skipped |= {name: ADAPTER for name in products if _in_adapter(model, name)}
     skipped |= {name: "named in skip" for name in products if any(matches(name, pattern) for pattern in config.skip)}
     left = {name: shape for name, shape in products.items() if name not in skipped}
     group_size = config.group_size
@@ -124,6 +126,13 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Iterable[str
 def matches(name: str, pattern: str) -> bool:
     """Whether a module has this name, or one that ends so or lies inside."""
     return re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) is not None
+
+
+def _in_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to an adapter of PEFT, beside the module that it adapts."""
+    parts = name.split(".")
+    outer = [(model.get_submodule(".".join(parts[:depth])), part) for depth, part in enumerate(parts)]
+    return any(isinstance(getattr(m, "base_layer", None), nn.Module) and part != "base_layer" for m, part in outer)
 
 
 def _heads(model: PreTrainedModel) -> set[str]:

@@ -27,7 +27,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import EIGHT_BITS, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
-from ..kernels import reference
 from ..kernels.arguments import Grid
 from . import awq, formats, gptq, smoothquant
 from .blocks import quantize_blocks
@@ -36,7 +35,7 @@ from .experts import conversions, keep_apart, names_in_files, unfuse
 from .formats import Recipe, Scheme
 from .grid import make_float8_grid, make_grid
 from .linear import QuantizedHead, QuantizedLinear
-from .plan import AS_LINEAR, GROUP_SIZES, HEAD, STOPPED, Plan, inputs_and_outputs, plan
+from .plan import ADAPTER, AS_LINEAR, GROUP_SIZES, HEAD, STOPPED, Plan, inputs_and_outputs, plan
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read
 CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: they begin with the whole model
@@ -69,6 +68,7 @@ class QuantizationReport:
         skipped: Why other products are not.
         bytes: Of the quantized modules' weights now, scales included.
         bytes_before: Of the same weights in the model's number format.
+        head_bytes: Of the output head's quantized copy, which is there beside its weight (`head_bits`).
 
     Example:
         >>> from hf_llmopt import demo
@@ -84,6 +84,7 @@ class QuantizationReport:
     skipped: dict[str, str]
     bytes: int
     bytes_before: int
+    head_bytes: int
 
 
 class Quantizer(HfQuantizer):
@@ -192,9 +193,8 @@ class Quantizer(HfQuantizer):
             name = next(name for name, module in model.named_modules() if module is head)
             group_size = -1 if self.asked.head_bits == 8 else _dividing(head.in_features)
             model.set_submodule(name, QuantizedHead.of(head, self.asked.head_bits, group_size))
-        odd = {
-            name: why for name, why in (self.plan.skipped if self.plan else {}).items() if why not in (HEAD, STOPPED)
-        }
+        expected = ADAPTER, HEAD, STOPPED
+        odd = {name: why for name, why in (self.plan.skipped if self.plan else {}).items() if why not in expected}
         if odd and not self.asked.skip:
             name, why = next(iter(odd.items()))
             warnings.warn(
@@ -206,29 +206,32 @@ class Quantizer(HfQuantizer):
 
     def report(self, model: PreTrainedModel) -> QuantizationReport:
         """What was quantized."""
-        modules: list[Any] = [model.get_submodule(name) for name in sorted(self.names)]
-        held = [t for m in modules for name, t in (*m.named_parameters(), *m.named_buffers()) if name != "bias"]
-        skipped = dict(self.plan.skipped) if self.plan else {}
+        skipped, held, head = dict(self.plan.skipped) if self.plan else {}, 0, 0
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedHead):
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if isinstance(module, QuantizedLinear):
+                held += sum(t.numel() * t.element_size() for leaf, t in own if leaf != "bias")
+            elif isinstance(module, QuantizedHead):
+                head = sum(t.numel() * t.element_size() for t in module.buffers())
                 skipped[name] = (
                     f"multiplies with a copy of {module.bits} bits, made at run time; files keep it as it is"
                 )
-        return QuantizationReport(
-            self.quantization_config.to_dict(), sorted(self.names), skipped,
-            sum(t.numel() * t.element_size() for t in held), self.bytes_before,
-        )  # fmt: skip
+        config = self.quantization_config.to_dict()
+        return QuantizationReport(config, sorted(self.names), skipped, held, self.bytes_before, head)
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         if isinstance(dtype, str):  # of a config that was saved
             dtype = getattr(torch, dtype)
-        for name in self.names:
-            module: Any = model.get_submodule(name)
+        modules = list(model.named_modules())  # adapters may have taken the places of ours, and hold them inside
+        trains = not any(name.endswith(".base_layer") for name, _ in modules)
+        for name, module in modules:
+            if not isinstance(module, QuantizedLinear):
+                continue
             with torch.device("meta"):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-            dense.weight = nn.Parameter(reference.dequantize(module.grid(), dtype or model.dtype))
+            dense.weight = nn.Parameter(module.dense(dtype or model.dtype), trains)
             if module.bias is not None:
-                dense.bias = nn.Parameter(module.bias.detach())
+                dense.bias = nn.Parameter(module.bias.detach(), trains)
             model.set_submodule(name, dense.train(module.training))
         return model
 
@@ -236,8 +239,9 @@ class Quantizer(HfQuantizer):
         return True
 
     @property
-    def is_trainable(self) -> bool:  # noqa: D102
-        return False
+    def is_trainable(self) -> bool:
+        """Adapters beside quantized weights are; transformers itself refuses to train without any."""
+        return True
 
 
 class _Quantize(ConversionOps):
