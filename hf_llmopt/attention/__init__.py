@@ -2,11 +2,10 @@
 
 from .inputs import Span, StepInputs
 from .interface import NAME, Step, configs_of, current_step, register, serving
-from .paths import SHORT, backend
+from .paths import backend
 
 __all__ = [
     "NAME",
-    "SHORT",
     "Span",
     "Step",
     "StepInputs",

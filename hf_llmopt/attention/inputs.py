@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from ..kernels.arguments import Seen
+from ..kernels.arguments import TILED, Seen
 from ..kv_cache import BlockTable, CacheGroup, PagedStore, upload
 
 
@@ -105,6 +105,7 @@ class StepInputs:
         slots: Per cache group, the slot of each token of the pass, `[tokens]`.
         attend: The backend.
         note: Called with the name of every attention path that runs.
+        tiled: As in `Seen`.
     """
 
     def __init__(
@@ -114,12 +115,14 @@ class StepInputs:
         slots: Sequence[Tensor],
         attend: Attend,
         note: Callable[[str], None],
+        tiled: int = TILED,
     ) -> None:
         self.store = store
         self.spans = spans
         self._slots = [{tensor.device: tensor} for tensor in slots]
         self.attend = attend
         self.note = note
+        self.tiled = tiled
         self.ahead: Any = None  # what joined layers keep for one another, theirs alone
         self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
@@ -174,26 +177,23 @@ class StepInputs:
             rows = self._dense[index] = self._find_rows(index)
         return rows
 
-    def seen(
-        self, layer: int, spans: int, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
-    ) -> Seen:
-        """The tokens of the first `spans` spans as single queries over block tables."""
+    def seen(self, layer: int, scaling: float, softcap: float | None = None, sinks: Tensor | None = None) -> Seen:
+        """The tokens of the pass as single queries over block tables."""
         index = self.store.group_of[layer]
         pages = self._pages[index]
         if pages is None:  # made once a step for the layers of a group
-            pages = self._pages[index] = self._list_pages(self.store.groups[index], index, spans)
+            pages = self._pages[index] = self._list_pages(self.store.groups[index], index)
         table, items, longest = pages
-        keys, values = self.store.keys[layer], self.store.values[layer]
-        return Seen(keys, values, table, items, self.store.page_size, longest, scaling, softcap, sinks)
+        keys, values, size = self.store.keys[layer], self.store.values[layer], self.store.page_size
+        return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled)
 
-    def _list_pages(self, group: CacheGroup, index: int, spans: int) -> tuple[Tensor, Tensor, int]:
-        tables = [span.tables[index].pages for span in self.spans[:spans]]
+    def _list_pages(self, group: CacheGroup, index: int) -> tuple[Tensor, Tensor, int]:
         items: list[tuple[int, int, int]] = []
-        for row, span in enumerate(self.spans[:spans]):
+        for row, span in enumerate(self.spans):
             ends = range(span.context - span.length + 1, span.context + 1)
             items += [(row, group.first_visible(end - 1), end) for end in ends]
-        longest = max(end - first for _, first, end in items)
-        return torch.from_numpy(_padded(tables)), torch.tensor(items, dtype=torch.int32, device="cpu"), longest
+        table = torch.from_numpy(_padded([span.tables[index].pages for span in self.spans]))
+        return table, torch.tensor(items, dtype=torch.int32, device="cpu"), max(end - first for _, first, end in items)
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""

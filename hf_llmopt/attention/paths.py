@@ -1,17 +1,15 @@
 """Backends: how the spans of a pass read their pages.
 
-Short spans go to the C kernel, or with torch alone are one batched call over strided views of their runs of pages (a
-gather only where rows are no runs). Longer spans go request by request: causal attention on their own keys, joined with
-that over tiles of the keys before them, which are views of the pages too. Where windows, softcaps or sinks forbid that,
-it is tile by tile of queries, so that no mask is larger than `TILE` rows.
+The C kernels read pages where they lie. With torch alone, single tokens are one batched call over strided views of
+their runs of pages (a gather only where rows are no runs). Longer spans go request by request: causal attention on
+their own keys, joined with that over tiles of the keys before them, which are views of the pages too. Where windows,
+softcaps or sinks forbid that, it is tile by tile of queries, so that no mask is larger than `TILE` rows.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from .inputs import Attend, Span, StepInputs
 TILE = 256  # queries that share one mask
 COPIED = 1024  # keys that are copied at a time where pages are no run
 _flags = threading.Lock()
-SHORT = 32  # tokens of a span up to which the C kernel reads pages directly
 
 
 def reference_paged(
@@ -41,7 +38,7 @@ def reference_paged(
 ) -> Tensor:
     """The plain-torch definition, query by query."""
     step.note("reference")
-    seen = step.seen(layer, len(step.spans), scaling, softcap, sinks)
+    seen = step.seen(layer, scaling, softcap, sinks)
     return reference.paged_attention(query[0].transpose(0, 1), seen)[None]
 
 
@@ -54,19 +51,15 @@ def cpu_paged(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
-    short: int = SHORT,
 ) -> Tensor:
-    """The C kernel where pages lie for spans of up to `short` tokens, torch's attention for longer ones."""
-    shorts = step.leading(short)
-    if not shorts or key.dtype not in cpu.DTYPES or max(query.shape[3], value.shape[3]) > cpu.MAX_DIM:
+    """The C kernels, which read pages where they lie."""
+    if key.dtype not in cpu.DTYPES or max(query.shape[3], value.shape[3]) > cpu.MAX_DIM:
         return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
-    step.note("cpu")
-    seen = step.seen(layer, shorts, scaling, softcap, sinks)
-    tokens = query[0, :, : len(seen.items)].transpose(0, 1)
-    parts = [cpu.attention(tokens, seen)[None]]
-    for span in step.spans[shorts:]:
-        parts.append(_extend(step, layer, span, query, key, value, scaling, softcap, sinks))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if step.spans[0].length < step.tiled:
+        step.note("cpu")
+    if step.spans[-1].length >= step.tiled:
+        step.note("flash")
+    return cpu.attention(query[0].transpose(0, 1), step.seen(layer, scaling, softcap, sinks))[None]
 
 
 def sdpa(
@@ -227,7 +220,7 @@ def backend(name: str, device: torch.device, batch_invariant: bool = False) -> A
     Args:
         name: As in `AttentionConfig`.
         device: Where the keys lie.
-        batch_invariant: Serve spans of any length query by query, in an order that no neighbour changes.
+        batch_invariant: Whether a query's result must not depend on its neighbours.
 
     Raises:
         InvalidOption: The backend cannot run here; the message says why.
@@ -237,9 +230,7 @@ def backend(name: str, device: torch.device, batch_invariant: bool = False) -> A
     elif name == "cpu" and (device.type != "cpu" or not cpu.available()):
         reason = cpu.why_not() or f"the model's keys lie on {device}"
         raise InvalidOption(f"AttentionConfig(backend='cpu') cannot run: {reason}. Use 'auto' or 'sdpa'.")
-    if batch_invariant:
-        if name != "cpu":
-            given = f"the model is on {device}" if device.type != "cpu" else cpu.why_not() or f"backend={name!r}"
-            raise InvalidOption(f"batch_invariant=True needs the C kernels and a model on the CPU: {given}.")
-        return partial(cpu_paged, short=sys.maxsize)
+    if batch_invariant and name != "cpu":
+        given = f"the model is on {device}" if device.type != "cpu" else cpu.why_not() or f"backend={name!r}"
+        raise InvalidOption(f"batch_invariant=True needs the C kernels and a model on the CPU: {given}.")
     return BACKENDS[name]

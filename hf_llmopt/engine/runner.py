@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from ..adapters import LoraLayers
 from ..attention import Span, StepInputs, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..fusion import Fusion
+from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, upload
 from .probe import input_device
 from .request import Request
@@ -139,7 +141,7 @@ class Runner:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep if kept else keep.new_zeros(1)
         slots = [upload(slots, device) for slots in self._slots(spans)]
-        step = StepInputs(self.store, placed, slots, self.attend, note)
+        step = StepInputs(self.store, placed, slots, self.attend, note, sys.maxsize if self._invariant else TILED)
         fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
         names = [request.adapter for request, length in spans for _ in range(length)]
         adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()

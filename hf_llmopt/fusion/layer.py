@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention import SHORT, Span, StepInputs, backend, current_step, serving
+from ..attention import Span, StepInputs, backend, current_step, serving
 from ..config import KVCacheConfig
 from ..errors import UnsupportedModel
 from ..kernels import cpu
@@ -45,6 +45,7 @@ APART = (
     "from now on, and the pass can be run again."
 )
 SMALL = 1 << 18  # elements of a weight
+FEW = 32  # tokens of a pass up to which products with small weights cost less than calling them
 ROTATIONS = ("halves", "neighbours", "repeated", "none")  # see rotary.c
 
 
@@ -80,7 +81,7 @@ def recognise(layer: nn.Module, rows: Rows) -> Candidate | None:
     if len({parameter.dtype for parameter in layer.parameters()}) != 1:
         return None  # norms kept in float32 beside half precision products, say
     # Of small products the calls are what costs, and here is only one.
-    limit = min(max(rows(p), SHORT if p.weight.numel() < SMALL else 0) for p in products)  # type: ignore[operator]
+    limit = min(max(rows(p), FEW if p.weight.numel() < SMALL else 0) for p in products)  # type: ignore[operator]
     index = attentions[0].layer_idx
     return Candidate(attentions[0].config, index, limit) if limit and isinstance(index, int) else None
 
@@ -122,7 +123,7 @@ class Structure(NamedTuple):
         if self.rotation != "none" and turns is not None:
             cosine, sine = (part[0].contiguous() for part in turns)
             how = Turns(cosine, sine, slots, ROTATIONS.index(self.rotation))
-        seen = step.seen(layer, len(step.spans), self.scaling, self.softcap)
+        seen = step.seen(layer, self.scaling, self.softcap)
         return Stage(bound, seen, how, self.heads)
 
 
@@ -170,7 +171,6 @@ class Joined:
             not isinstance(step, StepInputs)
             or len(args) != 1
             or args[0].shape[1] > limit
-            or step.spans[-1].length > max(SHORT, limit)
             or args[0].dtype is not self._dtype
             or (turns is not None and turns[0].dtype not in (self._dtype, torch.float32))
         ):

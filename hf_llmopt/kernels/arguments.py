@@ -66,6 +66,9 @@ class Product(NamedTuple):
     group: int = 0
 
 
+TILED = 5  # measured: from this length of a span on, tiles are faster on the CPU for most shapes of heads
+
+
 class Seen(NamedTuple):
     """The keys and values that single query tokens attend to.
 
@@ -74,11 +77,14 @@ class Seen(NamedTuple):
         values: `[slots, kv_heads, value_dim]`.
         table: Page ids of each request, int32 `[requests, pages]`.
         items: Per query token (row of `table`, first visible token, end of the visible tokens), int32 `[tokens, 3]`.
+            Those with the same row follow one another and are a span, the shortest first.
         page_size: Tokens per page.
         longest: The most keys a query sees.
         scaling: Factor on the dot products.
         softcap: `c` in `c * tanh(score / c)`, or `None`.
         sinks: `[heads]`, or `None`.
+        tiled: Tokens of a span from which on C computes it tile by tile; a query of a shorter one by itself. The two
+            differ by rounding.
     """
 
     keys: Tensor
@@ -90,6 +96,7 @@ class Seen(NamedTuple):
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    tiled: int = TILED
 
 
 class Turns(NamedTuple):

@@ -9,6 +9,7 @@ from compare import SMALL_PAGES, assert_close, assert_equal, assert_falls_throug
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from hf_llmopt import LLMOptConfig
+from hf_llmopt.kernels import cpu
 
 NEW = 10
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 30, "top_p": 0.95}
@@ -70,6 +71,16 @@ def test_attention_backends(name, backend):
     config = LLMOptConfig(kv_cache={"page_size": 4}, attention=backend)
     ours = served(tiny(name), llmopt=config, **CASES["left_padded"], **LOGITS, max_new_tokens=NEW)
     assert_same(ours, stocks(name, "left_padded"))
+
+
+@every_architecture
+def test_long_spans(name):
+    """Prompts that attend tile by tile, whole and in pieces behind others."""
+    model, case = tiny(name), {**prompts(5, 75, 40), **NEVER, **LOGITS, "max_new_tokens": 2}
+    theirs = stock(model, **case)
+    for config in (SMALL_PAGES, LLMOptConfig(kv_cache={"page_size": 4}, batching={"max_batch_tokens": 50})):
+        assert_same(served(model, llmopt=config, **case), theirs)
+        assert not cpu.available() or "flash" in model.llmopt.stats.attention
 
 
 @every_architecture

@@ -1,4 +1,4 @@
-/* Attention of short spans over pages: single tokens, or the tokens of one request that are verified together.
+/* Attention over pages. Short spans are served here, query by query; flash.c serves the longer ones behind them.
  *
  * One work item is a query token and a key head with the query heads that share it. Keys stream through once, in blocks
  * of BLOCK tokens, with the online softmax of Milakov and Gimelshein (2018): running maximum m, sum l and weighted values.
@@ -9,7 +9,8 @@
  * keys    [slots, kv_heads, key_dim]         contiguous
  * values  [slots, kv_heads, value_dim]       contiguous
  * table   [rows, pages]                      page ids of each request
- * items   [tokens, 3]                        row of the table, first visible token, end of the visible tokens
+ * items   [tokens, 3]                        row of the table, first visible token, end of the visible tokens; those with
+ *                                            the same row follow one another and are a span, the shortest first
  * output  [tokens, heads, value_dim]         contiguous */
 #ifndef LLMOPT_ATTENTION
 #define LLMOPT_ATTENTION
@@ -20,6 +21,8 @@
 #define SELF "attention.c"
 #include "levels.h"
 #elif defined(FORMAT)
+
+extern void FN(flash_team)(const attention *);
 
 /* Dot products of one query with WIDTH keys, a lane each. */
 INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
@@ -189,8 +192,7 @@ LOCAL void FN(job_end)(const attention *a, FN(job) job, float *states) {
     FN(join)(a, job.first, job.heads, parts, states, (E *)a->output + (job.token * a->heads + job.first) * a->value_dim);
 }
 
-/* Called by every thread of a team; all have finished when it returns. */
-void FN(attention_team)(const attention *a, int threads) {
+LOCAL void FN(jobs)(const attention *a, int threads) {
     long jobs = attention_jobs(a), most = attention_parts(a), size = attention_room(a);
     if (attention_many(a, threads)) {
         float *states = a->states + team_thread() * most * size;
@@ -209,8 +211,15 @@ void FN(attention_team)(const attention *a, int threads) {
         FN(job_end)(a, FN(job_at)(a, index), a->states + index * most * size);
 }
 
+/* Called by every thread of a team; all have finished when it returns. */
+void FN(attention_team)(const attention *a, int threads) {
+    if (a->leading) FN(jobs)(a, threads);
+    if (a->leading < a->tokens) FN(flash_team)(a);
+}
+
 int FN(attention)(const void *arguments, int threads) {
     attention a = *(const attention *)arguments;
+    a.leading = attention_leading(&a);
     a.states = malloc((size_t)attention_states(&a, threads) * sizeof *a.states);
     if (!a.states) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.tokens * a.heads * a.longest * a.key_dim > SMALL)

@@ -13,10 +13,24 @@ typedef struct {
     const float *sinks; /* [heads], or NULL */
     void *output;
     float *states; /* attention_states(threads) floats */
+    long tiled, leading; /* tokens of a span from which on it goes to flash.c; tokens of the spans before, which are shorter */
     long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head,
         longest; /* visible tokens of the longest item */
     float scaling, softcap; /* softcap 0: none */
 } attention;
+
+/* Where the span ends that begins at `token`: items with the same row of the table. */
+static inline long attention_span(const attention *a, long token) {
+    long end = token + 1;
+    while (end < a->tokens && a->items[3 * end] == a->items[3 * token]) end++;
+    return end;
+}
+static inline long attention_leading(const attention *a) {
+    long token = 0, end;
+    for (; token < a->tokens; token = end)
+        if ((end = attention_span(a, token)) - token >= a->tiled) break;
+    return token;
+}
 
 /* A job is a query token, a key head and up to MAX_GROUP of the query heads that share it. */
 static inline long attention_blocks(const attention *a) {
@@ -29,13 +43,21 @@ static inline long attention_room(const attention *a) { /* floats of a part's ma
     return MAX_GROUP * (2 + (a->value_dim + 15) / 16 * 16);
 }
 static inline long attention_jobs(const attention *a) {
-    return a->tokens * a->kv_heads * attention_blocks(a);
+    return a->leading * a->kv_heads * attention_blocks(a);
 }
 /* With jobs enough for all threads, each does whole jobs and keeps the parts of one only. */
 static inline int attention_many(const attention *a, int threads) {
     return attention_jobs(a) >= 4L * threads;
 }
+#define FLASH_ROWS 64  /* of a tile */
+#define FLASH_BLOCK 64 /* keys that a tile sees at a time */
+static inline long flash_room(const attention *a) { /* floats of a thread: query and output, keys and values; alignment */
+    long key = (a->key_dim + 15) / 16 * 16, value = (a->value_dim + 15) / 16 * 16;
+    return (key + value) * (FLASH_ROWS + FLASH_BLOCK) + 16;
+}
 static inline long attention_states(const attention *a, int threads) {
-    return (attention_many(a, threads) ? threads : attention_jobs(a)) * attention_parts(a) * attention_room(a);
+    long jobs = (attention_many(a, threads) ? threads : attention_jobs(a)) * attention_parts(a) * attention_room(a);
+    long tiles = a->leading < a->tokens ? threads * flash_room(a) : 0;
+    return jobs > tiles ? jobs : tiles;
 }
 #endif

@@ -149,6 +149,7 @@ LOCAL void FN(place)(layer *a, const stack *all, int threads, FN(space) space) {
     E *attended = FN(take)(space, row * (size_t)a->output.inputs);
     E *gate = FN(take)(space, row * (size_t)a->gate.outputs), *up = FN(take)(space, row * (size_t)a->up.outputs);
     void *scratch = FN(take)(space, linear_scratch(tokens, widest));
+    seen->leading = attention_leading(seen);
     seen->states = FN(take)(space, (size_t)attention_states(seen, threads) * sizeof(float));
     if (!space->start) return;
     E *inner = a->before_attention.width ? normed : (E *)a->x;

@@ -121,6 +121,7 @@ static attention read_attention(reader *r) {
     a.keys = pointer(r), a.values = pointer(r), a.table = pointer(r), a.items = pointer(r), a.sinks = pointer(r);
     a.tokens = number(r), a.heads = number(r), a.kv_heads = number(r), a.key_dim = number(r);
     a.value_dim = number(r), a.page_size = number(r), a.table_width = number(r), a.longest = number(r);
+    a.tiled = number(r);
     a.scaling = real(r), a.softcap = real(r);
     return a;
 }

@@ -120,10 +120,10 @@ def _quantized_numbers(
 
 
 def _seen_numbers(seen: Seen, tokens: int, heads: int) -> tuple[int | float, ...]:
-    keys, values, table, items, page_size, longest, scaling, softcap, sinks = seen
+    keys, values, table, items, page_size, longest, scaling, softcap, sinks, tiled = seen
     return (
         keys.data_ptr(), values.data_ptr(), table.data_ptr(), items.data_ptr(), _address(sinks),
-        tokens, heads, *keys.shape[1:], values.shape[2], page_size, table.shape[1], longest,
+        tokens, heads, *keys.shape[1:], values.shape[2], page_size, table.shape[1], longest, tiled,
         scaling, softcap or 0.0,
     )  # fmt: skip
 

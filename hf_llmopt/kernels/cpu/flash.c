@@ -1,0 +1,249 @@
+/* The long spans of attention.c, after FlashAttention (Dao et al. 2022, algorithm 1): no matrix of scores is stored.
+ *
+ * A tile is ROWS query rows of one span and one key head, a row being a token and a query head. It sees the keys block by
+ * block, with the online softmax of Milakov and Gimelshein (2018). Rows stand in the lanes of vectors, so that maxima and
+ * sums need no exchange between lanes. Blocks count from the request's first token, and one that a row does not see leaves
+ * it as it is: its result does not depend on its tile.
+ *
+ * unit      4 bytes: a float, or a pair of bf16 numbers, which one instruction multiplies and sums
+ * query     [key_dim units][ROWS]     of a tile
+ * key       [BLOCK][key_dim units]    of a block
+ * value     [BLOCK units][value_dim]  of a block
+ * output    [value_dim][ROWS]         of a tile, floats */
+#ifndef LLMOPT_FLASH
+#define LLMOPT_FLASH
+#include "attention.h"
+#include "types.h"
+#define ROWS FLASH_ROWS
+#define BLOCK FLASH_BLOCK
+#define MOST (ROWS / WIDTH) /* vectors of a tile */
+typedef struct {
+    long token, row, rows, kv_head; /* the span's first token, and the tile's rows in it */
+} flash_tile;
+#define SELF "flash.c"
+#include "levels.h"
+#elif defined(FORMAT)
+#undef PAIR
+#if defined(HAS_BF16_DOT) && DTYPE == 1
+#define PAIR 2 /* elements of a unit */
+#else
+#define PAIR 1
+#endif
+
+/* sum + rows times one unit. */
+INLINE vec FN(multiply)(vec sum, vec rows, uint32_t unit) {
+#if PAIR == 2
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows, (__m512bh)_mm512_set1_epi32((int)unit));
+#else
+    float x;
+    memcpy(&x, &unit, 4);
+    return sum + rows * x;
+#endif
+}
+
+/* M rows of `sum` [..][N] get += a [M][count units] b [count units][N]; a unit lies at m * across + k * along. */
+#define M 4
+INLINE void FN(outer)(vec *sum, const uint32_t *a, long across, long along, const vec *b, long count, const int N) {
+    vec s[M * MOST];
+    memcpy(s, sum, (size_t)(M * N) * sizeof *s);
+    for (long k = 0; k < count; k++) {
+        vec rows[MOST];
+        memcpy(rows, b + k * N, (size_t)N * sizeof *rows);
+        _Pragma("GCC unroll 4") for (int m = 0; m < M; m++)
+            _Pragma("GCC unroll 4") for (int n = 0; n < N; n++)
+                s[m * N + n] = FN(multiply)(s[m * N + n], rows[n], a[m * across + k * along]);
+    }
+    memcpy(sum, s, (size_t)(M * N) * sizeof *s);
+}
+
+/* What a thread works with. */
+typedef struct FN(flash_room) {
+    vec *query, *output, score[BLOCK * MOST];
+    uint32_t *key, *value;
+    long key_units, value_room; /* of a key; of an output, in whole vectors */
+} FN(flash_room);
+
+/* Rows of a tile, transposed; scores are scaled afterwards, so that nothing is rounded. Missing rows are 0. */
+LOCAL void FN(flash_query)(const attention *a, const flash_tile *tile, FN(flash_room) * room, const int N) {
+    long group = a->heads / a->kv_heads, rows = tile->rows, units = room->key_units;
+    for (int n = 0; n < N; n++) {
+        FN(element) line[WIDTH][MAX_DIM + PAIR * WIDTH] = {0};
+        for (long i = 0; i < WIDTH && n * WIDTH + i < rows; i++) {
+            long row = tile->row + n * WIDTH + i, head = tile->kv_head * group + row % group;
+            FN(widen)(line[i], (const E *)a->query + (tile->token + row / group) * a->query_token + head * a->query_head, a->key_dim);
+        }
+        for (long k = 0; k < units; k += WIDTH) {
+            ivec lanes[WIDTH];
+            for (int i = 0; i < WIDTH; i++) memcpy(lanes + i, line[i] + k * PAIR, sizeof *lanes);
+            FN(transpose)(lanes);
+            for (long i = 0; i < WIDTH && k + i < units; i++) room->query[(k + i) * N + n] = (vec)lanes[i];
+        }
+    }
+}
+
+/* Keys and values of the block at `from`, of tokens [low, high) alone: what the others' pages hold is not this request's. */
+LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_head, FN(flash_room) * room, long from,
+                           long low, long high) {
+    long units = room->key_units, dim = a->value_dim;
+    for (long t = 0; t < BLOCK; t += PAIR) {
+        const E *value[2] = {0};
+        for (int i = 0; i < PAIR; i++) {
+            FN(element) *key = (FN(element) *)(room->key + (t + i) * units);
+            long token = from + t + i;
+            if (token < low || token >= high) {
+                memset(key, 0, (size_t)units * 4);
+                continue;
+            }
+            long slot = (long)pages[token / a->page_size] * a->page_size + token % a->page_size;
+            slot = slot * a->kv_heads + kv_head;
+            FN(widen)(key, (const E *)a->keys + slot * a->key_dim, a->key_dim);
+            if (PAIR * units > a->key_dim) key[a->key_dim] = 0;
+            value[i] = (const E *)a->values + slot * dim;
+        }
+        uint32_t *to_value = room->value + t / PAIR * room->value_room;
+        for (long d = 0; d < dim; d += WIDTH) {
+            long n = dim - d < WIDTH ? dim - d : WIDTH;
+            vec v[2] = {0};
+            for (int i = 0; i < PAIR; i++)
+                if (value[i]) v[i] = n == WIDTH ? FN(load)(value[i] + d) : FN(load_part)(value[i] + d, n);
+            if (PAIR == 2) v[0] = (vec)((uvec)v[0] >> 16 | (uvec)v[1]);
+            memcpy(to_value + d, v, sizeof *v);
+        }
+    }
+}
+
+/* A block's scores become weights; maxima and sums follow, and `shrink` is what the output so far is worth. */
+INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end, int whole,
+                              vec *best, vec *sum, vec *shrink, const int N) {
+    for (int n = 0; n < N; n++) {
+        vec top = best[n], total = {0};
+        for (int t = 0; t < BLOCK; t++) {
+            vec s = score[t * N + n] * a->scaling;
+            if (a->softcap > 0) /* tanh(u) = 1 - 2 / (e^2u + 1) */
+                s = (1.0f - 2.0f / (FN(exp)(s * (2.0f / a->softcap)) + 1.0f)) * a->softcap;
+            if (!whole) {
+                ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]);
+                s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
+            }
+            score[t * N + n] = s;
+            top = FN(max)(top, s);
+        }
+        for (int t = 0; t < BLOCK; t++) {
+            vec s = score[t * N + n], w = FN(exp)(s - top);
+            if (!whole) w = (vec)((ivec)w & (s != -INFINITY));
+            score[t * N + n] = w;
+            total += w;
+        }
+        shrink[n] = FN(exp)(best[n] - top);
+        best[n] = top, sum[n] = sum[n] * shrink[n] + total;
+    }
+}
+
+INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_room) * room, const int N) {
+    long group = a->heads / a->kv_heads, rows = tile->rows, low = INT32_MAX, high = 0, all_first = 0, all_end = INT32_MAX;
+    int32_t limits[2][ROWS] = {0};
+    const int32_t *pages = a->table + a->items[3 * tile->token] * a->table_width;
+    for (long i = 0; i < rows; i++) {
+        const int32_t *item = a->items + 3 * (tile->token + (tile->row + i) / group);
+        long first = limits[0][i] = item[1], end = limits[1][i] = item[2];
+        low = first < low ? first : low, all_first = first > all_first ? first : all_first;
+        high = end > high ? end : high, all_end = end < all_end ? end : all_end;
+    }
+    ivec first[MOST], end[MOST];
+    memcpy(first, limits[0], sizeof first);
+    memcpy(end, limits[1], sizeof end);
+    vec best[MOST], sum[MOST] = {0}, shrink[MOST];
+    for (int n = 0; n < N; n++) best[n] = FN(splat)(-1e30f);
+    memset(room->output, 0, (size_t)(room->value_room * N) * sizeof *room->output);
+    FN(flash_query)(a, tile, room, N);
+    for (long from = low / BLOCK * BLOCK; from < high; from += BLOCK) {
+        int whole = from >= all_first && from + BLOCK <= all_end;
+        vec *score = room->score;
+        FN(flash_block)(a, pages, tile->kv_head, room, from, low, high);
+        memset(score, 0, (size_t)(BLOCK * N) * sizeof *score);
+        for (int t = 0; t < BLOCK; t += M)
+            FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, room->query, room->key_units, N);
+        FN(flash_softmax)(a, score, from, first, end, whole, best, sum, shrink, N);
+#if PAIR == 2
+        for (int t = 0; t < BLOCK; t += 2)
+            for (int n = 0; n < N; n++) { /* two weights of a row side by side */
+                const uvec low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = low | (low + 16) << 16;
+                __m512bh both = _mm512_cvtne2ps_pbh((__m512)score[(t + 1) * N + n], (__m512)score[t * N + n]);
+                score[t / 2 * N + n] = (vec)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
+            }
+#endif
+        for (long d = 0; d < room->value_room; d += M) {
+            for (int i = 0; i < M * N; i++) room->output[d * N + i] *= shrink[i % N];
+            FN(outer)(room->output + d * N, room->value + d, 1, room->value_room, score, BLOCK / PAIR, N);
+        }
+    }
+    for (int n = 0; n < N; n++) {
+        vec factor, total = sum[n];
+        if (a->sinks) { /* a sink takes part in the softmax and has no value */
+            vec sink = {0}, top;
+            for (long i = 0; i < WIDTH; i++) sink[i] = a->sinks[tile->kv_head * group + (tile->row + n * WIDTH + i) % group];
+            top = FN(max)(best[n], sink);
+            total = total * FN(exp)(best[n] - top) + FN(exp)(sink - top);
+            factor = FN(exp)(best[n] - top) / total;
+        } else
+            factor = 1.0f / total;
+        for (long d = 0; d < a->value_dim; d += WIDTH) {
+            ivec lanes[WIDTH];
+            for (int i = 0; i < WIDTH; i++) lanes[i] = (ivec)(room->output[(d + i) * N + n] * factor);
+            FN(transpose)(lanes);
+            for (long i = 0; i < WIDTH && n * WIDTH + i < rows; i++) {
+                long row = tile->row + n * WIDTH + i, head = tile->kv_head * group + row % group;
+                E *to = (E *)a->output + ((tile->token + row / group) * a->heads + head) * a->value_dim + d;
+                if (a->value_dim - d >= WIDTH)
+                    FN(store)(to, (vec)lanes[i]);
+                else
+                    FN(store_part)(to, (vec)lanes[i], a->value_dim - d);
+            }
+        }
+    }
+}
+
+/* Tile i of all, counted from the last: those see most keys, and come first. */
+LOCAL int FN(flash_tile_at)(const attention *a, long i, flash_tile *tile) {
+    long group = a->heads / a->kv_heads;
+    for (long end = a->tokens, token; end > a->leading; end = token) {
+        for (token = end - 1; token > a->leading && a->items[3 * token - 3] == a->items[3 * end - 3];) token--;
+        long rows = (end - token) * group, tiles = (rows + ROWS - 1) / ROWS;
+        if (i >= tiles * a->kv_heads) {
+            i -= tiles * a->kv_heads;
+            continue;
+        }
+        long row = (tiles - 1 - i / a->kv_heads) * ROWS;
+        *tile = (flash_tile){token, row, rows - row < ROWS ? rows - row : ROWS, i % a->kv_heads};
+        return 1;
+    }
+    return 0;
+}
+
+/* Called by every thread of a team; all have finished when it returns. */
+void FN(flash_team)(const attention *a) {
+    FN(flash_room) room;
+    room.key_units = (a->key_dim + PAIR - 1) / PAIR, room.value_room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH;
+    uintptr_t memory = ((uintptr_t)(a->states + team_thread() * flash_room(a)) + 63) / 64 * 64;
+    room.query = (vec *)memory, room.output = room.query + room.key_units * MOST;
+    room.value = (uint32_t *)(room.output + room.value_room * MOST);
+    room.key = room.value + room.value_room * BLOCK / PAIR;
+    flash_tile tile;
+    long tiles = 0;
+    for (long token = a->leading, end; token < a->tokens; token = end) {
+        end = attention_span(a, token);
+        tiles += ((end - token) * (a->heads / a->kv_heads) + ROWS - 1) / ROWS * a->kv_heads;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (long i = 0; i < tiles; i++) {
+        if (!FN(flash_tile_at)(a, i, &tile)) continue;
+        if (tile.rows <= WIDTH)
+            FN(flash_rows)(a, &tile, &room, 1);
+        else if (tile.rows <= 2 * WIDTH)
+            FN(flash_rows)(a, &tile, &room, 2);
+        else
+            FN(flash_rows)(a, &tile, &room, MOST);
+    }
+}
+#undef M
+#endif
