@@ -302,6 +302,17 @@ def test_files_with_missing_tensors_are_refused(folder, tmp_path):
             load(tmp_path, True)
 
 
+@pytest.mark.parametrize("entry", [{"bits": "4"}, {"group_size": 0}, {"sym": "yes"}], ids=str)
+def test_an_odd_config_json_is_refused_by_the_name_of_its_field(folder, tmp_path, entry):
+    load(folder, "int4").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    written["quantization_config"] |= entry
+    path.write_text(json.dumps(written))
+    with pytest.raises(InvalidCheckpoint, match=f"'{next(iter(entry))}' is .* correct it"):
+        load(tmp_path, True)
+
+
 def test_without_the_keyword_nothing_changes(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert not quantized(model)

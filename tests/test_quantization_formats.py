@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -560,6 +562,84 @@ def test_configs_that_cannot_be_read(config: dict[str, Any], says: str) -> None:
 def test_configs_that_lack_something(config: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=says):
         Recipe.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (GPTQ_CONFIG | {"bits": "4"}, "'bits' is a positive integer, got '4'"),
+        (GPTQ_CONFIG | {"bits": 4.0}, "'bits' is a positive integer, got 4.0"),
+        (GPTQ_CONFIG | {"bits": None}, "'bits' is a positive integer, got null"),
+        (GPTQ_CONFIG | {"bits": -4}, "'bits' is a positive integer, got -4"),
+        (GPTQ_CONFIG | {"group_size": "128"}, "'group_size' is a positive integer, or -1 for all inputs, got '128'"),
+        (GPTQ_CONFIG | {"group_size": 0}, "'group_size' is .* got 0"),
+        (GPTQ_CONFIG | {"group_size": -128}, "'group_size' is .* got -128"),
+        (GPTQ_CONFIG | {"group_size": [128]}, r"'group_size' is .* got \[128\]"),
+        (GPTQ_CONFIG | {"sym": "false"}, "'sym' is true or false, got 'false'"),
+        (GPTQ_CONFIG | {"desc_act": 1}, "'desc_act' is true or false, got 1"),
+        (GPTQ_CONFIG | {"lm_head": "no"}, "'lm_head' is true or false"),
+        (GPTQ_CONFIG | {"dynamic": ["-:.*"]}, "'dynamic' is an object"),
+        (GPTQ_CONFIG | {"dynamic": {".*": {"bits": "8"}}}, "'bits' is a positive integer, got '8'"),
+        (GPTQ_CONFIG | {"modules_to_not_convert": "lm_head"}, "'modules_to_not_convert' is a list of strings"),
+        (GPTQ_CONFIG | {"modules_in_block_to_quantize": "up_proj"}, "'modules_in_block_to_quantize' is a list"),
+        ({"quant_method": "gptq", "bits": 4, "groupsize": 128}, "lacks 'group_size'. Is 'groupsize' meant to be it"),
+        (AWQ_CONFIG | {"zero_point": "true"}, "'zero_point' is true or false"),
+        (AWQ_CONFIG | {"modules_to_not_convert": [7]}, r"got \[7\]"),
+        (compressed() | {"config_groups": []}, "'config_groups' is an object"),
+        (compressed({"targets": "Linear", "weights": {"num_bits": 4}}), "'targets' is a list of strings"),
+        (compressed({"targets": ["Linear"], "weights": [4]}), "'weights' is an object"),
+        (compressed({"targets": ["Linear"], "weights": {"num_bits": "4"}}), "'num_bits' is a positive integer"),
+        (compressed(group(["Linear"], strategy="group", group_size="128")), "'group_size' is"),
+        (compressed(group(["Linear"], strategy="block", block_structure="128x128")), "'block_structure' is two"),
+        (compressed(group(["Linear"]), ignore="lm_head"), "'ignore' is a list of strings"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "'weight_block_size' is two positive integers"),
+        ({"quant_method": "fp8", "weight_block_size": [128, -1]}, "'weight_block_size' is two positive integers"),
+    ],
+    ids=str,
+)
+def test_odd_values_are_refused_by_name_and_with_what_is_allowed(config: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match=f"{says}.*correct it"):
+        Recipe.from_dict(config)
+
+
+def test_null_is_as_good_as_nothing_and_fields_of_others_are_ignored() -> None:
+    nulls = dict.fromkeys(("desc_act", "sym", "lm_head", "dynamic", "modules_to_not_convert", "static_groups"))
+    assert Recipe.from_dict(GPTQ_CONFIG | nulls | {"damp": [1], "meta": "x"}).to_dict() == (
+        Recipe.from_dict({k: v for k, v in GPTQ_CONFIG.items() if k not in nulls}).to_dict()
+    )
+    assert Recipe.from_dict(AWQ_CONFIG | {"zero_point": None}) == Recipe.from_dict(AWQ_CONFIG | {"zero_point": True})
+
+
+ODD = (None, True, -3, 0, 1.5, "", "4", "x", [], ["x"], [[1]], {}, {"x": None}, {"x": {"bits": []}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTQ_CONFIG | dict.fromkeys(("dynamic", "sym", "lm_head", "modules_in_block_to_quantize", "format")),
+        AWQ_CONFIG | dict.fromkeys(("version", "w_bit", "pack_dtype")),
+        compressed(group(["Linear"], inputs={"num_bits": 8}), ignore=[], sparsity_config={}, transform_config={}),
+        {"quant_method": "fp8"} | dict.fromkeys(("fmt", "scale_fmt", "weight_block_size", "ignored_layers")),
+    ],
+    ids=lambda config: config["quant_method"],
+)
+def test_whatever_stands_in_a_field_is_read_or_refused_in_our_words(config: dict[str, Any]) -> None:
+    def places(inner: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
+        for key, value in inner.items():
+            yield (*path, key)
+            if isinstance(value, dict):
+                yield from places(value, (*path, key))
+
+    for *path, last in places(config):
+        for value in ODD:
+            changed = copy.deepcopy(config)
+            inner = changed
+            for key in path:
+                inner = inner[key]
+            inner[last] = value
+            with suppress(InvalidCheckpoint, UnsupportedQuantization):
+                recipe = Recipe.from_dict(changed)
+                assert recipe.scheme_of(DOWN, LINEAR) in (None, *(scheme for _, scheme in recipe.groups))
 
 
 SKIPPED = ("lm_head", "model.layers.1.mlp.up_proj")
