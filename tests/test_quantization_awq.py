@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_llmopt
 from hf_llmopt.kernels.reference import dequantize
 from hf_llmopt.quantization import awq, smoothquant
-from hf_llmopt.quantization.blocks import Block, quantize_blocks
+from hf_llmopt.quantization.blocks import ROUNDED, Block, quantize_blocks
 from hf_llmopt.quantization.experts import unfuse
 from hf_llmopt.quantization.graph import Fold
 from hf_llmopt.quantization.grid import make_grid
@@ -110,13 +110,36 @@ def test_experts_with_few_tokens_are_rounded() -> None:
 
     def method(block: Block) -> Any:
         made = awq.quantize_block(block, group_size=32)
-        listed.extend(block.rounded)
+        listed.extend(name for name, why in block.notes.items() if why == ROUNDED)
         return made
 
     with pytest.warns(UserWarning, match="too few tokens"):
         quantize(model, method, torch.arange(3, 99).view(4, 24))
     assert listed
     assert all(".experts." in name and name.endswith("down_proj") for name in listed)
+
+
+def test_notes_of_blocks_that_were_done_before_a_stop_are_kept(tmp_path: Path) -> None:
+    ids = torch.arange(3, 99).view(4, 24)
+
+    def walk(blocks: int, notes: dict[str, str]) -> None:
+        model, seen = build("olmo2"), set()
+        grids = quantize_blocks(
+            model, smoothquant.quantize_block, lambda weight: make_grid(weight, 8, -1), ids, products(model),
+            progress=False, resume=tmp_path, notes=notes,
+        )  # fmt: skip
+        for name, _ in grids:
+            seen.add(name.split(".")[2])
+            if len(seen) > blocks:
+                return
+
+    whole: dict[str, str] = {}
+    walk(1, {})
+    assert list(tmp_path.iterdir())
+    walk(99, whole)
+    assert {name.split(".")[2] for name in whole} == {
+        str(layer) for layer in range(build("olmo2").config.num_hidden_layers)
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

@@ -10,14 +10,17 @@ import torch
 from architectures import build
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_llmopt
+from hf_llmopt import QuantizationConfig
 from hf_llmopt.quantization.experts import Expert, Experts, unfuse
 from hf_llmopt.quantization.linear import QuantizedLinear
+from hf_llmopt.quantization.plan import ROUTER, plan
 
-# Plain, with shared experts, with two routers, transposed and interleaved with biases, with files that hold them fused.
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "gpt_oss", "deepseek_v3", "granitemoehybrid")
+# Plain, with shared experts, with two routers, transposed and interleaved with biases, with files that hold them fused,
+# and called with all tokens for each expert.
+MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "gpt_oss", "deepseek_v3", "granitemoehybrid", "llama4_text")
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -61,15 +64,63 @@ def test_a_token_does_not_depend_on_the_others() -> None:
         torch.testing.assert_close(experts(x[i : i + 1], chosen[i : i + 1], weights[i : i + 1])[0], together[i])
 
 
-def test_experts_that_nothing_is_known_of_stay() -> None:
+def test_experts_that_nothing_is_known_of_stay_and_are_listed() -> None:
     model = build("llama4_text")
     before = logits(model)
-    assert unfuse(model) == ["model.layers.1.feed_forward.experts", "model.layers.3.feed_forward.experts"]
+    names = ["model.layers.1.feed_forward.experts", "model.layers.3.feed_forward.experts"]
+    for name in names:
+        experts = model.get_submodule(name)
+        experts.__class__ = type("OtherExperts", (type(experts),), {})
+    assert unfuse(model) == names
     assert torch.equal(logits(model), before)
+    with pytest.warns(UserWarning, match=r"2 product\(s\) stay as they are, as .*cannot be told apart"):
+        hf_llmopt.optimize(model, llmopt="int8")
+    assert set(names) <= model.llmopt.quantization.skipped.keys()
+
+
+# Products that choose or weigh experts; other models have modules of their own for that.
+ROUTERS = {
+    "qwen2_moe": {"shared_expert_gate"},
+    "afmoe": {"router.gate"},
+    "jetmoe": {"router.layer"},
+    "gpt_oss": set(),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_routers_stay_as_they_are(name: str, method: str) -> None:
+    with torch.device("meta"):
+        config = AutoConfig.for_model(name)
+        config.num_hidden_layers = 3
+        model = AutoModelForCausalLM.from_config(config)
+    found = plan(model, QuantizationConfig(method), unfuse(model))
+    routers = {name for name, why in found.skipped.items() if why == ROUTER}
+    assert {".".join(name.split(".")[-2:]).removeprefix("mlp.") for name in routers} == ROUTERS[name]
+    assert not any(name.split(".")[-2] in ("router", "gate") for name in found.chosen)
+    assert any("proj" in name for name in found.chosen)
+
+
+def test_gradients_pass_through_experts_that_are_handed_all_tokens() -> None:
+    model = build("llama4_text")
+    x = model.get_input_embeddings()(torch.arange(3, 12)[None]).detach()
+    found = []
+    for _ in range(2):
+        given = x.clone().requires_grad_()
+        model(inputs_embeds=given).logits.square().sum().backward()
+        found.append(given.grad)
+        unfuse(model)
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
 
 
 GROUPS = {"quantization": {"method": "int4", "group_size": 32}}
-CASES = [("mixtral", GROUPS), ("qwen3_moe", "int8"), ("gpt_oss", GROUPS), ("granitemoehybrid", "int8")]
+CASES = [
+    ("mixtral", GROUPS),
+    ("qwen3_moe", "int8"),
+    ("gpt_oss", GROUPS),
+    ("granitemoehybrid", "int8"),
+    ("llama4_text", "int8"),
+]
 
 
 @pytest.mark.parametrize(("name", "llmopt"), CASES)

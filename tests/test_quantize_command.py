@@ -80,10 +80,22 @@ def test_methods(folder: Path, tmp_path: Path, method: str) -> None:
 
 def test_it_says_what_it_left(folder: Path, tmp_path: Path) -> None:
     text = ok(folder, tmp_path / "out", "--group-size", 64, "--skip", "layers.0.self_attn").stdout
-    assert "skipped model.layers.0.self_attn.q_proj: " in text
-    assert "skipped model.layers.1.mlp.down_proj: its 96 inputs" in text
+    assert "skipped model.layers.0.self_attn.q_proj and 3 more: named in skip" in text
+    assert "down_proj and 2 more: its 96 inputs" in text
     assert "weights, MB" in text
     assert f"modules quantized; written to {tmp_path / 'out'}" in text
+
+
+def test_it_says_where_a_method_could_not_do_all(tmp_path: Path) -> None:
+    build("olmo2", vocab_size=304).save_pretrained(tmp_path / "olmo2")  # its norms stand behind the products
+    train_tokenizer([TEXT], vocabulary=300).save_pretrained(tmp_path / "olmo2")
+    args = ("--method", "smoothquant", "--calibration", tmp_path / "text", "--samples", 2, "--length", 16)
+    (tmp_path / "text").write_text(TEXT)
+    found = json.loads(ok(tmp_path / "olmo2", tmp_path / "out", *args, "--json").stdout)["notes"]
+    assert {name.rpartition(".")[2] for name in found} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    text = ok(tmp_path / "olmo2", tmp_path / "again", *args).stdout
+    assert "quantized, but model.layers.0.self_attn.q_proj and" in text
+    assert "its inputs could not be scaled: no norm or product" in text.replace("\n", " ")
 
 
 def test_eval(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def quantize(
         "quantized_bytes_before": found.bytes_before,
         "quantized_bytes": found.bytes,
         "skipped": found.skipped,
+        "notes": found.notes,
     }
     if before is not None:
         after = _perplexity(loaded, tokenizer)
@@ -168,6 +169,11 @@ def _print(report: dict[str, Any]) -> None:
         value, low, high = found["times"]
         rows.append(["times", "", f"{value:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low is not None else "")])
     ui.table(f"{report['model']} with {report['method']}", ["", "before", "after"], rows, 1)
-    for name, why in report["skipped"].items():
-        ui.say(f"skipped {name}: {why}")
+    for kind, what in (("skipped", "skipped"), ("notes", "quantized, but")):
+        reasons: dict[str, list[str]] = {}
+        for name, why in report[kind].items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            ui.say(f"{what} {names[0]}{more}: {why}")
     ui.say(f"{len(report['quantized'])} modules quantized; written to {report['out']}")

@@ -2,8 +2,11 @@
 
 from .formats import Recipe, Scheme
 from .grid import make_grid
+from .in_place import quantize
 from .linear import QuantizedHead, QuantizedLinear
-from .quantizer import LOADING, QuantizationReport, Quantizer, answering, has, quantize
+from .loading import LOADING, answering, has
+from .quantizer import Quantizer
+from .report import QuantizationReport
 
 __all__ = [
     "LOADING",

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels.arguments import Grid
 from ..kernels.reference import dequantize
 from .blocks import Block
-from .folding import graph_of, move, reader, samples
+from .folding import folds_of, move, reader, samples
 from .graph import Fold
 from .grid import find_range, make_grid, round_to
 
@@ -51,7 +51,7 @@ def quantize_block(
         scale_dtype: What scales are stored in.
     """
     prefix = f"{block.name}."
-    folds = graph_of(block).folds
+    folds = folds_of(block)
     reads = {name: name.removeprefix(prefix) for name in block.products}
     reads |= {prefix + name: reader(block, fold) for fold in folds for name in fold.consumers}
     inputs = {name: x for name, x in samples(block, set(reads.values())).items() if len(x) >= FEW}

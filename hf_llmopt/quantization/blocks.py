@@ -26,6 +26,7 @@ from .finished import Finished, fingerprint
 from .offload import resident
 from .stages import Flow, Stage
 
+ROUNDED = "rounded to nearest: too few tokens of the calibration set reach it"
 BATCH = 4096  # tokens that run through a block at once
 
 
@@ -39,7 +40,7 @@ class Block:
         stages: Products by what they depend on, see `stages.Stage`. Products that no sample reached are in none.
         batches: Into how many batches the samples are divided.
         assigned: Other tensors that were changed, by their name in the model.
-        rounded: Products that `fall_back` rounded.
+        notes: Products for which the method could not do all that it does for others, and why.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Block:
         self.module = module
         self.products = products
         self.assigned: dict[str, Tensor] = {}
-        self.rounded: list[str] = []
+        self.notes: dict[str, str] = {}
         self.stages: list[Stage] = []
         self.batches = len(run.hidden)
         self._run = run
@@ -86,7 +87,7 @@ class Block:
 
     def fall_back(self, name: str) -> Grid:
         """Round a product to nearest, as too few tokens reach it; the user is told."""
-        self.rounded.append(name)
+        self.notes[name] = ROUNDED
         return self._fallback(self.weight(name))
 
     def inputs(self, batch: int) -> Tensor:
@@ -138,6 +139,7 @@ def quantize_blocks(
     resume: str | Path | None = None,
     settings: str = "",
     progress: bool = True,
+    notes: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, Grid]]:
     """Quantize the products of a model, one block after another, on calibration samples.
 
@@ -158,6 +160,7 @@ def quantize_blocks(
             finds them, and returns the same grids bit for bit. They are removed once all blocks are done.
         settings: Whatever else decides about the grids: everything that `method` was told.
         progress: Show a bar, unless `transformers.utils.logging` switched bars off.
+        notes: Gets the blocks' `Block.notes`.
 
     Yields:
         Each chosen name once, with its grid.
@@ -167,7 +170,7 @@ def quantize_blocks(
     """
     prefix, blocks = find_blocks(model, chosen)
     finished = None if resume is None else Finished(resume, fingerprint(model, tokens, chosen, settings))
-    rounded: list[str] = []
+    notes = {} if notes is None else notes
     training = model.training
     model.eval()
     try:
@@ -188,7 +191,7 @@ def quantize_blocks(
                 for key, grid in found.items():
                     block.replace(key, grid)
                 run.advance()
-            rounded += block.rounded
+            notes |= block.notes
             yield from found.items()
     finally:
         model.train(training)
@@ -198,10 +201,11 @@ def quantize_blocks(
                 outside = Block(key, module, {key: module}, run, fallback)
                 grid = outside.fall_back(key)
                 outside.replace(key, grid)
-            rounded.append(key)
+            notes |= outside.notes
             yield key, grid
     if finished:
         finished.clear()
+    rounded = [name for name, why in notes.items() if why == ROUNDED]
     if rounded:
         warnings.warn(
             f"llmopt: too few tokens of the calibration set reach {len(rounded)} products to calibrate them; they were "

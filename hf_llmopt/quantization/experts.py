@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,8 +110,7 @@ class Experts(nn.ModuleList):
         code._parameters = {}
         eager._parameters.clear()
         self.fused = tuple(fused)
-        self.layout = Layout(code.is_transposed, not code.is_concatenated)
-        gated: Callable[[Tensor], Tensor] = code._apply_gate if code.has_gate else code.act_fn
+        self.layout, gated = _layout_and_gate(code)
         for expert in range(len(fused["down_proj"])):
             parts: dict[str, Tensor] = {}
             for name, tensor in fused.items():
@@ -145,8 +145,26 @@ class Experts(nn.ModuleList):
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
+class RoutedExperts(Experts):
+    """Experts whose caller hands to each of them all tokens, already weighted: those of Llama 4.
+
+    A token that the router did not choose for an expert is all zeros there, and is left out.
+    """
+
+    def forward(self, routed: Tensor) -> Tensor:  # type: ignore[override]
+        """`[experts * tokens, hidden]` to the same, one expert's tokens behind another's."""
+        gave = []
+        for expert, part in zip(self, routed.chunk(len(self)), strict=True):
+            rows = part.any(dim=-1).nonzero()[:, 0]
+            none = torch.zeros_like(part)
+            gave.append(none.index_copy(0, rows, expert(part[rows])) if len(rows) else none)
+        return torch.cat(gave)
+
+
 def can_unfuse(module: nn.Module) -> bool:
-    """Whether a module is experts as transformers' own decorator knows them: `use_experts_implementation`."""
+    """Whether a module is experts as transformers' decorator `use_experts_implementation` knows them, or Llama 4's."""
+    if _is_routed(module):
+        return True
     names = {name for name, _ in module.named_parameters()}
     first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     biases = {first + "_bias", "down_proj_bias"} if getattr(module, "has_bias", False) else set()
@@ -156,6 +174,22 @@ def can_unfuse(module: nn.Module) -> bool:
         and not getattr(module, "has_post_expert_norm", False)
         and names == {first, "down_proj"} | biases
     )
+
+
+def _is_routed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def _layout_and_gate(code: Any) -> tuple[Layout, Callable[[Tensor], Tensor]]:
+    """How a module's tensors hold experts, and what stands between their first products and the last."""
+    if _is_routed(code):
+        return Layout(transposed=True, interleaved=False), partial(_gated, code.act_fn)
+    return Layout(code.is_transposed, not code.is_concatenated), code._apply_gate if code.has_gate else code.act_fn
+
+
+def _gated(act: Callable[[Tensor], Tensor], joined: Tensor) -> Tensor:
+    gate, up = joined.chunk(2, dim=-1)
+    return up * act(gate)
 
 
 def unfuse(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
@@ -171,7 +205,7 @@ def unfuse(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) 
     for name, module in list(model.named_modules()):
         if can_unfuse(module):
             if wanted(f"{name}.0.down_proj"):
-                model.set_submodule(name, Experts(module))
+                model.set_submodule(name, RoutedExperts(module) if _is_routed(module) else Experts(module))
         elif "Experts" in type(module).__name__ and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             left.append(name)
     return left

@@ -19,7 +19,7 @@ from ..sealed import read, write
 if TYPE_CHECKING:
     from .blocks import Block
 
-FORMAT = "hf_llmopt block 1"
+FORMAT = "hf_llmopt block 2"
 SAMPLE = 64  # elements of each parameter that tell models apart
 
 
@@ -47,7 +47,7 @@ class Finished:
             tensors = {"codes": grid.codes, "scales": grid.scales, "zeros": grid.zeros, "index": grid.index}
             stored |= {f"{part}/{name}": tensor for part, tensor in tensors.items() if tensor is not None}
         bits = json.dumps({name: grid.bits for name, grid in grids.items()})
-        about = {"format": FORMAT, "key": self.key, "bits": bits, "rounded": json.dumps(block.rounded)}
+        about = {"format": FORMAT, "key": self.key, "bits": bits, "notes": json.dumps(block.notes)}
         write(self.path(block), {name: tensor.cpu() for name, tensor in stored.items()}, about)
 
     def load(self, block: Block) -> dict[str, Grid] | None:
@@ -68,7 +68,7 @@ class Finished:
                 stacklevel=3,
             )
             return None
-        block.rounded = json.loads(about["rounded"])
+        block.notes = json.loads(about["notes"])
         for name, value in stored.items():
             if name.startswith("assigned/"):
                 block.assign(name.removeprefix("assigned/"), value)

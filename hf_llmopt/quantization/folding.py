@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .blocks import Block
 from .experts import Experts
-from .graph import Fold, Graph, find
+from .graph import Fold, find
 
 SAMPLE = 2048  # tokens
 
 
-def graph_of(block: Block) -> Graph:
-    """The folds of a block, watched with the arguments that its model gives it."""
+def folds_of(block: Block) -> list[Fold]:
+    """The folds of a block, watched with the arguments that its model gives it; it notes what none scales."""
     given: list[dict[str, Any]] = []
     handle = block.module.register_forward_pre_hook(
         lambda module, args, kwargs: given.append({**kwargs, "args": args[1:]}), with_kwargs=True
@@ -27,7 +27,11 @@ def graph_of(block: Block) -> Graph:
     finally:
         handle.remove()
     kwargs = {name: value for name, value in given[0].items() if name not in ("hidden_states", "args")}
-    return find(block.module, block.inputs(0).to(next(block.module.parameters()).device), kwargs, given[0]["args"])
+    graph = find(block.module, block.inputs(0).to(next(block.module.parameters()).device), kwargs, given[0]["args"])
+    for name, why in graph.left.items():
+        if f"{block.name}.{name}" in block.products:
+            block.notes[f"{block.name}.{name}"] = f"its inputs could not be scaled: {why}"
+    return graph.folds
 
 
 def reader(block: Block, fold: Fold) -> str:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import EIGHT_BITS, QuantizationConfig
 from ..errors import UnsupportedQuantization, unknown
+from ..kernels.arguments import Grid
 from . import formats
-from .experts import names_in_files
+from .experts import Experts, names_in_files
 from .formats import Recipe, Scheme
+from .grid import make_float8_grid, make_grid
 
+CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: they begin with the whole model
 GROUP_SIZES = (128, 64, 32)  # where the user leaves it open
 HEAD = "the output head, or tied to one"
 OUTSIDE = "stands outside of the decoder blocks, which are all that its file format has quantized"
@@ -25,6 +28,7 @@ STOPPED = "quantization was stopped before its turn"
 ALIKE = "its name contains that of one that stays, and the file format tells them apart by that"
 FUSED = "experts whose products cannot be told apart"
 ADAPTER = "part of an adapter"
+ROUTER = "chooses or weighs experts: small, and its errors are choices"
 with torch.device("meta"):
     AS_LINEAR = nn.Linear(1, 1)  # what a product will be to a file format, whatever its class is now
 
@@ -60,6 +64,13 @@ class Plan:
         how = self.config.method, self.bits, self.group_size, self.symmetric, self.config.act_order
         return replace(self, chosen=chosen, skipped=skipped, recipe=Recipe.for_method(*how, skipped))
 
+    def grid(self, weight: Tensor, scheme: Scheme) -> Grid:
+        """The codes of a weight `[outputs, inputs]`, found from the weight alone."""
+        scale_dtype = scheme.scale_dtype(weight.dtype)
+        if self.config.method == "fp8":
+            return make_float8_grid(weight, scale_dtype)
+        return make_grid(weight, self.bits, self.group_size, self.symmetric, self.config.clip, scale_dtype)
+
 
 def inputs_and_outputs(module: nn.Module) -> tuple[int, int] | None:
     """Of a module that multiplies with its weight and may be quantized; `None` for other modules."""
@@ -70,7 +81,7 @@ def inputs_and_outputs(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Iterable[str] = ()) -> Plan:
+def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Collection[str] = ()) -> Plan:
     """What `config` means for a model.
 
     Args:
@@ -93,6 +104,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Iterable[str
     heads = _heads(model)
     skipped = {name: HEAD for name in products if name in heads}
     skipped |= dict.fromkeys(fused, FUSED)
+    skipped |= dict.fromkeys(_routers(model, fused, products), ROUTER)
     skipped |= {name: ADAPTER for name in products if _in_adapter(model, name)}
     skipped |= {name: "named in skip" for name in products if any(matches(name, pattern) for pattern in config.skip)}
     left = {name: shape for name, shape in products.items() if name not in skipped}
@@ -128,6 +140,19 @@ def matches(name: str, pattern: str) -> bool:
     return re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) is not None
 
 
+def _routers(model: nn.Module, fused: Collection[str], products: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Products beside a layer's experts that give a number for each of them, or one for those that all tokens visit."""
+    counts = {name: len(module) for name, module in model.named_modules() if isinstance(module, Experts)}
+    counts |= {name: len(next(p for p in model.get_submodule(name).parameters() if p.dim() == 3)) for name in fused}
+    found = []
+    for experts, count in counts.items():
+        around = experts.rpartition(".")[0] + "."
+        for name, (_, outputs) in products.items():
+            if outputs in (1, count) and name.startswith(around) and not name.startswith(f"{experts}."):
+                found.append(name)
+    return found
+
+
 def _in_adapter(model: nn.Module, name: str) -> bool:
     """Whether a module belongs to an adapter of PEFT, beside the module that it adapts."""
     parts = name.split(".")
@@ -152,3 +177,8 @@ def _largest_group(products: dict[str, tuple[int, int]]) -> int:
         for size in GROUP_SIZES:
             fitting[size] += inputs * outputs if inputs % size == 0 else 0
     return max(GROUP_SIZES, key=lambda size: (fitting[size], size))
+
+
+def dividing_group(inputs: int) -> int:
+    """The largest of the usual group sizes that divides the inputs; -1 if none does."""
+    return next((size for size in GROUP_SIZES if inputs % size == 0), -1)

@@ -11,7 +11,7 @@ import torch
 
 from ..kernels.arguments import Grid
 from .blocks import Block
-from .folding import graph_of, move, reader, samples
+from .folding import folds_of, move, reader, samples
 from .grid import make_grid
 
 ALPHA = 0.5  # the paper's choice for most models
@@ -36,7 +36,7 @@ def quantize_block(
         clip: Search the range of each group for the least squared error.
         scale_dtype: What scales are stored in.
     """
-    folds = graph_of(block).folds
+    folds = folds_of(block)
     readers = [reader(block, fold) for fold in folds]
     inputs = samples(block, set(readers))
     for fold, name in zip(folds, readers, strict=True):
