@@ -123,7 +123,9 @@ def expected(folder: Path, prompt: str, **arguments: object) -> list[int]:
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("llmopt", ["--llmopt=true", "--llmopt=kv_cache", "--llmopt=false"])
+@pytest.mark.parametrize(
+    "llmopt", ["--llmopt=true", "--llmopt=kv_cache", '--llmopt={"kv_cache": {"page_size": 4}}', "--llmopt=false"]
+)
 def test_generate(folder: Path, llmopt: str) -> None:
     result = ok("generate", folder, llmopt, "def f(", "--max-new-tokens", 9, "--json")
     report = json.loads(result.stdout)
@@ -174,6 +176,8 @@ def test_generate_stops(folder: Path) -> None:
         (("{folder}", "x", "--llmopt=kv_cach"), "Did you mean 'kv_cache'?"),
         (("{folder}", "x", "--llmopt", "kv_cahce"), "Did you mean 'kv_cache'?"),
         (("{folder}", "--llmopt", "ture", "x"), "Did you mean 'true'? Allowed: "),
+        (("{folder}", "x", "--llmopt", '{{"kv_cache": 1'), "is no JSON (Expecting"),
+        (("{folder}", "x", "--llmopt", '{{"quantization": {{"method": "int44"}}}}'), "Did you mean 'int4'?"),
         (("{folder}", "x", "--dtype", "float31"), "Allowed: auto, float32"),
         (("{folder}", "x", "--device", "abacus"), "cannot use device 'abacus'"),
         (("{folder}", ""), "the prompt is empty"),

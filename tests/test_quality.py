@@ -270,6 +270,13 @@ def test_command_perplexity(folders: list[Path], text: Path, tiny: torch.nn.Modu
     assert "single window" in ok("perplexity", folders[0], "--text", text).stderr
 
 
+def test_command_takes_a_dict(folders: list[Path], text: Path) -> None:
+    args = ("perplexity", folders[0], "--text", text, "--context", 16, "--json", "--llmopt")
+    named = json.loads(ok(*args, "int8").stdout)["perplexity"]
+    assert json.loads(ok(*args, '{"quantization": {"method": "int8"}}').stdout)["perplexity"] == named
+    assert json.loads(ok(*args, '{"quantization": {"bits": 2, "group_size": 32}}').stdout)["perplexity"] != named
+
+
 def test_command_reads_held_out_texts_by_default(folders: list[Path]) -> None:
     report = json.loads(ok("perplexity", folders[0], "--tokens", 64, "--context", 32, "--json").stdout)
     assert report["tokens"] == 64

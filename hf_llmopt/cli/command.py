@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Annotated, Any
 
@@ -48,13 +49,23 @@ class ModelCommand(Command):
 
 
 def keyword(value: str) -> Any:
-    """The value of `llmopt=` that an option's text stands for.
+    """The value of `llmopt=` that an option's text stands for: true, false, names, or a dict as JSON.
 
     Raises:
         InvalidOption: It names something that does not exist.
+        UserError: It is no JSON.
     """
-    from hf_llmopt.config import PARTS
+    from hf_llmopt.config import PARTS, LLMOptConfig
     from hf_llmopt.errors import unknown
+
+    if value.lstrip().startswith("{"):
+        try:
+            return LLMOptConfig.parse(json.loads(value))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"--llmopt {value!r} is no JSON ({error}); a dict looks so: "
+                '{"quantization": {"method": "int4", "group_size": 64}}'
+            ) from error
 
     known = {"true": True, "false": False}
     if value.lower() in known:
@@ -71,8 +82,8 @@ Llmopt = Annotated[
     str,
     typer.Option(
         "--llmopt",
-        metavar="true|false|NAMES",
-        help="The keyword: true, false for stock transformers, or names such as kv_cache.",
+        metavar="true|false|NAMES|JSON",
+        help="The keyword: true, false for stock transformers, names such as kv_cache, or a dict as JSON.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

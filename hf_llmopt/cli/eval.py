@@ -21,7 +21,12 @@ app = typer.Typer(help="Measure the quality of a model.", no_args_is_help=True)
 READER = "kv_cache"  # of the keyword's values the plainest: with any, quantized folders need no other package
 HELD_OUT = "held-out part of Python's standard library"
 Quantized = Annotated[
-    str, typer.Option("--llmopt", metavar="NAME", help="As `from_pretrained` takes it, such as int4; false for none.")
+    str,
+    typer.Option(
+        "--llmopt",
+        metavar="NAME|JSON",
+        help='As `from_pretrained` takes it: int4, or {"quantization": {"method": "gptq", "bits": 3}}; false for none.',
+    ),
 ]
 Text = Annotated[
     Path | None, typer.Option(help=f"A UTF-8 file. By default the {HELD_OUT}, which the embedded model has not seen.")
