@@ -185,15 +185,22 @@ def _memory_table(found: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             case["shape"], case["method"], f"{case['bytes_before'] / 1e6:.0f}", f"{case['bytes'] / 1e6:.0f}",
-            "unknown" if case["peak"] is None else f"{case['peak'] / 1e6:.0f}",
+            f"{(case['bytes'] - case['mapped']) / 1e6:.0f}",
+            *("unknown" if case[name] is None else f"{case[name] / 1e6:.0f}" for name in ("peak", "peak_mapped")),
             f"{case['largest_product'] / 1e6:.0f}",
             "" if case["peak"] is None else f"{case['over']:.2f}, ≤ {case['goal']}: "
             + ("met" if case["over"] <= case["goal"] else "missed"),
         ]
         for case in found
     ]  # fmt: skip
-    columns = ["shape", "method", "bfloat16 MB", "result MB", "peak MB", "one layer MB", "(peak - layer) / result"]
-    caption = "peak: memory that belongs to no file; weights that stay as they are may remain mapped from theirs"
+    columns = [
+        "shape", "method", "bfloat16 MB", "result MB", "of it own", "peak, own", "peak, files", "one layer",
+        "(peak - layer) / result, own",
+    ]  # fmt: skip
+    caption = (
+        "own: memory that belongs to no file; files: their pages that were in memory, which the system may take back. "
+        "Weights that stay as they are, here the embedding, remain mapped"
+    )
     return Table("quantization: memory while a model is quantized as it is loaded", columns, rows, 2, caption)
 
 

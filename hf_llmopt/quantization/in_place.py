@@ -45,6 +45,7 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
                 quantizer.names.add(name)
                 quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
                 model.set_submodule(name, new)
+                quantizer.freed.after(module.weight.numel())
     finally:
         if quantizer.names:  # if it was stopped, the model is what it is now, and its files say so
             quantizer.use(found.only(quantizer.names))

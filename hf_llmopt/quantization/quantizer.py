@@ -21,6 +21,7 @@ from ..errors import InvalidCheckpoint
 from . import formats
 from .experts import conversions, keep_apart, names_in_files, unfuse
 from .formats import Recipe, Scheme
+from .heap import Freed
 from .linear import QuantizedHead, QuantizedLinear
 from .plan import ADAPTER, AS_LINEAR, HEAD, ROUTER, STOPPED, Plan, dividing_group, inputs_and_outputs, plan
 from .report import QuantizationReport
@@ -61,6 +62,7 @@ class Quantizer(HfQuantizer):
         self.element_sizes: dict[str, int] = {}  # bytes of what they store as `weight`, which is full until it is read
         self.bytes_before = 0
         self.notes: dict[str, str] = {}  # what a calibration could not do for some of them
+        self.freed = Freed()
         self._loading: PreTrainedModel | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -144,6 +146,7 @@ class Quantizer(HfQuantizer):
             module.requires_grad_(False)
             module.activations = self.asked.activations == "auto"
             module.prepare()
+            self.freed.after(module.in_features * module.out_features)
         head = model.get_output_embeddings()
         if self.asked.head_bits and type(head) is nn.Linear:
             name = next(name for name, module in model.named_modules() if module is head)
@@ -223,6 +226,7 @@ class _Quantize(ConversionOps):
                 del module._parameters["weight"]
                 missing_keys.discard(key)
             made |= {f"{name}.{leaf}": nn.Parameter(tensor, requires_grad=False) for leaf, tensor in stored.items()}
+            self.quantizer.freed.after(weight.numel())
         return made
 
 
