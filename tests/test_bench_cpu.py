@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
 from hf_llmopt.kernels import cpu as kernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = Workload("short", rows=2, new_tokens=6, shortest=5, longest=5)
 LONG = Workload("long", rows=2, new_tokens=6, shortest=40, longest=40)
 PAIR = ((SHORT, 0.001), (LONG, None))
@@ -26,15 +27,6 @@ PAIR = ((SHORT, 0.001), (LONG, None))
 
 def experiment(kind: str, shape: str = "0.5b", dtype: str = "float32", cases: Any = PAIR) -> cpu.Experiment:
     return cpu.Experiment(kind, kind, shape, dtype, cases)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only waits, for minutes in all if the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

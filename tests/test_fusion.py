@@ -27,7 +27,10 @@ from hf_llmopt.fusion import Fusion, Replacement
 from hf_llmopt.kernels import cpu
 from hf_llmopt.kernels.cpu import ops
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LEVELS = cpu.levels() or ("none",)
 LIMIT = 16  # rows up to which every product is ours: which one is faster must not decide what is tested
@@ -76,15 +79,6 @@ ARCHITECTURES: dict[str, set[str]] = {
     "mixtral": {"product", "norm"},
     "gpt_oss": {"product", "norm"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only waits, for minutes in all if the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

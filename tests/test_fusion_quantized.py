@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,21 +17,16 @@ from hf_llmopt.quantization.formats import Scheme
 from hf_llmopt.quantization.grid import make_grid
 from hf_llmopt.quantization.linear import QuantizedHead, QuantizedLinear
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not())),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LIMIT = 16
 INT4 = Scheme("pack-quantized", bits=4, group_size=32, symmetric=True)
 ASYMMETRIC = Scheme("awq", bits=4, group_size=32, symmetric=False)
 INT8 = Scheme("int-quantized", bits=8, group_size=-1, symmetric=True)
 GREEDY = {"max_new_tokens": 10, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

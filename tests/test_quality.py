@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,9 @@ from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
 from hf_llmopt.errors import InvalidLogits, InvalidOption, InvalidText
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "def f(x):\n    return x + 1\n" * 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,9 @@ from typer.testing import CliRunner, Result
 from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = "def f(x):\n    return x + 1\n" * 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ fixed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,16 +48,7 @@ class Hessian:
             self.value.addmm_(wide.T, wide, beta=1 - len(x) / self.tokens, alpha=1 / self.tokens)
 
 
-def quantize_block(
-    block: Block,
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
-    act_order: bool = True,
-    damping: float = 0.01,
-    clip: bool = True,
-    scale_dtype: torch.dtype = torch.float16,
-) -> dict[str, Grid]:
+def quantize_block(block: Block, **options: Any) -> dict[str, Grid]:
     """Quantize a block with GPTQ: a method for `blocks.quantize_blocks`. The options are those of `gptq`."""
     grids: dict[str, Grid] = {}
     for stage in block.stages:
@@ -73,10 +66,7 @@ def quantize_block(
                 if hessian is None or hessian.tokens < FEW:
                     grids[name] = block.fall_back(name)
                 else:
-                    weight = block.weight(name)
-                    grids[name] = gptq(
-                        weight, hessian.value, bits, group_size, symmetric, act_order, damping, clip, scale_dtype
-                    )
+                    grids[name] = gptq(block.weight(name), hessian.value, **options)
                 block.replace(name, grids[name])
     return grids
 

@@ -12,6 +12,7 @@ import typer
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
 from .kv_cache import load_or_build
+from .shown import show
 
 
 def continuous_batching(
@@ -56,7 +57,6 @@ def continuous_batching(
     Says nothing about speed and exits with 1 if tokens differ.
     """
     from hf_llmopt.bench import continuous_batching as cb
-    from hf_llmopt.bench import report as reports
     from hf_llmopt.errors import unknown
 
     if model is not None and shape is not None:
@@ -91,16 +91,6 @@ def continuous_batching(
         ui.save(output, report)
     if timeline is not None:
         timeline.write_text(cb.svg(report["timeline"]), "utf-8")
-    if json:
-        ui.emit(report)
-    elif markdown:
-        ui.say("\n\n".join(map(reports.markdown, cb.tables(report))))
-    else:
-        for view in cb.tables(report):
-            ui.table(view.title, view.columns, view.rows, view.names, view.caption)
     if quick:
         ui.talk("--quick: a few short requests, to see that it works; none of these figures counts")
-    if not report["passed"]:
-        for line in cb.failures(report):
-            ui.fail(f"FAILED: {line}")
-        raise typer.Exit(1)
+    show(report, cb.tables(report), cb.failures(report), json, markdown)

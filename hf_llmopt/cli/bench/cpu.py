@@ -11,6 +11,7 @@ import typer
 
 from .. import ui
 from ..command import Json, UserError
+from .shown import show
 
 
 def cpu(
@@ -39,7 +40,6 @@ def cpu(
     from transformers.utils import logging
 
     from hf_llmopt.bench import cpu as bench
-    from hf_llmopt.bench import report as reports
     from hf_llmopt.errors import unknown
 
     if output is not None and not output.parent.is_dir():
@@ -58,14 +58,4 @@ def cpu(
     report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
     if output is not None:
         ui.save(output, report)
-    if json:
-        ui.emit(report)
-    elif markdown:
-        ui.say("\n\n".join(map(reports.markdown, bench.tables(report))))
-    else:
-        for view in bench.tables(report):
-            ui.table(view.title, view.columns, view.rows, view.names, view.caption)
-    if not report["passed"]:
-        for line in bench.failures(report):
-            ui.fail(f"FAILED: {line}")
-        raise typer.Exit(1)
+    show(report, bench.tables(report), bench.failures(report), json, markdown)

@@ -11,6 +11,7 @@ import typer
 
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
+from .shown import show
 
 if TYPE_CHECKING:
     from hf_llmopt.bench.workloads import Workload
@@ -76,19 +77,9 @@ def kv_cache(
     report["model"]["name"] = f"shape {shape}, random weights" if shape else model
     if output is not None:
         ui.save(output, report)
-    if json:
-        ui.emit(report)
-    elif markdown:
-        ui.say(reports.markdown(reports.table(report)))
-    else:
-        view = reports.table(report)
-        ui.table(view.title, view.columns, view.rows, view.names, view.caption)
     if quick:
         ui.talk("--quick: a few short prompts, to see that it works; none of these figures counts")
-    if not report["passed"]:
-        for line in reports.failures(report):
-            ui.fail(f"FAILED: {line}")
-        raise typer.Exit(1)
+    show(report, [reports.table(report)], reports.failures(report), json, markdown)
 
 
 def _workloads(known: tuple[Workload, ...], names: list[str] | None, all_of_them: bool) -> list[Workload]:

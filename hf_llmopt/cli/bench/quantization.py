@@ -13,6 +13,7 @@ import typer
 from .. import ui
 from ..command import Json, UserError
 from ..texts import read_text
+from .shown import show
 
 
 def quantization(
@@ -51,7 +52,6 @@ def quantization(
 
     from hf_llmopt.bench import plots as drawings
     from hf_llmopt.bench import quantization as bench
-    from hf_llmopt.bench import report as reports
     from hf_llmopt.bench.quantized import METHODS
     from hf_llmopt.bench.workloads import SHAPES
     from hf_llmopt.errors import unknown
@@ -87,17 +87,7 @@ def quantization(
             (plots / f"quantization-{found['shape']}.svg").write_text(drawings.quantized_speed(found), "utf-8")
         if "quality" in report:
             (plots / "quantization-quality.svg").write_text(drawings.quantized_quality(report["quality"]), "utf-8")
-    if json:
-        ui.emit(report)
-    elif markdown:
-        ui.say("\n\n".join(map(reports.markdown, bench.tables(report))))
-    else:
-        for view in bench.tables(report):
-            ui.table(view.title, view.columns, view.rows, view.names, view.caption)
-    if not report["passed"]:
-        for line in bench.failures(report):
-            ui.fail(f"FAILED: {line}")
-        raise typer.Exit(1)
+    show(report, bench.tables(report), bench.failures(report), json, markdown)
 
 
 def _rows(text: str) -> list[int]:

@@ -1,0 +1,41 @@
+"""The end of every bench command: the report as tables, Markdown or JSON, and exit code 1 if it did not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .. import ui
+
+if TYPE_CHECKING:
+    from hf_llmopt.bench.report import Table
+
+
+def show(report: dict[str, Any], tables: Sequence[Table], failures: Iterable[str], json: bool, markdown: bool) -> None:
+    """Write a report to stdout.
+
+    Args:
+        report: What was measured; `report["passed"]` says whether results were right.
+        tables: The same as tables.
+        failures: What was wrong, a line each.
+        json: JSON instead of tables.
+        markdown: Markdown tables.
+
+    Raises:
+        typer.Exit: With code 1, if it did not pass.
+    """
+    from hf_llmopt.bench import report as reports
+
+    if json:
+        ui.emit(report)
+    elif markdown:
+        ui.say("\n\n".join(map(reports.markdown, tables)))
+    else:
+        for view in tables:
+            ui.table(view.title, view.columns, view.rows, view.names, view.caption)
+    if not report["passed"]:
+        for line in failures:
+            ui.fail(f"FAILED: {line}")
+        raise typer.Exit(1)
