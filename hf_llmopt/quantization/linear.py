@@ -169,6 +169,8 @@ class QuantizedLinear(_Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
+        if _is_plain(x):
+            return self.multiply(x, self.bias, False)
         x, bias = _as_autocast(x, self.bias)
         exactly = _needs_gradient(x, bias)
         # A kernel's layout is here for the backward pass too; what accelerate brings for a forward is not.
@@ -258,6 +260,11 @@ def _is_readable(x: Tensor, inputs: int, device: torch.device) -> bool:
     return x.shape[-1:] == (inputs,) and x.device == device and x.is_floating_point() and not x.is_neg()
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody looks on: the case of every step, and each product is called often."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -328,6 +335,8 @@ class QuantizedHead(_Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
+        if _is_plain(x):
+            return self.multiply(x, self.bias, False)
         x, bias = _as_autocast(x, self.bias)
         exactly = _needs_gradient(x, self.weight, bias)
         if torch.compiler.is_compiling() and not exactly:
