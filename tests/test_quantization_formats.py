@@ -567,6 +567,7 @@ def test_configs_that_lack_something(config: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
+        (GPTQ_CONFIG | {"quant_method": ["gptq"]}, r"'quant_method' is a string, got \['gptq'\]"),
         (GPTQ_CONFIG | {"bits": "4"}, "'bits' is a positive integer, got '4'"),
         (GPTQ_CONFIG | {"bits": 4.0}, "'bits' is a positive integer, got 4.0"),
         (GPTQ_CONFIG | {"bits": None}, "'bits' is a positive integer, got null"),

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import EIGHT_BITS, LLMOptConfig, QuantizationConfig
-from ..errors import InvalidCheckpoint, UnsupportedQuantization
+from ..errors import UnsupportedQuantization
 from .formats import Recipe
 from .plan import CALIBRATED
 from .quantizer import Quantizer, WeightConfig
@@ -52,9 +52,7 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
         if wanted is None or wanted.method in CALIBRATED:
             return None
         return Quantizer(WeightConfig(), wanted, pre_quantized=False)
-    words = entry.to_dict() if hasattr(entry, "to_dict") else entry
-    if not isinstance(words, dict):
-        raise InvalidCheckpoint(f"The config.json has a quantization_config that is no object, {{...}}: {entry!r}.")
+    words = entry if isinstance(entry, dict) else entry.to_dict()
     try:
         recipe = Recipe.from_dict(words)
     except UnsupportedQuantization as reason:

@@ -23,7 +23,7 @@ LINEAR = ("Linear",)
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Recipe` from a `quantization_config`."""
-    given = config.get("quant_method") or _guessed(config)
+    given = _field(config, "quant_method", "a string", lambda value: isinstance(value, str)) or _guessed(config)
     method = str(getattr(given, "value", given)).lower()
     readers = {"gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": _read_compressed, "fp8": _read_fp8}
     if method not in readers:
