@@ -68,10 +68,12 @@ class Section:
 
 @dataclass(frozen=True)
 class KVCacheConfig(Section):
-    """Part 1, the paged KV cache. Exact.
+    """Part 1, the paged KV cache. Exact, unless `dtype` says otherwise.
 
     Args:
         page_size: Tokens per page.
+        dtype: Numbers in pages. `"auto"`: the model's own. `"int8"`, `"fp8"` and `"int4"`: about half and a quarter of
+            bfloat16's bytes, at a small loss of quality; written so, and read so by the kernels.
         max_tokens: Most tokens the pages of one model may hold, `None` for as many as the memory allows.
         memory_fraction: Share of the memory that is free when pages are made which they may fill, in (0, 1].
 
@@ -82,6 +84,7 @@ class KVCacheConfig(Section):
     """
 
     page_size: int = _option(16, kind=int, low=1, high=4096)
+    dtype: str = _option("auto", choices=("auto", "int8", "fp8", "int4"))
     max_tokens: int | None = _option(None, kind=int, low=1)
     memory_fraction: float = _option(0.9, kind=float, low=0.01, high=1.0)
 

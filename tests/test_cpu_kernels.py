@@ -9,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_llmopt.kernels import cpu, reference
-from hf_llmopt.kernels.arguments import Grid, Layer, Norm, Product, Seen, Stage, Turns
+from hf_llmopt.kernels.arguments import (
+    PAGE_FORMATS,
+    TILED,
+    Grid,
+    Layer,
+    Norm,
+    PageFormat,
+    Product,
+    Seen,
+    Shape,
+    Stage,
+    Turns,
+)
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 # With a compiler these tests must run: an optional extension that fails to build would go unnoticed.
@@ -78,10 +90,17 @@ def test_attention(spans: tuple[int, ...], dtype: torch.dtype, level: str, data:
         for to in (keys, values):
             to[where] = torch.randn(len(tokens), *to.shape[1:]).to(dtype)
     longest = max(end - first for _, first, end in items.tolist())
-    seen = Seen(keys, values, table, items, page_size, longest, key_dim**-0.5, softcap, sinks)
+    form, coded = PAGE_FORMATS.get(data.draw(st.sampled_from(["dense", *PAGE_FORMATS]))), None
+    if form is not None:
+        keys, values = reference.pack_rows(keys, form, form.rotates), reference.pack_rows(values, form)
+        coded = Shape(kv_heads, key_dim, value_dim)
+    spans = data.draw(st.sampled_from([TILED, 1000]))  # long ones tile by tile, or query by query too
+    seen = Seen(keys, values, table, items, page_size, longest, key_dim**-0.5, softcap, sinks, spans, form, coded)
     with cpu.using(level):
         ours = cpu.attention(query, seen)
-    wide = seen._replace(keys=keys.double(), values=values.double(), sinks=None if sinks is None else sinks.double())
+    wide = seen._replace(sinks=None if sinks is None else sinks.double())
+    if form is None:
+        wide = wide._replace(keys=keys.double(), values=values.double())
     close(ours, reference.paged_attention(query, seen), reference.paged_attention(query.double(), wide).double())
 
 
@@ -307,6 +326,26 @@ def test_flash_does_not_depend_on_neighbours(level: str) -> None:
             cpu.attention(query[part], seen._replace(items=items[part])) for part in (slice(0, 37), slice(37, 150))
         ]
     assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize("form", PAGE_FORMATS.values(), ids=PAGE_FORMATS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_rows(dtype: torch.dtype, level: str, form: PageFormat) -> None:
+    for width in (2, 10, 64, 80, 512):
+        x = torch.randn(3, 40, width).to(dtype).transpose(0, 1)  # as a model hands keys over
+        x[3], x[4], x[5], x[6] = 0, 1e-3 * x[4], 100 * x[5], 7.0
+        with cpu.using(level):
+            packed, turned = cpu.pack_rows(x, form), cpu.pack_rows(x, form, True)
+        assert torch.equal(packed, reference.pack_rows(x, form))
+        # A turned number may lie so close to the middle of a step that its last bit decides.
+        assert (turned != reference.pack_rows(x, form, True)).float().mean() < 1e-3
+        assert packed.shape == (40, 1, form.row_bytes(3, width))
+        error = (reference.unpack_rows(packed, form, 3, width, torch.float32) - x.float()).abs().amax(-1)
+        wide, most = x.float(), x.float().abs().amax(-1)
+        # Half a step: of float8 up to 1/16 of the number; scales, and with 4 bits the lowest number, have 8 bits.
+        step = (wide.amax(-1) - wide.amin(-1) + most / 64) / 15 if form.bits == 4 else most / 127
+        assert (error <= (8 if form.name == "fp8" else 0.54) * step).all()
 
 
 def test_malformed_calls_are_refused() -> None:

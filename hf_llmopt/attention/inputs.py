@@ -57,15 +57,13 @@ class DenseRows:
     _typed: dict[Any, Tensor] = field(default_factory=dict)
 
     def read(self, slots: Tensor) -> Tensor:
-        """`[rows, kv_heads, keys, width]` of a layer's `slots`, a view where the rows are runs."""
+        """`[rows, keys, ...]` of a layer's `slots`, a view where the rows are runs."""
         if self.index is not None:
             index = self._on(slots.device, self.index.dtype, self.index)
-            dense = slots.index_select(0, index).view(self.rows, self.keys, *slots.shape[1:])
-        else:
-            width = slots.shape[1] * slots.shape[2]
-            shape = (self.rows, self.keys, *slots.shape[1:])
-            dense = slots.as_strided(shape, (self.stride * width, width, slots.shape[2], 1), self.base * width)
-        return dense.transpose(1, 2)
+            return slots.index_select(0, index).view(self.rows, self.keys, *slots.shape[1:])
+        width = slots.shape[1] * slots.shape[2]
+        shape = (self.rows, self.keys, *slots.shape[1:])
+        return slots.as_strided(shape, (self.stride * width, width, slots.shape[2], 1), self.base * width)
 
     def mask(self, query: Tensor) -> Tensor | None:
         """`bias` in the query's dtype and on its device, converted once a step."""
@@ -184,8 +182,10 @@ class StepInputs:
         if pages is None:  # made once a step for the layers of a group
             pages = self._pages[index] = self._list_pages(self.store.groups[index], index)
         table, items, longest = pages
-        keys, values, size = self.store.keys[layer], self.store.values[layer], self.store.page_size
-        return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled)
+        keys, values, spec = self.store.keys[layer], self.store.values[layer], self.store.layers[layer]
+        coded = None if spec.form is None else spec.shape
+        size = self.store.page_size
+        return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled, spec.form, coded)
 
     def _list_pages(self, group: CacheGroup, index: int) -> tuple[Tensor, Tensor, int]:
         items: list[tuple[int, int, int]] = []

@@ -87,7 +87,7 @@ def _decode(
     tokens = query[0].transpose(0, 1)  # [decodes, heads, width]
     parts, start = [], 0
     for rows in step.dense_rows(layer):
-        keys, values = rows.read(step.store.keys[layer]), rows.read(step.store.values[layer])
+        keys, values = (found.transpose(1, 2) for found in step.store.read(layer, rows.read))
         part = tokens[start : start + rows.rows]
         start += rows.rows
         mask = rows.mask(query)
@@ -136,21 +136,21 @@ def _extend(
     query, key, value = (t[:, :, span.offset : span.offset + span.length] for t in (query, key, value))
     start = span.context - span.length
     plain = softcap is None and sinks is None
+    rounded = step.store.layers[layer].form is not None  # pages do not hold quite what the span brings
     first = group.first_visible(start)
     whole = group.first_visible(span.context - 1) == 0  # every query sees all tokens before it
-    if start == 0 and plain and whole:
+    if start == 0 and plain and whole and not rounded:
         step.note("prefill-sdpa")
         output = _attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
     table = span.tables[step.store.group_of[layer]]
-    slots = step.store.keys[layer], step.store.values[layer]
-    if plain and whole and query.device.type == "cpu" and query.shape[3] == value.shape[3]:
+    if plain and whole and not rounded and query.device.type == "cpu" and query.shape[3] == value.shape[3]:
         step.note("extend-tiles")
-        tiles = (_tile(step, table, slots, *tile) for tile in _tiles(table, step.store.page_size, start))
+        tiles = (_tile(step, layer, table, *tile) for tile in _tiles(table, step.store.page_size, start))
         return _cascade(query, key, value, tiles, scaling).transpose(1, 2)
     step.note("extend-sdpa" if plain else "extend-matmul")
-    if start > 0:
-        key, value = _tile(step, table, slots, first, span.context)
+    if start > 0 or rounded:
+        key, value = _tile(step, layer, table, first, span.context)
     parts = []
     for tile in range(start, span.context, TILE):
         stop = min(tile + TILE, span.context)
@@ -177,9 +177,7 @@ def _tiles(table: BlockTable, page_size: int, end: int) -> Iterator[tuple[int, i
         yield run, end
 
 
-def _tile(
-    step: StepInputs, table: BlockTable, slots: tuple[Tensor, Tensor], start: int, stop: int
-) -> tuple[Tensor, Tensor]:
+def _tile(step: StepInputs, layer: int, table: BlockTable, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Keys and values of tokens [start, stop), `[1, kv_heads, tokens, width]`: a view if they are a run of pages."""
     size = step.store.page_size
     where: Any = None
@@ -187,8 +185,9 @@ def _tile(
         first = table.pages[start // size] * size + start % size
         where = slice(first, first + stop - start)
     else:
-        where = upload(step.store.slots(table, start, stop), slots[0].device)
-    return slots[0][where][None].transpose(1, 2), slots[1][where][None].transpose(1, 2)
+        where = upload(step.store.slots(table, start, stop), step.store.layers[layer].device)
+    keys, values = step.store.read(layer, lambda slots: slots[where][None])
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def _cascade(

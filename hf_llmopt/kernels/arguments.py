@@ -66,6 +66,41 @@ class Product(NamedTuple):
     group: int = 0
 
 
+class PageFormat(NamedTuple):
+    """How quantized pages hold a token's keys or values, `[1, bytes]` of uint8 in its slot.
+
+    All heads' codes come first, then a scale of each head, and with 4 bits its lowest value too, both bfloat16.
+
+    Attributes:
+        name: `"int8"`: `scale * code`, -127 to 127. `"fp8"`: `scale * code`, e4m3. `"int4"`: `low + scale * code`, 0 to
+            15; byte i holds elements i and, in its high half, i + width / 2.
+        bits: Of a code.
+        parts: Numbers beside a head's codes.
+        rotates: Keys are multiplied by a Hadamard matrix before, and queries too: that spreads a channel with large
+            values over all (QuaRot, Ashkboos et al. 2024, section 4), and leaves products as they are.
+    """
+
+    name: str
+    bits: int = 8
+    parts: int = 1
+    rotates: bool = False
+
+    def row_bytes(self, kv_heads: int, width: int) -> int:
+        """Bytes of a slot."""
+        return kv_heads * (width * self.bits // 8 + 2 * self.parts)
+
+
+PAGE_FORMATS = {form.name: form for form in (PageFormat("int8"), PageFormat("fp8"), PageFormat("int4", 4, 2, True))}
+
+
+class Shape(NamedTuple):
+    """Key and value heads of a layer, and their widths."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
 TILED = 5  # measured: from this length of a span on, tiles are faster on the CPU for most shapes of heads
 
 
@@ -73,8 +108,8 @@ class Seen(NamedTuple):
     """The keys and values that single query tokens attend to.
 
     Attributes:
-        keys: All slots of the layer, `[slots, kv_heads, key_dim]`.
-        values: `[slots, kv_heads, value_dim]`.
+        keys: All slots of the layer, `[slots, kv_heads, key_dim]`; `[slots, 1, bytes]` if pages are quantized.
+        values: `[slots, kv_heads, value_dim]`; likewise.
         table: Page ids of each request, int32 `[requests, pages]`.
         items: Per query token (row of `table`, first visible token, end of the visible tokens), int32 `[tokens, 3]`.
             Those with the same row follow one another and are a span, the shortest first.
@@ -85,6 +120,8 @@ class Seen(NamedTuple):
         sinks: `[heads]`, or `None`.
         tiled: Tokens of a span from which on C computes it tile by tile; a query of a shorter one by itself. The two
             differ by rounding.
+        form: Of quantized pages.
+        coded: What quantized pages hold.
     """
 
     keys: Tensor
@@ -97,6 +134,13 @@ class Seen(NamedTuple):
     softcap: float | None = None
     sinks: Tensor | None = None
     tiled: int = TILED
+    form: PageFormat | None = None
+    coded: Shape | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Heads and widths of what the pages hold."""
+        return self.coded or Shape(self.keys.shape[1], self.keys.shape[2], self.values.shape[2])
 
 
 class Turns(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -197,12 +198,15 @@ class PagedCache(Cache):
     def dense(self, layer_idx: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer from column `start` on, `[rows, kv_heads, columns, width]`, padding zero."""
         group = self.store.group_of[layer_idx]
+        parts = []
+        for row, tables in enumerate(self.rows):
+            index = self.store.slots(tables[group], 0, self.num_tokens(row)).to(self.store.layers[layer_idx].device)
+            parts.append(self.store.read(layer_idx, partial(torch.index_select, dim=0, index=index)))
         outputs = []
-        for slots in (self.store.keys[layer_idx], self.store.values[layer_idx]):
-            dense = slots.new_zeros(len(self.rows), self.columns.shape[1], *slots.shape[1:])
-            for row, tables in enumerate(self.rows):
-                index = self.store.slots(tables[group], 0, self.num_tokens(row)).to(slots.device)
-                dense[row, self.columns[row].to(slots.device)] = slots[index]
+        for found in zip(*parts, strict=True):
+            dense = found[0].new_zeros(len(found), self.columns.shape[1], *found[0].shape[1:])
+            for row, part in enumerate(found):
+                dense[row, self.columns[row].to(part.device)] = part
             outputs.append(dense[:, start:].transpose(1, 2))
         return outputs[0], outputs[1]
 

@@ -1,22 +1,26 @@
 """The tensors behind the pages.
 
-Every layer keeps its keys and values in two tensors of slots, `[pages * page_size, kv_heads, width]`; token i of a
-request lies in slot `pages[i // page_size] * page_size + i % page_size`. Layers with the same lifetime form a group and
-share page ids, so there is one block table per request and group, whatever the number of layers.
+Every layer keeps its keys and values in two tensors of slots, `[pages * page_size, kv_heads, width]`, or as bytes if
+pages are quantized (`PageFormat`). Token i of a request lies in slot
+`pages[i // page_size] * page_size + i % page_size`.
+Layers with the same lifetime form a group and share page ids, so there is one block table per request and group,
+whatever the number of layers.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from torch import Tensor
 
 from ..config import KVCacheConfig
-from ..errors import OutOfPages
+from ..errors import OutOfPages, UnsupportedModel
+from ..kernels import cpu, reference
+from ..kernels.arguments import PAGE_FORMATS, PageFormat, Shape
 from .pool import BlockTable, PagePool
 
 
@@ -32,6 +36,7 @@ class LayerSpec:
         value_dim: Width of a value.
         dtype: Number format.
         device: Where the layer lives.
+        form: How pages hold it, if they are quantized.
     """
 
     kind: str
@@ -41,11 +46,30 @@ class LayerSpec:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    form: PageFormat | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Heads and widths."""
+        return Shape(self.kv_heads, self.key_dim, self.value_dim)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value."""
+        if self.form is not None:
+            return sum(self.form.row_bytes(self.kv_heads, width) for width in (self.key_dim, self.value_dim))
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+    def slots(self, width: int, count: int) -> Tensor:
+        """Zeroed slots for keys or values of this width, `[count, kv_heads, width]` or as `PageFormat` says.
+
+        Zeros, because slots that no token was written to are read under a mask, and 0 * NaN would be NaN.
+        """
+        with torch.inference_mode(False):  # pages outlive the call that made them
+            if self.form is not None:
+                rows = (count, 1, self.form.row_bytes(self.kv_heads, width))
+                return torch.zeros(rows, dtype=torch.uint8, device=self.device)
+            return torch.zeros(count, self.kv_heads, width, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -86,7 +110,8 @@ class PagedStore:
     def __init__(
         self, layers: Sequence[LayerSpec], config: KVCacheConfig, dense: bool = True, reads_columns: bool = False
     ) -> None:
-        self.layers = list(layers)
+        form = PAGE_FORMATS.get(config.dtype)
+        self.layers = [replace(layer, form=form) for layer in layers]
         self.dense = dense
         self.reads_columns = reads_columns
         self.config = config
@@ -103,14 +128,15 @@ class PagedStore:
             self.groups[self.group_of[-1]].layers.append(index)
         # Rows of collected `PagedCache` objects. Collection may strike inside a pool's method, so it only queues them.
         self.dropped: deque[list[list[BlockTable]]] = deque()
-        self.keys = [self._slots(layer, layer.key_dim, 1) for layer in self.layers]
-        self.values = [self._slots(layer, layer.value_dim, 1) for layer in self.layers]
-
-    def _slots(self, layer: LayerSpec, width: int, pages: int) -> Tensor:
-        # Zeros, because slots that no token was written to are read under a mask, and 0 * NaN would be NaN.
-        shape = (pages * self.page_size, layer.kv_heads, width)
-        with torch.inference_mode(False):  # pages outlive the call that made them
-            return torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+        if form is not None and form.bits == 4:
+            for index, layer in enumerate(self.layers):
+                if odd := [width for width in layer.shape[1:] if width % 2]:
+                    raise UnsupportedModel(
+                        f"KVCacheConfig(dtype='int4') puts two numbers into a byte, and keys or values of layer "
+                        f"{index} are {odd[0]} wide. Use 'int8' or 'fp8'."
+                    )
+        self.keys = [layer.slots(layer.key_dim, self.page_size) for layer in self.layers]
+        self.values = [layer.slots(layer.value_dim, self.page_size) for layer in self.layers]
 
     def page_bytes(self, group: int) -> int:
         """Bytes of one page in all layers of a group."""
@@ -160,9 +186,10 @@ class PagedStore:
     def _grow(self, group: int, num_pages: int) -> None:
         try:
             for index in self.groups[group].layers:
-                for tensors in (self.keys, self.values):
+                layer = self.layers[index]
+                for tensors, width in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
                     old = tensors[index]
-                    tensors[index] = self._slots(self.layers[index], old.shape[2], num_pages + 1)
+                    tensors[index] = layer.slots(width, (num_pages + 1) * self.page_size)
                     tensors[index][: old.shape[0]] = old
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "alloc" not in str(error) and "memory" not in str(error):
@@ -218,8 +245,31 @@ class PagedStore:
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]` in their slots."""
+        form = self.layers[layer].form
+        if form is not None:
+            fits = keys.device.type == "cpu" and cpu.available() and max(keys.shape[2], values.shape[2]) <= cpu.MAX_DIM
+            pack = cpu.pack_rows if fits and keys.dtype in cpu.DTYPES else reference.pack_rows
+            keys, values = pack(keys, form, form.rotates), pack(values, form)
         self.keys[layer].index_copy_(0, slots, keys)
         self.values[layer].index_copy_(0, slots, values)
+
+    def read(self, layer: int, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of some slots, as the model made them but for rounding.
+
+        Args:
+            layer: Its index.
+            take: Chooses slots, `[slots, ...]` to `[..., *]`: a view where pages are not quantized.
+
+        Returns:
+            `[..., kv_heads, key_dim]` and `[..., kv_heads, value_dim]`.
+        """
+        keys, values, spec = take(self.keys[layer]), take(self.values[layer]), self.layers[layer]
+        if spec.form is None:
+            return keys, values
+        return (
+            reference.unpack_rows(keys, spec.form, spec.kv_heads, spec.key_dim, spec.dtype, spec.form.rotates),
+            reference.unpack_rows(values, spec.form, spec.kv_heads, spec.value_dim, spec.dtype),
+        )
 
 
 def free_bytes(device: torch.device) -> int:

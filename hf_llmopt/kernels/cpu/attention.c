@@ -7,7 +7,7 @@
  *
  * query   [tokens, heads, key_dim]           any strides between tokens and heads
  * keys    [slots, kv_heads, key_dim]         contiguous
- * values  [slots, kv_heads, value_dim]       contiguous
+ * values  [slots, kv_heads, value_dim]       contiguous; or both as pages.h says: a block is then unpacked first
  * table   [rows, pages]                      page ids of each request
  * items   [tokens, 3]                        row of the table, first visible token, end of the visible tokens; those with
  *                                            the same row follow one another and are a span, the shortest first
@@ -21,6 +21,7 @@
 #define SELF "attention.c"
 #include "levels.h"
 #elif defined(FORMAT)
+#include "pages.h"
 
 extern void FN(flash_team)(const attention *);
 
@@ -41,9 +42,9 @@ INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
     return FN(sums)(a);
 }
 
-/* acc[head][dim] += weight[head][token] value[token][dim], for H heads and J vectors at a time. */
-#define HEADS_BY_VECTORS(H, J)                                                                                         \
-    INLINE void FN(values_##H)(float *acc, long room, const float (*weight)[BLOCK], const E **value, int count,        \
+/* acc[head][dim] += weight[head][token] value[token][dim], for H heads and J vectors at a time; values are E or float. */
+#define HEADS_BY_VECTORS(H, J, KIND, T, LOAD, LOAD_PART)                                                               \
+    INLINE void FN(KIND##_##H)(float *acc, long room, const float (*weight)[BLOCK], const T **value, int count,        \
                                long dim) {                                                                             \
         long d = 0;                                                                                                    \
         for (; d + J * WIDTH <= dim; d += J * WIDTH) {                                                                 \
@@ -51,7 +52,7 @@ INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
             _Pragma("GCC unroll 8") for (int g = 0; g < H; g++) memcpy(sum[g], acc + g * room + d, sizeof sum[g]);     \
             for (int t = 0; t < count; t++)                                                                            \
                 _Pragma("GCC unroll 4") for (int j = 0; j < J; j++) {                                                  \
-                    vec v = FN(load)(value[t] + d + j * WIDTH);                                                        \
+                    vec v = LOAD(value[t] + d + j * WIDTH);                                                            \
                     _Pragma("GCC unroll 8") for (int g = 0; g < H; g++) sum[g][j] += v * weight[g][t];                 \
                 }                                                                                                      \
             _Pragma("GCC unroll 8") for (int g = 0; g < H; g++) memcpy(acc + g * room + d, sum[g], sizeof sum[g]);     \
@@ -59,7 +60,7 @@ INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
         for (; d < dim; d += WIDTH) {                                                                                  \
             long n = dim - d < WIDTH ? dim - d : WIDTH;                                                                \
             for (int t = 0; t < count; t++) {                                                                          \
-                vec v = n == WIDTH ? FN(load)(value[t] + d) : FN(load_part)(value[t] + d, n), sum;                     \
+                vec v = n == WIDTH ? LOAD(value[t] + d) : LOAD_PART(value[t] + d, n), sum;                             \
                 for (int g = 0; g < H; g++) {                                                                          \
                     memcpy(&sum, acc + g * room + d, sizeof sum);                                                      \
                     sum += v * weight[g][t];                                                                           \
@@ -68,18 +69,38 @@ INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
             }                                                                                                          \
         }                                                                                                              \
     }
-HEADS_BY_VECTORS(1, 4)
-HEADS_BY_VECTORS(2, 4)
-HEADS_BY_VECTORS(4, 2)
-HEADS_BY_VECTORS(8, 1)
+INLINE vec FN(load_floats)(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+#define WHOLE(p, n) FN(load_floats)(p) /* there is room behind */
+#define EVERY(J1, J2, J4, J8, ...)                                                                                     \
+    HEADS_BY_VECTORS(1, J1, __VA_ARGS__)                                                                               \
+    HEADS_BY_VECTORS(2, J2, __VA_ARGS__)                                                                               \
+    HEADS_BY_VECTORS(4, J4, __VA_ARGS__)                                                                               \
+    HEADS_BY_VECTORS(8, J8, __VA_ARGS__)
+EVERY(4, 4, 2, 1, values, E, FN(load), FN(load_part))
+EVERY(4, 4, 2, 1, floats, float, FN(load_floats), WHOLE)
 #undef HEADS_BY_VECTORS
+#undef EVERY
+#undef WHOLE
 
 /* Tokens [from, to) of one item: maximum, sum and unnormalised values of each head. `query` and `acc` have rows of whole
  * vectors, `acc` a power of two of them. */
 LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, const FN(element) * query, long query_room,
                     int heads, long from, long to, float *m, float *l, float *acc) {
-    const E *keys = (const E *)a->keys + kv_head * a->key_dim, *values = (const E *)a->values + kv_head * a->value_dim;
-    long key_stride = a->kv_heads * a->key_dim, value_stride = a->kv_heads * a->value_dim;
+    const char *keys = a->keys, *values = a->values;
+    long bytes[2] = {a->key_dim * (long)sizeof(E), a->value_dim * (long)sizeof(E)}; /* of a head, and from slot to slot */
+    long stride[2] = {a->kv_heads * bytes[0], a->kv_heads * bytes[1]};
+    if (a->form) {
+        bytes[0] = page_codes(a->form, a->key_dim), stride[0] = page_row(a->form, a->kv_heads, a->key_dim);
+        bytes[1] = page_codes(a->form, a->value_dim), stride[1] = page_row(a->form, a->kv_heads, a->value_dim);
+    }
+    E open_keys[BLOCK * MAX_DIM];
+    float open_values[BLOCK * MAX_DIM + WIDTH], scales[2][BLOCK] = {0}, lows[2][BLOCK] = {0}, query_sum[MAX_GROUP];
+    const float *wide[BLOCK];
+    for (int g = 0; g < heads && a->form; g++) query_sum[g] = FN(query_sum)(query + g * query_room, a->key_dim);
     long room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH, page = from / a->page_size, place = from % a->page_size;
     float weight[MAX_GROUP][BLOCK] = {0};
     vec sum[MAX_GROUP], lane;
@@ -91,44 +112,76 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
         int count = (int)(to - start < BLOCK ? to - start : BLOCK), full = (count + WIDTH - 1) / WIDTH * WIDTH;
         for (; next < to && next < start + 2 * BLOCK; next++) {
             long slot = (long)pages[page] * a->page_size + place, t = (next - from) % BLOCK;
-            const E **pair[2] = {found[(next - from) / BLOCK % 2][0] + t, found[(next - from) / BLOCK % 2][1] + t};
-            *pair[0] = keys + slot * key_stride, *pair[1] = values + slot * value_stride;
-            for (long d = 0; d < a->key_dim; d += 64 / (long)sizeof(E)) __builtin_prefetch(*pair[0] + d);
-            for (long d = 0; d < a->value_dim; d += 64 / (long)sizeof(E)) __builtin_prefetch(*pair[1] + d);
+            const char *key = keys + slot * stride[0], *value = values + slot * stride[1];
+            long skipped[2] = {kv_head * bytes[0], kv_head * bytes[1]};
+            for (long i = 0; i < bytes[0]; i += 64) __builtin_prefetch(key + skipped[0] + i);
+            for (long i = 0; i < bytes[1]; i += 64) __builtin_prefetch(value + skipped[1] + i);
+            found[(next - from) / BLOCK % 2][0][t] = (const E *)(a->form ? key : key + skipped[0]);
+            found[(next - from) / BLOCK % 2][1][t] = (const E *)(a->form ? value : value + skipped[1]);
             if (++place == a->page_size) place = 0, page++;
         }
         const E **key = found[turn][0], **value = found[turn][1];
+        for (int t = 0; t < count && a->form; t++) {
+            E *to = open_keys + t * ((a->key_dim + WIDTH - 1) / WIDTH * WIDTH);
+            FN(open_key)((const uint8_t *)key[t], a->form, a->kv_heads, a->key_dim, kv_head, scales[0] + t, lows[0] + t, to);
+            FN(open_value)((const uint8_t *)value[t], a->form, a->kv_heads, a->value_dim, kv_head, scales[1] + t,
+                           lows[1] + t, open_values + t * room);
+            key[t] = to, wide[t] = open_values + t * room;
+        }
         for (int t = count; t < full; t++) key[t] = key[0]; /* read, and weighted with 0 */
         for (int g = 0; g < heads; g++) {
             vec score[BLOCK / WIDTH], best = FN(splat)(m[g]);
             for (int b = 0; b * WIDTH < full; b++) {
-                vec s = FN(scores)(query + g * query_room, key + b * WIDTH, a->key_dim) * a->scaling;
+                vec s = FN(scores)(query + g * query_room, key + b * WIDTH, a->key_dim), scale, low;
+                if (a->form) {
+                    memcpy(&scale, scales[0] + b * WIDTH, sizeof scale);
+                    memcpy(&low, lows[0] + b * WIDTH, sizeof low);
+                    s = s * scale + low * query_sum[g];
+                }
+                s *= a->scaling;
                 if (a->softcap > 0) /* tanh(u) = 1 - 2 / (e^2u + 1) */
                     s = (1.0f - 2.0f / (FN(exp)(s * (2.0f / a->softcap)) + 1.0f)) * a->softcap;
                 ivec seen = lane < (float)(count - b * WIDTH);
                 score[b] = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
                 best = FN(max)(best, score[b]);
             }
+            vec lowest = {0};
             float top = FN(top)(best), shrink = m[g] == top ? 1.0f : expf(m[g] - top);
             sum[g] *= shrink;
             for (int b = 0; b * WIDTH < full; b++) {
                 ivec seen = lane < (float)(count - b * WIDTH);
-                vec w = (vec)((ivec)FN(exp)(score[b] - top) & seen);
-                memcpy(weight[g] + b * WIDTH, &w, sizeof w);
+                vec w = (vec)((ivec)FN(exp)(score[b] - top) & seen), scale, low;
                 sum[g] += w;
+                if (a->form) {
+                    memcpy(&scale, scales[1] + b * WIDTH, sizeof scale);
+                    memcpy(&low, lows[1] + b * WIDTH, sizeof low);
+                    lowest += w * low, w *= scale;
+                }
+                memcpy(weight[g] + b * WIDTH, &w, sizeof w);
             }
             m[g] = top;
             if (shrink != 1.0f)
                 for (long d = 0; d < room; d++) acc[g * room + d] *= shrink;
+            if (a->form == INT4_PAGES) {
+                float shift = FN(sum)(lowest);
+                for (long d = 0; d < room; d++) acc[g * room + d] += shift;
+            }
         }
-        if (heads > 4)
-            FN(values_8)(acc, room, weight, value, count, a->value_dim);
-        else if (heads > 2)
-            FN(values_4)(acc, room, weight, value, count, a->value_dim);
-        else if (heads > 1)
-            FN(values_2)(acc, room, weight, value, count, a->value_dim);
-        else
-            FN(values_1)(acc, room, weight, value, count, a->value_dim);
+#define VALUES(H)                                                                                                      \
+    if (a->form)                                                                                                       \
+        FN(floats_##H)(acc, room, weight, wide, count, a->value_dim);                                                  \
+    else                                                                                                               \
+        FN(values_##H)(acc, room, weight, value, count, a->value_dim)
+        if (heads > 4) {
+            VALUES(8);
+        } else if (heads > 2) {
+            VALUES(4);
+        } else if (heads > 1) {
+            VALUES(2);
+        } else {
+            VALUES(1);
+        }
+#undef VALUES
     }
     for (int g = 0; g < heads; g++) l[g] = FN(sum)(sum[g]);
 }
@@ -180,7 +233,7 @@ LOCAL void FN(job_part)(const attention *a, FN(job) job, long p, float *state) {
     FN(element) query[MAX_GROUP * MAX_DIM];
     for (int g = 0; g < job.heads; g++) {
         FN(element) *row = query + g * query_room;
-        FN(widen)(row, (const E *)a->query + job.token * a->query_token + (job.first + g) * a->query_head, a->key_dim);
+        FN(query_row)(a, job.token, job.first + g, row);
         memset(row + a->key_dim, 0, (size_t)(query_room - a->key_dim) * sizeof *row);
     }
     FN(part)(a, a->table + item[0] * a->table_width, job.kv_head, query, query_room, job.heads, from, to, state,

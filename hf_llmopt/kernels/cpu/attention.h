@@ -16,6 +16,7 @@ typedef struct {
     long tiled, leading; /* tokens of a span from which on it goes to flash.c; tokens of the spans before, which are shorter */
     long tokens, heads, kv_heads, key_dim, value_dim, page_size, table_width, query_token, query_head,
         longest; /* visible tokens of the longest item */
+    int form; /* of quantized pages, see pages.h */
     float scaling, softcap; /* softcap 0: none */
 } attention;
 

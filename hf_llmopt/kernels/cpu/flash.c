@@ -23,6 +23,7 @@ typedef struct {
 #define SELF "flash.c"
 #include "levels.h"
 #elif defined(FORMAT)
+#include "pages.h"
 #undef PAIR
 #if defined(HAS_BF16_DOT) && DTYPE == 1
 #define PAIR 2 /* elements of a unit */
@@ -70,7 +71,7 @@ LOCAL void FN(flash_query)(const attention *a, const flash_tile *tile, FN(flash_
         FN(element) line[WIDTH][MAX_DIM + PAIR * WIDTH] = {0};
         for (long i = 0; i < WIDTH && n * WIDTH + i < rows; i++) {
             long row = tile->row + n * WIDTH + i, head = tile->kv_head * group + row % group;
-            FN(widen)(line[i], (const E *)a->query + (tile->token + row / group) * a->query_token + head * a->query_head, a->key_dim);
+            FN(query_row)(a, tile->token + row / group, head, line[i]);
         }
         for (long k = 0; k < units; k += WIDTH) {
             ivec lanes[WIDTH];
@@ -87,6 +88,7 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
     long units = room->key_units, dim = a->value_dim;
     for (long t = 0; t < BLOCK; t += PAIR) {
         const E *value[2] = {0};
+        E unpacked[3][MAX_DIM];
         for (int i = 0; i < PAIR; i++) {
             FN(element) *key = (FN(element) *)(room->key + (t + i) * units);
             long token = from + t + i;
@@ -95,10 +97,18 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
                 continue;
             }
             long slot = (long)pages[token / a->page_size] * a->page_size + token % a->page_size;
-            slot = slot * a->kv_heads + kv_head;
-            FN(widen)(key, (const E *)a->keys + slot * a->key_dim, a->key_dim);
+            if (a->form) {
+                const uint8_t *rows[2] = {a->keys, a->values};
+                rows[0] += slot * page_row(a->form, a->kv_heads, a->key_dim), rows[1] += slot * page_row(a->form, a->kv_heads, dim);
+                FN(unpack)(rows[0], a->form, a->kv_heads, a->key_dim, kv_head, unpacked[2]);
+                FN(unpack)(rows[1], a->form, a->kv_heads, dim, kv_head, unpacked[i]);
+                FN(widen)(key, unpacked[2], a->key_dim);
+                value[i] = unpacked[i];
+            } else {
+                FN(widen)(key, (const E *)a->keys + (slot * a->kv_heads + kv_head) * a->key_dim, a->key_dim);
+                value[i] = (const E *)a->values + (slot * a->kv_heads + kv_head) * dim;
+            }
             if (PAIR * units > a->key_dim) key[a->key_dim] = 0;
-            value[i] = (const E *)a->values + slot * dim;
         }
         uint32_t *to_value = room->value + t / PAIR * room->value_room;
         for (long d = 0; d < dim; d += WIDTH) {

@@ -22,6 +22,7 @@
 #include "layer.h"
 #include "linear.h"
 #include "norm.h"
+#include "pages.h"
 
 typedef int kernel(const void *arguments, int threads); /* not 0: no memory */
 
@@ -52,6 +53,7 @@ TABLE(dequantize)
 TABLE(layers)
 TABLE(linear)
 TABLE(norm)
+TABLE(pack_rows)
 
 static const char *const level_names[] = {"portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
 
@@ -122,7 +124,7 @@ static attention read_attention(reader *r) {
     a.tokens = number(r), a.heads = number(r), a.kv_heads = number(r), a.key_dim = number(r);
     a.value_dim = number(r), a.page_size = number(r), a.table_width = number(r), a.longest = number(r);
     a.tiled = number(r);
-    a.scaling = real(r), a.softcap = real(r);
+    a.scaling = real(r), a.softcap = real(r), a.form = (int)number(r);
     return a;
 }
 
@@ -168,6 +170,15 @@ static PyObject *py_norm(PyObject *self, PyObject *const *items, Py_ssize_t coun
     return run(norm_table, &r, level, format, threads, &a);
 }
 
+static PyObject *py_pack_rows(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    pack a = {0};
+    a.x = pointer(&r), a.rows = pointer(&r), a.tokens = number(&r), a.kv_heads = number(&r), a.width = number(&r);
+    a.token = number(&r), a.head = number(&r), a.form = (int)number(&r), a.rotates = (int)number(&r);
+    return run(pack_rows_table, &r, level, format, threads, &a);
+}
+
 static PyObject *py_activation(PyObject *self, PyObject *const *items, Py_ssize_t count) {
     (void)self;
     OPEN
@@ -197,6 +208,7 @@ static layer read_layer(reader *r) {
     a.turns.rotated = number(r), a.turns.pairs = (int)number(r), a.turns.wide = (int)number(r);
     a.turns.key = pointer(r), a.turns.value = pointer(r), a.turns.head = number(r), a.turns.value_head = number(r);
     a.turns.keys = (void *)a.attention.keys, a.turns.values = (void *)a.attention.values;
+    a.turns.form = a.attention.form;
     a.turns.heads = a.attention.heads, a.turns.kv_heads = a.attention.kv_heads;
     a.turns.key_dim = a.attention.key_dim, a.turns.value_dim = a.attention.value_dim;
     a.kind = (int)number(r), a.parallel = (int)number(r);
@@ -280,6 +292,7 @@ static PyMethodDef methods[] = {
     {"layers", (PyCFunction)(void (*)(void))py_layers, METH_FASTCALL, "See layer.c."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
+    {"pack_rows", (PyCFunction)(void (*)(void))py_pack_rows, METH_FASTCALL, "See pages.c."},
     {"activation", (PyCFunction)(void (*)(void))py_activation, METH_FASTCALL, "See activation.c."},
     {"rest", py_rest, METH_NOARGS, "Ends the threads that OpenMP keeps for the calling thread."},
     {"levels", py_levels, METH_NOARGS, "Names of the instruction set levels this machine can run, best last."},

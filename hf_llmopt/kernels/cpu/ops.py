@@ -16,13 +16,14 @@ import torch  # before the extension: both must share torch's OpenMP runtime
 from torch import Tensor
 
 from ...errors import unknown
-from ..arguments import Norm, Product, Seen, Stage
+from ..arguments import Norm, PageFormat, Product, Seen, Stage
 
 if TYPE_CHECKING:
     from .quantized import BlockedWeight
 
 VARIABLE = "HF_LLMOPT_CPU"  # a level to use instead of the best one, or "off"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORMS = {"int8": 1, "fp8": 2, "int4": 3}  # as in pages.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
 _process = os.getpid()
@@ -120,17 +121,17 @@ def _quantized_numbers(
 
 
 def _seen_numbers(seen: Seen, tokens: int, heads: int) -> tuple[int | float, ...]:
-    keys, values, table, items, page_size, longest, scaling, softcap, sinks, tiled = seen
+    keys, values, table, items, page_size, longest, scaling, softcap, sinks, tiled, form, _ = seen
     return (
         keys.data_ptr(), values.data_ptr(), table.data_ptr(), items.data_ptr(), _address(sinks),
-        tokens, heads, *keys.shape[1:], values.shape[2], page_size, table.shape[1], longest, tiled,
-        scaling, softcap or 0.0,
+        tokens, heads, *seen.shape, page_size, table.shape[1], longest, tiled,
+        scaling, softcap or 0.0, 0 if form is None else FORMS[form.name],
     )  # fmt: skip
 
 
-def _add_stage(numbers: list[int | float], stage: Stage, tokens: int) -> None:
+def _add_stage(numbers: list[int | float], stage: Stage, tokens: int, dtype: torch.dtype) -> None:
     layer, seen, (cosine, sine, slots, pairs), heads = stage
-    key_dim, value_dim = seen.keys.shape[2], seen.values.shape[2]
+    _, key_dim, value_dim = seen.shape
     joined = layer.products[1] is None
     head = 2 * key_dim + value_dim if joined else key_dim
     for norm in layer.norms:
@@ -140,7 +141,7 @@ def _add_stage(numbers: list[int | float], stage: Stage, tokens: int) -> None:
     numbers += _seen_numbers(seen, tokens, heads)
     numbers += (
         _address(cosine), _address(sine), slots.data_ptr(), 0 if cosine is None else cosine.shape[-1], pairs,
-        cosine is not None and cosine.dtype is not seen.keys.dtype,
+        cosine is not None and cosine.dtype is not dtype,
         key_dim if joined else 0, 2 * key_dim if joined else 0, head, head if joined else value_dim,
         ACTIVATIONS[layer.kind], layer.parallel,
     )  # fmt: skip
@@ -152,7 +153,7 @@ def layers(x: Tensor, stages: Sequence[Stage]) -> Tensor:
     tokens, hidden = x.shape
     numbers: list[int | float] = [x.data_ptr(), y.data_ptr(), _address(_spent), tokens, hidden, len(stages)]
     for stage in stages:
-        _add_stage(numbers, stage, tokens)
+        _add_stage(numbers, stage, tokens, x.dtype)
     _C.layers(_level, DTYPES[x.dtype], torch.get_num_threads(), *numbers)
     return y
 
@@ -174,7 +175,7 @@ def timing() -> Iterator[Tensor]:
 def attention(query: Tensor, seen: Seen) -> Tensor:
     """See `reference.paged_attention`."""
     tokens, heads, _ = query.shape
-    output = query.new_empty(tokens, heads, seen.values.shape[2])
+    output = query.new_empty(tokens, heads, seen.shape.value_dim)
     if seen.sinks is not None:
         seen = seen._replace(sinks=seen.sinks.float().contiguous())
     _C.attention(
@@ -182,6 +183,18 @@ def attention(query: Tensor, seen: Seen) -> Tensor:
         query.data_ptr(), query.stride(0), query.stride(1), output.data_ptr(),
     )  # fmt: skip
     return output
+
+
+def pack_rows(x: Tensor, form: PageFormat, rotates: bool = False) -> Tensor:
+    """See `reference.pack_rows`."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    tokens, kv_heads, width = x.shape
+    rows = torch.empty(tokens, 1, form.row_bytes(kv_heads, width), dtype=torch.uint8, device=x.device)
+    _C.pack_rows(
+        _level, DTYPES[x.dtype], torch.get_num_threads(), x.data_ptr(), rows.data_ptr(),
+        tokens, kv_heads, width, x.stride(0), x.stride(1), FORMS[form.name], rotates,
+    )  # fmt: skip
+    return rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

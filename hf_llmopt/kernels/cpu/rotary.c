@@ -7,7 +7,7 @@
  * value    [tokens, kv_heads, value_dim]   strides `token` and `value_head`; copied to its slot
  * cosine   [tokens, rotated]               float if `wide`; NULL for no rotation; sine alike
  * slots    [tokens]                        where keys and values go
- * keys     [slots, kv_heads, key_dim], values [slots, kv_heads, value_dim]
+ * keys     [slots, kv_heads, key_dim], values [slots, kv_heads, value_dim]; or both as pages.h says
  *
  * Of each head the first `rotated` elements turn: elements (i, i + rotated / 2) by their entries of
  * cosine and sine (pairs 0), elements (2i, 2i + 1) by theirs (pairs 1), or both by entry i (pairs 2). */
@@ -18,6 +18,7 @@
 #define SELF "rotary.c"
 #include "levels.h"
 #elif defined(FORMAT)
+#include "pages.h"
 
 /* x[i] and x[j] by entries p and q. */
 INLINE void FN(turn)(E *x, const float *cosine, const float *sine, long i, long j, long p, long q, int wide) {
@@ -66,7 +67,15 @@ void FN(rotary_head)(const rotary *a, long t, long h) {
         FN(turn_head)(a, x, cosine, sine);
     }
     if (k < 0) return;
-    long row = a->slots[t] * a->kv_heads + k;
+    long slot = a->slots[t], row = slot * a->kv_heads + k;
+    if (a->form) {
+        FN(pack_head)(x, (uint8_t *)a->keys + slot * page_row(a->form, a->kv_heads, a->key_dim), a->form,
+                      a->form == INT4_PAGES, a->kv_heads, a->key_dim, k);
+        FN(pack_head)((const E *)a->value + t * a->token + k * a->value_head,
+                      (uint8_t *)a->values + slot * page_row(a->form, a->kv_heads, a->value_dim), a->form, 0, a->kv_heads,
+                      a->value_dim, k);
+        return;
+    }
     memcpy((E *)a->keys + row * a->key_dim, x, (size_t)a->key_dim * sizeof(E));
     memcpy((E *)a->values + row * a->value_dim, (const E *)a->value + t * a->token + k * a->value_head,
            (size_t)a->value_dim * sizeof(E));

@@ -12,6 +12,7 @@ typedef struct {
     long token, head; /* elements from one token, and from one head, of query, key and value to the next */
     long value_head;
     int pairs; /* which elements turn together */
+    int form;  /* of quantized pages, see pages.h */
     int wide;  /* cosine and sine are float whatever the format, and nothing is rounded in between */
 } rotary;
 #endif
