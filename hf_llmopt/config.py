@@ -253,6 +253,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("quantization", {"method": "fp8"}),
     "gptq": ("quantization", {"method": "gptq"}),
     "awq": ("quantization", {"method": "awq"}),
+    "smoothquant": ("quantization", {"method": "smoothquant"}),
 }
 SECTIONS: dict[str, type[Section]] = {
     "kv_cache": KVCacheConfig,

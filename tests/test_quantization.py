@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
 from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
 from hf_llmopt.prompt_cache.epoch import fingerprint
-from hf_llmopt.quantization.plan import plan
+from hf_llmopt.quantization.plan import CALIBRATED, plan
 
 EXACT = {"activations": "none"}
 METHODS = ("int4", "int8", "fp8")
@@ -357,6 +358,13 @@ def test_what_the_file_format_cannot_tell_apart_from_a_skipped_module_stays_too(
     found = plan(model, QuantizationConfig("awq", skip=["mlp.gate"]))
     assert set(found.skipped) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"}
     assert "contains that of one that stays" in found.skipped["model.layers.0.mlp.gate_proj"]
+
+
+def test_every_method_is_a_name_of_the_keyword():
+    methods = {option.name: option.metadata for option in fields(QuantizationConfig)}["method"]["choices"]
+    for method in methods:
+        assert LLMOptConfig.parse(method).quantization == QuantizationConfig(method)
+    assert set(CALIBRATED) < set(methods)
 
 
 def test_names_that_contradict_or_do_not_exist(folder):
