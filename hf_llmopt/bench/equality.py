@@ -46,7 +46,7 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
     In bfloat16 and float16 a wider forward pass rounds differently, and after a near tie two runs go apart. There the
     outputs count as the same if in every row the first difference is such a tie: the model's own logits of the two
     tokens are closer than the noise, which is how far the same logits move between a batch of rows, a single row, a
-    cached step and float32.
+    cached step, transformers' eager attention and float32.
 
     Args:
         model: The model.
@@ -131,7 +131,7 @@ def _spread(forms: list[Tensor]) -> float:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, exact: Callable[[], PreTrainedModel], prefix: Tensor, rows: int) -> list[Tensor]:
-    """The logits behind a prefix, float32 `[vocabulary]`: alone, among `rows` rows, exactly, and as a cached step."""
+    """The logits behind a prefix, float32 `[vocabulary]`: alone, among rows, exactly, eagerly, and as a cached step."""
     forms = [
         model(input_ids=prefix[None], use_cache=False).logits[0, -1],
         model(input_ids=prefix.expand(max(2, rows), -1), use_cache=False).logits[0, -1],
@@ -140,4 +140,10 @@ def _logits(model: PreTrainedModel, exact: Callable[[], PreTrainedModel], prefix
     if len(prefix) > 1:
         past = model(input_ids=prefix[None, :-1], use_cache=True).past_key_values
         forms.append(model(input_ids=prefix[None, -1:], past_key_values=past, use_cache=True).logits[0, -1])
+    former = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        forms.append(model(input_ids=prefix[None], use_cache=False).logits[0, -1])
+    finally:
+        model.set_attn_implementation(former)
     return [logits.float() for logits in forms]
