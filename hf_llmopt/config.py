@@ -94,9 +94,10 @@ class AttentionConfig(Section):
     """How a span reads its pages. Exact.
 
     Args:
-        backend: `"cpu"` reads pages where they lie, in C; `"sdpa"` through torch's scaled dot product attention;
-            `"reference"` is the plain-torch definition of what correct means, and slow. `"auto"` takes the first
-            that can run.
+        backend: `"cpu"` reads pages where they lie, in C; `"triton"` likewise on a GPU; `"sdpa"` through torch's scaled
+            dot product attention; `"reference"` is the plain-torch definition of what correct means, and slow. `"auto"`
+            takes the first that can run; on a GPU the faster of `"triton"` and `"sdpa"` for each kind of pass, measured
+            once and remembered.
 
     Example:
         >>> from hf_llmopt import AttentionConfig
@@ -105,7 +106,7 @@ class AttentionConfig(Section):
     """
 
     main: ClassVar[str | None] = "backend"
-    backend: str = _option("auto", choices=("auto", "cpu", "sdpa", "reference"))
+    backend: str = _option("auto", choices=("auto", "cpu", "triton", "sdpa", "reference"))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,9 @@ class StepInputs:
         self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
         self._pages: list[tuple[Tensor, Tensor, int] | None] = [None] * len(store.groups)
+        self._on_device: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, int]] = {}
+        self._tiles: dict[tuple[torch.device, range, int], Tensor] = {}
+        self._runs: dict[tuple[int, range, int], bool] = {}
 
     def read(
         self,
@@ -187,13 +190,61 @@ class StepInputs:
         size = self.store.page_size
         return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled, spec.form, coded)
 
+    def seen_on(
+        self,
+        device: torch.device,
+        layer: int,
+        spans: range,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Seen:
+        """The tokens of some neighbouring spans as single queries, table and items on a device."""
+        index = self.store.group_of[layer]
+        key = (device, index, spans)
+        if key not in self._on_device:  # made once a step for the layers of a group
+            table, items = _listed(self.spans[spans.start : spans.stop], self.store.groups[index], index)
+            both = upload(torch.from_numpy(numpy.concatenate([table.reshape(-1), items.reshape(-1)])), device)
+            parts = both[: table.size].view(table.shape), both[table.size :].view(items.shape)
+            self._on_device[key] = (*parts, int((items[:, 2] - items[:, 1]).max()))
+        table, items, longest = self._on_device[key]
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        return Seen(keys, values, table, items, self.store.page_size, longest, scaling, softcap, sinks)
+
+    def tiles(self, device: torch.device, spans: range, size: int) -> Tensor:
+        """Neighbouring spans cut into tiles, those that see most first.
+
+        Returns:
+            First token, counted from the first span's, and number of tokens, at most `size`, int32 `[tiles, 2]`.
+        """
+        key = (device, spans, size)
+        if key not in self._tiles:
+            chosen = self.spans[spans.start : spans.stop]
+            found = []
+            for span in chosen:
+                for start in range(0, span.length, size):
+                    count = min(size, span.length - start)
+                    sees = span.context - span.length + start + count
+                    found.append((-sees, span.offset - chosen[0].offset + start, count))
+            found.sort()  # a long tile that starts last would be waited for
+            self._tiles[key] = upload(torch.tensor(found, dtype=torch.int32, device="cpu")[:, 1:].contiguous(), device)
+        return self._tiles[key]
+
+    def are_runs(self, layer: int, spans: range, size: int) -> bool:
+        """Whether every aligned block of `size` tokens of neighbouring spans' requests lies in neighbouring slots."""
+        index, page = self.store.group_of[layer], self.store.page_size
+        key = (index, spans, size)
+        if key not in self._runs:
+            tables = (self.spans[row].tables[index] for row in spans)
+            if size % page:
+                self._runs[key] = page % size == 0
+            else:
+                self._runs[key] = all(_aligned(table, size // page) for table in tables)
+        return self._runs[key]
+
     def _list_pages(self, group: CacheGroup, index: int) -> tuple[Tensor, Tensor, int]:
-        items: list[tuple[int, int, int]] = []
-        for row, span in enumerate(self.spans):
-            ends = range(span.context - span.length + 1, span.context + 1)
-            items += [(row, group.first_visible(end - 1), end) for end in ends]
-        table = torch.from_numpy(_padded([span.tables[index].pages for span in self.spans]))
-        return table, torch.tensor(items, dtype=torch.int32, device="cpu"), max(end - first for _, first, end in items)
+        table, items = _listed(self.spans, group, index)
+        return torch.from_numpy(table), torch.from_numpy(items), int((items[:, 2] - items[:, 1]).max())
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""
@@ -233,6 +284,27 @@ class StepInputs:
         slots = numpy.take_along_axis(pages, tokens // size, axis=1).astype(numpy.int64) * size + tokens % size
         slots[unseen] = 0  # padding reads slot 0, under the mask
         return torch.from_numpy(slots.reshape(-1))
+
+
+def _listed(spans: Sequence[Span], group: CacheGroup, index: int) -> tuple[Any, Any]:
+    """Block tables, int32 `[spans, pages]`, and each token's (row, first visible token, end), int32 `[tokens, 3]`."""
+    lengths = [span.length for span in spans]
+    positions = numpy.concatenate([numpy.arange(s.context - s.length, s.context, dtype=numpy.int32) for s in spans])
+    items = numpy.zeros((len(positions), 3), dtype=numpy.int32)
+    items[:, 0] = numpy.repeat(numpy.arange(len(spans), dtype=numpy.int32), lengths)
+    if group.kind != "full":
+        items[:, 1] = [group.first_visible(position) for position in positions.tolist()]
+    items[:, 2] = positions + 1
+    return _padded([span.tables[index].pages for span in spans]), items
+
+
+def _aligned(table: BlockTable, pages: int) -> bool:
+    """Whether each aligned block of so many pages of a request is a run; the last may be shorter."""
+    if table.run == 0:
+        return True
+    ids = numpy.frombuffer(table.pages, dtype=numpy.int32)
+    place = numpy.arange(len(ids)) % pages
+    return bool((ids - place == ids[numpy.arange(len(ids)) - place]).all())
 
 
 def _padded(tables: Sequence[Any]) -> Any:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..errors import InvalidOption
 from ..kernels import cpu, reference
 from ..kv_cache import BlockTable, upload
-from .inputs import Attend, Span, StepInputs
+from .inputs import Span, StepInputs
 
 TILE = 256  # queries that share one mask
 COPIED = 1024  # keys that are copied at a time where pages are no run
@@ -73,10 +72,27 @@ def sdpa(
     sinks: Tensor | None,
 ) -> Tensor:
     """torch's scaled dot product attention, or plain products where a softcap or sinks forbid it."""
+    return sdpa_of(step, layer, range(len(step.spans)), query, key, value, scaling, softcap, sinks)
+
+
+def sdpa_of(
+    step: StepInputs,
+    layer: int,
+    spans: range,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same of some neighbouring spans; where the first is among them, all single tokens are."""
     parts = []
-    if step.decodes:
+    start = spans.start
+    if start < step.decodes:
         parts.append(_decode(step, layer, query[:, :, : step.decodes], scaling, softcap, sinks))
-    for span in step.spans[step.decodes :]:
+        start = step.decodes
+    for span in step.spans[start : spans.stop]:
         parts.append(_extend(step, layer, span, query, key, value, scaling, softcap, sinks))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -208,28 +224,3 @@ def _cascade(
         total = total * (weight - both).exp()[..., None] + part * (own - both).exp()[..., None]
         weight = both
     return total.to(query.dtype)
-
-
-BACKENDS: dict[str, Attend] = {"cpu": cpu_paged, "sdpa": sdpa, "reference": reference_paged}
-
-
-def backend(name: str, device: torch.device, batch_invariant: bool = False) -> Attend:
-    """The backend for a configured name; `"auto"` takes the C kernels where they can run.
-
-    Args:
-        name: As in `AttentionConfig`.
-        device: Where the keys lie.
-        batch_invariant: Whether a query's result must not depend on its neighbours.
-
-    Raises:
-        InvalidOption: The backend cannot run here; the message says why.
-    """
-    if name == "auto":
-        name = "cpu" if device.type == "cpu" and cpu.available() else "sdpa"
-    elif name == "cpu" and (device.type != "cpu" or not cpu.available()):
-        reason = cpu.why_not() or f"the model's keys lie on {device}"
-        raise InvalidOption(f"AttentionConfig(backend='cpu') cannot run: {reason}. Use 'auto' or 'sdpa'.")
-    if batch_invariant and name != "cpu":
-        given = f"the model is on {device}" if device.type != "cpu" else cpu.why_not() or f"backend={name!r}"
-        raise InvalidOption(f"batch_invariant=True needs the C kernels and a model on the CPU: {given}.")
-    return BACKENDS[name]

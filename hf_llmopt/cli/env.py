@@ -58,7 +58,7 @@ def collect() -> dict[str, Any]:
 
 def _features(gpu: bool) -> list[tuple[str, bool, str]]:
     from hf_llmopt import demo
-    from hf_llmopt.attention.paths import BACKENDS
+    from hf_llmopt.attention.choice import BACKENDS
     from hf_llmopt.config import PARTS
 
     weights = (demo.path() / "config.json").is_file()
@@ -98,10 +98,16 @@ def _kernels() -> tuple[bool, str]:
 
 
 def _backend(name: str) -> tuple[bool, str]:
+    import torch
+
+    from hf_llmopt.attention import gpu
     from hf_llmopt.kernels import cpu
 
     if name == "cpu" and not cpu.available():
         return False, "needs the C kernels"
+    if name == "triton":
+        why_not = gpu.why_not(torch.device("cuda")) if torch.cuda.is_available() else "needs a CUDA device"
+        return why_not is None, why_not or "Triton kernels that read pages where they lie"
     reasons = {
         "cpu": "C kernels that read pages where they lie",
         "sdpa": "torch's scaled dot product attention over pages",

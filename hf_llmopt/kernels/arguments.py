@@ -122,6 +122,8 @@ class Seen(NamedTuple):
             differ by rounding.
         form: Of quantized pages.
         coded: What quantized pages hold.
+        tree: Bits, int32 `[tokens]`, or `None`: bit j says whether the query sees token `end - 1 - j`. Tokens before
+            those 32 are seen. A draft's tokens, which stand one behind the other, see their own branch of a tree by it.
     """
 
     keys: Tensor
@@ -136,6 +138,7 @@ class Seen(NamedTuple):
     tiled: int = TILED
     form: PageFormat | None = None
     coded: Shape | None = None
+    tree: Tensor | None = None
 
     @property
     def shape(self) -> Shape:

@@ -98,8 +98,11 @@ def paged_attention(query: Tensor, seen: Seen) -> Tensor:
     """
     outputs = []
     size, form, (kv_heads, *widths) = seen.page_size, seen.form, seen.shape
-    for token, (row, first, end) in zip(query, seen.items.tolist(), strict=True):
+    branches = [-1] * len(query) if seen.tree is None else seen.tree.tolist()
+    for token, (row, first, end), branch in zip(query, seen.items.tolist(), branches, strict=True):
         index = torch.arange(first, end, device="cpu")
+        back = end - 1 - index
+        index = index[(back >= 32) | (branch >> back.clamp(max=31) & 1).bool()]
         slots = (seen.table[row].cpu().long()[index // size] * size + index % size).to(seen.keys.device)
         keys, values = seen.keys[slots], seen.values[slots]
         if form is not None:

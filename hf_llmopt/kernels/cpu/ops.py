@@ -121,7 +121,7 @@ def _quantized_numbers(
 
 
 def _seen_numbers(seen: Seen, tokens: int, heads: int) -> tuple[int | float, ...]:
-    keys, values, table, items, page_size, longest, scaling, softcap, sinks, tiled, form, _ = seen
+    keys, values, table, items, page_size, longest, scaling, softcap, sinks, tiled, form, *_ = seen
     return (
         keys.data_ptr(), values.data_ptr(), table.data_ptr(), items.data_ptr(), _address(sinks),
         tokens, heads, *seen.shape, page_size, table.shape[1], longest, tiled,

@@ -1,0 +1,129 @@
+"""CUDA: our kernels over pages, torch's attention, and which is faster for a pass.
+
+A pass has up to two parts, each one launch or two: spans of up to 16 tokens, which are decoded, and longer ones.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .inputs import StepInputs
+from .paths import sdpa, sdpa_of
+
+WIDEST = 256  # head that our kernels are made for
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device; `None` if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from ..kernels.triton.int_linear import INTERPRETED
+
+    if device.type != "cuda":
+        return None if INTERPRETED and device.type == "cpu" else f"the model's keys lie on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+    return None
+
+
+def triton_paged(
+    step: StepInputs,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Our kernels, whatever is faster."""
+    if not _serves(key, value):
+        return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
+    outputs = [_ours(step, layer, spans, query, scaling, softcap, sinks) for spans in _parts(step)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def fastest_paged(
+    step: StepInputs,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Our kernels or torch's, what was faster when shapes like these were first met on this kind of device."""
+    if not _serves(key, value):
+        return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
+    from ..kernels.triton import tuning
+
+    outputs = []
+    for spans in _parts(step):
+        ours = partial(_ours, step, layer, spans, query, scaling, softcap, sinks)
+        theirs = partial(sdpa_of, step, layer, spans, query, key, value, scaling, softcap, sinks)
+        if softcap or sinks is not None:  # torch has no kernel for these
+            outputs.append(ours())
+            continue
+        ways = {"triton": ours, "sdpa": theirs}
+        note, step.note = step.note, lambda name: None  # what only takes part in a race is no news
+        try:
+            name = tuning.raced(_class_of(step, layer, spans, query, value), ways, query.device)
+        finally:
+            step.note = note
+        outputs.append(ways[name]())
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _serves(key: Tensor, value: Tensor) -> bool:
+    from ..kernels.triton.blocks import FORMATS
+
+    return key.dtype in FORMATS and max(key.shape[3], value.shape[3]) <= WIDEST
+
+
+def _parts(step: StepInputs) -> list[range]:
+    from ..kernels.triton.decode import TOKENS
+
+    short = step.leading(TOKENS)
+    return [part for part in (range(short), range(short, len(step.spans))) if part]
+
+
+def _ours(
+    step: StepInputs,
+    layer: int,
+    spans: range,
+    query: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    from ..kernels.triton import decode, extend
+
+    device = query.device
+    seen = step.seen_on(device, layer, spans, scaling, softcap, sinks)
+    offset = step.spans[spans.start].offset
+    tokens = query[0, :, offset : offset + len(seen.items)].transpose(0, 1)
+    longest = step.spans[spans.stop - 1].length
+    windowed = step.group(layer).kind != "full"
+    if longest <= decode.TOKENS:
+        step.note("triton-decode")
+        tiles = step.tiles(device, spans, longest)
+        shape, split = decode.plan(tokens, seen, len(tiles), longest)
+        return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
+    step.note("triton-extend")
+    shape = extend.shape_for(tokens, seen)
+    tiles = step.tiles(device, spans, shape.rows // (tokens.shape[1] // seen.keys.shape[1]))
+    return extend.extend(tokens, seen, tiles, shape, windowed)[None]
+
+
+def _class_of(step: StepInputs, layer: int, spans: range, query: Tensor, value: Tensor) -> str:
+    """What passes have in common that one choice serves: counts are rounded up to powers of two."""
+    chosen = step.spans[spans.start : spans.stop]
+    counts = (len(chosen), sum(span.length for span in chosen), max(span.context for span in chosen))
+    widths = f"{query.shape[1]}/{value.shape[1]} {query.shape[3]}/{value.shape[3]}"
+    rounded = " ".join(str(1 << (count - 1).bit_length()) for count in counts)
+    return f"attention {step.group(layer).kind} {query.dtype} heads {widths} spans, tokens, context {rounded}"

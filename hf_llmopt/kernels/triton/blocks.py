@@ -1,0 +1,120 @@
+"""What both attention kernels do with a block of keys: find it in the pages, score it, add it to an online softmax.
+
+For rows of queries with scores `s` in units of log 2, the largest score so far `m`, the sum of weights `l` and the
+weighted values `o` (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1):
+
+    m' = max(m, max s)      l' = l 2^(m - m') + sum 2^(s - m')      o' = o 2^(m - m') + 2^(s - m') v
+
+A page's number format is a matter of `rows_of` and `score` alone: codes become numbers in registers, and their scales
+multiply columns of scores and of weights, not keys and values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+FORMATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+LOG2E = 1.4426950408889634
+LEAST = tl.constexpr(-1e30)  # of a row that has seen nothing; finite, so that no difference is NaN
+
+
+@triton.jit
+def slots_of(table, token, seen, PAGE: tl.constexpr, MASKED: tl.constexpr):
+    """Slots of tokens of a request, int64; what is not seen lies in page 0."""
+    if MASKED:
+        page = tl.load(table + token // PAGE, mask=seen, other=0)
+    else:
+        page = tl.load(table + token // PAGE)
+    return page.to(tl.int64) * PAGE + token % PAGE
+
+
+@triton.jit
+def rows_of(
+    pages, slots, start, column, seen,
+    stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, RUNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of a block, `[BLOCK_N, BLOCK_D]`, MASKED: 0 where no query sees them.
+
+    `pages` is the address of a head's numbers in slot 0. With RUNS it is a descriptor of `[slots, heads * DIM]`, the
+    block's slots follow `start`, and the head's numbers begin at `column` of a row.
+    """
+    if RUNS:
+        found = pages.load([start, column])
+        if MASKED:
+            found = tl.where(seen[:, None], found, 0.0)
+    else:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        places = pages + slots[:, None] * stride + d
+        if BLOCK_D != DIM:
+            inside = d < DIM
+            if MASKED:
+                inside = inside & seen[:, None]
+            found = tl.load(places, mask=inside, other=0.0)
+        elif MASKED:
+            found = tl.load(places, mask=seen[:, None], other=0.0)
+        else:
+            found = tl.load(places)
+    return found.to(DTYPE)
+
+
+@triton.jit
+def score(q, k, scales, factor, cap):
+    """Scores of a block in units of log 2, `[BLOCK_M, BLOCK_N]`.
+
+    Args:
+        q: Queries `[BLOCK_M, BLOCK_D]`.
+        k: Keys `[BLOCK_N, BLOCK_D]`.
+        scales: Of the keys, `[BLOCK_N]`, or `None`.
+        factor: Scaling times log2(e).
+        cap: Softcap times log2(e), or `None`.
+    """
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if scales is not None:
+        s = s * scales[None, :]
+    s = s * factor
+    if cap is not None:
+        s = cap * _tanh(s / cap)
+    return s
+
+
+@triton.jit
+def _tanh(x):
+    """By e^2x; near 0, where that loses digits, by the series."""
+    y = x * x
+    series = x * (1 + y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488))))
+    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1))
+
+
+@triton.jit
+def visible(s, token, first, end, tree, TREE: tl.constexpr):
+    """Scores, less than any other where a query does not see a key."""
+    back = end[:, None] - 1 - token[None, :]
+    sees = (token[None, :] >= first[:, None]) & (back >= 0)
+    if TREE:
+        bit = tree[:, None] >> tl.minimum(tl.maximum(back, 0), 31)
+        sees = sees & ((back >= 32) | ((bit & 1) != 0))
+    return tl.where(sees, s, float("-inf"))
+
+
+@triton.jit
+def add(s, v, scales, total, largest, weight):
+    """Take a block into the online softmax.
+
+    Args:
+        s: Scores `[BLOCK_M, BLOCK_N]`.
+        v: Values `[BLOCK_N, BLOCK_V]`.
+        scales: Of the values, `[BLOCK_N]`, or `None`.
+        total: Weighted values so far, float32 `[BLOCK_M, BLOCK_V]`.
+        largest: Largest score so far, float32 `[BLOCK_M]`.
+        weight: Sum of weights so far.
+    """
+    now = tl.maximum(largest, tl.max(s, 1))
+    p = tl.exp2(s - now[:, None])
+    less = tl.exp2(largest - now)
+    weight = weight * less + tl.sum(p, 1)
+    if scales is not None:
+        p = p * scales[None, :]
+    total = tl.dot(p.to(v.dtype), v, total * less[:, None], input_precision="ieee")
+    return total, now, weight

@@ -1,0 +1,205 @@
+"""Attention of short spans over pages: decoding, and the verdict on a draft.
+
+A program computes all tokens of a span with all query heads that share a key head, so that one tile reads a key once,
+and a part of the span's keys. A second kernel joins the parts by the logarithms of their sums (Dao et al. 2023,
+flash-decoding). Lengths, tables and tiles are read on the device and the grid is fixed, so that a CUDA graph replays
+the same launch while contexts grow: parts that have no keys return at once.
+
+The twin is `reference.paged_attention`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import LEAST, LOG2E, add, rows_of, score, slots_of, visible
+from .extend import Shape, block_of, operands
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..arguments import Seen
+
+TOKENS = 16  # the longest span that is decoded
+PROGRAMS = 4  # for each multiprocessor
+PARTS = 128  # of a span's keys, at most
+LEAST_BLOCKS = 2  # of keys that a part reads: fewer cost more to join than they save
+
+
+@triton.jit
+def _range(items, start, count, SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key, block of that key, end of the keys, and blocks of a part, of a tile's tokens."""
+    lowest = tl.load(items + start * 3 + 1)
+    begin = lowest // BLOCK_N
+    stop = tl.load(items + (start + count - 1) * 3 + 2)
+    each = tl.maximum(tl.cdiv(tl.cdiv(stop, BLOCK_N) - begin, SPLIT), LEAST_BLOCKS)
+    return lowest, begin, stop, each
+
+
+@triton.jit
+def _decode(
+    query, out, sums, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
+    QUERY_TOKEN, QUERY_HEAD, PAGES,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    tile = tl.program_id(2)
+    start = tl.load(tiles + tile * 2)
+    count = tl.load(tiles + tile * 2 + 1)
+    if count == 0:
+        return
+    lowest, begin, stop, each = _range(items, start, count, SPLIT, LEAST_BLOCKS, BLOCK_N)
+    low = (begin + part * each) * BLOCK_N
+    if (part > 0) & (low >= stop):
+        return
+    high = tl.minimum(low + each * BLOCK_N, stop)
+    row = tl.arange(0, BLOCK_M)
+    mine = row < count * GROUP
+    token = start + row // GROUP
+    query_head = head * GROUP + row % GROUP
+    first = tl.load(items + token * 3 + 1, mask=mine, other=0)
+    end = tl.load(items + token * 3 + 2, mask=mine, other=0)
+    branch = None
+    if tree is not None:
+        branch = tl.load(tree + token, mask=mine, other=0)
+    d = tl.arange(0, BLOCK_D)
+    places = query + token.to(tl.int64)[:, None] * QUERY_TOKEN + query_head[:, None] * QUERY_HEAD + d[None, :]
+    q = tl.load(places, mask=mine[:, None] & (d < KEY_DIM)[None, :], other=0).to(DTYPE)
+    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    largest = tl.full([BLOCK_M], LEAST, tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None and part == 0:  # a score that has no value
+        largest = tl.load(sinks + query_head, mask=mine, other=0).to(tl.float32) * 1.4426950408889634
+        weight += 1
+    pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
+    keys += head * KEY_DIM
+    values += head * VALUE_DIM
+    for key in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        place = key + tl.arange(0, BLOCK_N)
+        seen = (place >= lowest) & (place < high)  # pages before the window may be somebody else's by now
+        slots = slots_of(pages, place, seen, PAGE, True)
+        k = rows_of(keys, slots, 0, 0, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, True, False, DTYPE)
+        k_scales = None
+        v_scales = None
+        if key_scales is not None:
+            k_scales = tl.load(key_scales + slots * KV_HEADS + head).to(tl.float32)
+            v_scales = tl.load(value_scales + slots * KV_HEADS + head).to(tl.float32)
+        s = visible(score(q, k, k_scales, factor, cap), place, first, end, branch, tree is not None)
+        v = rows_of(values, slots, 0, 0, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, True, False, DTYPE)
+        total, largest, weight = add(s, v, v_scales, total, largest, weight)
+    v = tl.arange(0, BLOCK_V)
+    place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
+    if SPLIT == 1:
+        total = total / tl.where(weight > 0, weight, 1)[:, None]
+    else:
+        tl.store(sums + place * 2, largest, mask=mine)
+        tl.store(sums + place * 2 + 1, weight, mask=mine)
+    places = out + place[:, None] * VALUE_DIM + v[None, :]
+    tl.store(places, total.to(out.dtype.element_ty), mask=mine[:, None] & (v < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def _join(
+    parts, sums, out, items, tiles,
+    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, LEAST_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    start = tl.load(tiles + tl.program_id(2) * 2)
+    count = tl.load(tiles + tl.program_id(2) * 2 + 1)
+    if tl.program_id(1) >= count:
+        return
+    _lowest, begin, stop, each = _range(items, start, count, SPLIT, LEAST_BLOCKS, BLOCK_N)
+    row = (start + tl.program_id(1)).to(tl.int64) * HEADS + head
+    part = tl.arange(0, BLOCK_S)
+    filled = (part == 0) | ((part < SPLIT) & ((begin + part * each) * BLOCK_N < stop))
+    place = row * SPLIT + part
+    largest = tl.load(sums + place * 2, mask=filled, other=LEAST)
+    weight = tl.load(sums + place * 2 + 1, mask=filled, other=0.0)
+    factor = tl.exp2(largest - tl.max(largest, 0))
+    weight = tl.sum(weight * factor, 0)
+    v = tl.arange(0, BLOCK_V)
+    inside = filled[:, None] & (v < VALUE_DIM)[None, :]
+    total = tl.load(parts + place[:, None] * VALUE_DIM + v[None, :], mask=inside, other=0.0)
+    total = tl.sum(total * factor[:, None], 0) / tl.where(weight > 0, weight, 1)
+    tl.store(out + row * VALUE_DIM + v, total.to(out.dtype.element_ty), mask=v < VALUE_DIM)
+
+
+def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
+    """A tiling that fits every GPU since Ampere.
+
+    Args:
+        query: `[tokens, heads, key_dim]`.
+        seen: What they attend to.
+        tokens: Of the longest span.
+    """
+    wide = max(query.shape[2], seen.values.shape[2])
+    rows = max(16, triton.next_power_of_2(tokens * query.shape[1] // seen.keys.shape[1]))
+    if query.dtype == torch.float32 or wide > 128 or rows > 64:
+        return Shape(rows, 32, 4 if rows <= 64 else 8, 2)
+    return Shape(rows, 64, 4, 3)
+
+
+def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int]:
+    """A tiling, and parts of the keys that fill the device.
+
+    Args:
+        query: `[tokens, heads, key_dim]`.
+        seen: What they attend to.
+        spans: Tiles of a launch.
+        tokens: Of the longest span.
+    """
+    shape = shape_for(query, seen, tokens)
+    programs = PROGRAMS * _multiprocessors(query.device) // (spans * seen.keys.shape[1])
+    return shape, max(1, min(programs, -(-seen.longest // (LEAST_BLOCKS * shape.keys)), PARTS))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, shape: Shape) -> Tensor:
+    """Attention of short spans over their requests' pages.
+
+    Args:
+        query: `[tokens, heads, key_dim]`.
+        seen: What they attend to; its tensors lie on the query's device.
+        tiles: First token and number of tokens of each span, int32 `[spans, 2]`. No tokens: nothing is computed.
+        tokens: Of the longest span, at most TOKENS; with the query heads of a key head at most `shape.rows`.
+        split: Parts that a span's keys are split into, at most.
+        shape: Of the tiling.
+
+    Returns:
+        `[tokens, heads, value_dim]`; what no tile names is not written.
+    """
+    _, kv_heads, key_dim = seen.keys.shape
+    heads, value_dim = query.shape[1], seen.values.shape[2]
+    out = query.new_empty(len(query), heads, value_dim)
+    parts, sums = out, None
+    if split > 1:
+        parts = query.new_empty(len(query), heads, split, value_dim, dtype=torch.float32)
+        sums = query.new_empty(len(query), heads, split, 2, dtype=torch.float32)
+    _decode[(kv_heads, split, len(tiles))](
+        query, parts, sums, seen.keys, seen.values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles,
+        seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
+        query.stride(0), query.stride(1), seen.table.shape[1],
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
+        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, DTYPE=operands(query.dtype), num_warps=shape.warps,
+    )  # fmt: skip
+    if split > 1:
+        _join[(heads, tokens, len(tiles))](
+            parts, sums, out, seen.items, tiles, HEADS=heads, VALUE_DIM=value_dim, BLOCK_N=shape.keys,
+            BLOCK_V=block_of(value_dim), SPLIT=split, BLOCK_S=triton.next_power_of_2(split), LEAST_BLOCKS=LEAST_BLOCKS,
+            num_warps=4,
+        )  # fmt: skip
+    return out

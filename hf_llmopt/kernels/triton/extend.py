@@ -1,0 +1,207 @@
+"""Attention of spans of any length over pages: prompts, parts of prompts, and prompts behind a cached prefix.
+
+A program computes a tile of query tokens of one request with all query heads that share a key head, so that those read
+keys once. It passes the keys in blocks: all tokens of the tile see the blocks in the middle whole, and only those at
+the ends, where windows begin and causality ends, are masked. There is no mask tensor, and one launch serves all
+requests.
+
+The twin is `reference.paged_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import FORMATS, LEAST, LOG2E, add, rows_of, score, slots_of, visible
+from .int_linear import INTERPRETED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..arguments import Seen
+
+
+class Shape(NamedTuple):
+    """How a kernel is tiled.
+
+    Attributes:
+        rows: Query rows of a program, a power of two: tokens times the query heads of a key head.
+        keys: Keys of a block.
+        warps: Of a program.
+        stages: Of loading.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _blocks(
+    q, total, largest, weight, begin, stop, lowest, highest, table, first, end, tree, head,
+    keys, values, key_scales, value_scales, factor, cap,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, TREE: tl.constexpr, RUNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+        token = start + tl.arange(0, BLOCK_N)
+        seen = (token >= lowest) & (token < highest)
+        if RUNS:
+            slot = slots_of(table, start, True, PAGE, False).to(tl.int32)
+            slots = slot + tl.arange(0, BLOCK_N)
+        else:
+            slot = 0
+            slots = slots_of(table, token, seen, PAGE, MASKED)
+        k = rows_of(keys, slots, slot, head * KEY_DIM, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, MASKED, RUNS, DTYPE)
+        k_scales = None
+        v_scales = None
+        if key_scales is not None:
+            k_scales = tl.load(key_scales + slots * KV_HEADS + head).to(tl.float32)
+            v_scales = tl.load(value_scales + slots * KV_HEADS + head).to(tl.float32)
+        s = score(q, k, k_scales, factor, cap)
+        if MASKED:
+            s = visible(s, token, first, end, tree, TREE)
+        v = rows_of(
+            values, slots, slot, head * VALUE_DIM, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, MASKED, RUNS, DTYPE
+        )
+        total, largest, weight = add(s, v, v_scales, total, largest, weight)
+    return total, largest, weight
+
+
+@triton.jit
+def _extend(
+    query, out, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
+    QUERY_TOKEN, QUERY_HEAD, PAGES,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    WINDOWED: tl.constexpr, RUNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    TREE: tl.constexpr = tree is not None
+    head = tl.program_id(0) % KV_HEADS
+    tile = tl.program_id(0) // KV_HEADS
+    start = tl.load(tiles + tile * 2)
+    count = tl.load(tiles + tile * 2 + 1)
+    if count == 0:
+        return
+    row = tl.arange(0, BLOCK_M)
+    mine = row < count * GROUP
+    token = start + row // GROUP
+    query_head = head * GROUP + row % GROUP
+    first = tl.load(items + token * 3 + 1, mask=mine, other=0)
+    end = tl.load(items + token * 3 + 2, mask=mine, other=0)
+    branch = None
+    if TREE:
+        branch = tl.load(tree + token, mask=mine, other=0)
+    d = tl.arange(0, BLOCK_D)
+    places = query + token.to(tl.int64)[:, None] * QUERY_TOKEN + query_head[:, None] * QUERY_HEAD + d[None, :]
+    q = tl.load(places, mask=mine[:, None] & (d < KEY_DIM)[None, :], other=0).to(DTYPE)
+    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    largest = tl.full([BLOCK_M], LEAST, tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:  # a score that has no value
+        largest = tl.load(sinks + query_head, mask=mine, other=0).to(tl.float32) * 1.4426950408889634
+        weight += 1
+
+    # Of the tile's tokens the first sees least of the end, the last least of the beginning.
+    stop = tl.load(items + (start + count - 1) * 3 + 2)
+    whole_stop = tl.load(items + start * 3 + 2)
+    if TREE:
+        whole_stop = tl.maximum(whole_stop - 32, 0)
+    lowest = 0
+    begin = 0
+    whole = 0
+    if WINDOWED:  # pages before the window may be somebody else's by now
+        lowest = tl.load(items + start * 3 + 1)
+        begin = lowest // BLOCK_N * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.load(items + (start + count - 1) * 3 + 1), BLOCK_N) * BLOCK_N, stop)
+    whole_stop = tl.maximum(whole_stop // BLOCK_N * BLOCK_N, whole)
+    pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
+    if not RUNS:
+        keys += head * KEY_DIM
+        values += head * VALUE_DIM
+    if WINDOWED:
+        total, largest, weight = _blocks(
+            q, total, largest, weight, begin, whole, lowest, stop, pages, first, end, branch, head,
+            keys, values, key_scales, value_scales, factor, cap,
+            KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, RUNS, DTYPE,
+        )  # fmt: skip
+    total, largest, weight = _blocks(
+        q, total, largest, weight, whole, whole_stop, lowest, stop, pages, first, end, branch, head,
+        keys, values, key_scales, value_scales, factor, cap,
+        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, RUNS, DTYPE,
+    )  # fmt: skip
+    total, largest, weight = _blocks(
+        q, total, largest, weight, whole_stop, stop, lowest, stop, pages, first, end, branch, head,
+        keys, values, key_scales, value_scales, factor, cap,
+        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, RUNS, DTYPE,
+    )  # fmt: skip
+    total = total / tl.where(weight > 0, weight, 1)[:, None]
+    v = tl.arange(0, BLOCK_V)
+    place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head)[:, None] * VALUE_DIM + v[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mine[:, None] & (v < VALUE_DIM)[None, :])
+
+
+def shape_for(query: Tensor, seen: Seen) -> Shape:
+    """A tiling that fits every GPU since Ampere."""
+    wide = max(query.shape[2], seen.values.shape[2])
+    group = query.shape[1] // seen.keys.shape[1]
+    if query.dtype == torch.float32:
+        rows, keys, warps, stages = (32, 32, 4, 1) if wide > 128 else (64, 32, 4, 2)
+    elif wide > 128:
+        rows, keys, warps, stages = 64, 32, 4, 2
+    else:
+        rows, keys, warps, stages = 128, 64, 8, 3
+    return Shape(max(rows, triton.next_power_of_2(group)), keys, warps, stages)
+
+
+def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: bool = True, runs: bool = False) -> Tensor:
+    """Attention of tiles of query tokens over their requests' pages.
+
+    Args:
+        query: `[tokens, heads, key_dim]`.
+        seen: What they attend to; its tensors lie on the query's device.
+        tiles: First token and number of tokens of each program, int32 `[tiles, 2]`, the longest first. The tokens are
+            neighbours of one request, at most `rows / heads per key head`. No tokens: nothing is computed.
+        shape: Of the tiling.
+        windowed: Whether any query does not see its request's first token.
+        runs: Whether every aligned block of `shape.keys` tokens lies in neighbouring slots.
+
+    Returns:
+        `[tokens, heads, value_dim]`; what no tile names is not written.
+    """
+    _, kv_heads, key_dim = seen.keys.shape
+    heads, value_dim = query.shape[1], seen.values.shape[2]
+    out = query.new_empty(len(query), heads, value_dim)
+    keys: Any = seen.keys
+    values: Any = seen.values
+    if runs:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        keys, values = (
+            TensorDescriptor.from_tensor(pages.flatten(1), [shape.keys, pages.shape[2]]) for pages in (keys, values)
+        )
+    _extend[(len(tiles) * kv_heads,)](
+        query, out, keys, values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles, seen.tree,
+        seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
+        query.stride(0), query.stride(1), seen.table.shape[1],
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
+        STAGES=shape.stages, WINDOWED=windowed, RUNS=runs, DTYPE=operands(query.dtype), num_warps=shape.warps,
+    )  # fmt: skip
+    return out
+
+
+def block_of(width: int) -> int:
+    """The width of a tile that holds heads of a width: tensor cores take no less than 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def operands(dtype: torch.dtype) -> Any:
+    """What products are made of; the interpreter cannot multiply bfloat16."""
+    return FORMATS[torch.float32 if INTERPRETED else dtype]

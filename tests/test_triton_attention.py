@@ -1,0 +1,361 @@
+"""Attention over pages in Triton against float64: on a GPU where there is one, else in Triton's interpreter."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_llmopt import attention
+from hf_llmopt.attention import inputs
+from hf_llmopt.errors import InvalidOption
+from hf_llmopt.kernels import reference
+from hf_llmopt.kernels.arguments import Seen
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+from hf_llmopt.kernels.triton import decode, extend  # noqa: E402
+from hf_llmopt.kernels.triton.extend import Shape  # noqa: E402
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+# What a kernel's error may be, in units of that of torch's attention on the same inputs. Both are a few roundings, and
+# the interpreter cuts bfloat16 where a GPU rounds.
+SLACK = 1.3 if GPU else 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compute.
+
+    Attributes:
+        spans: Context and length of each request's span.
+        heads: Of queries, and of keys.
+        widths: Of keys and values.
+        window: Kind of visibility, and tokens.
+        tree: Whether a span's tokens are a tree.
+    """
+
+    spans: Sequence[tuple[int, int]]
+    heads: tuple[int, int] = (4, 2)
+    widths: tuple[int, int] = (16, 16)
+    page: int = 4
+    window: tuple[str, int] = ("full", 0)
+    softcap: float | None = None
+    sinks: bool = False
+    scaling: float = 0.3
+    tree: bool = False
+    dtype: torch.dtype = torch.float32
+    pages: torch.dtype | None = None  # of codes
+    seed: int = 0
+
+
+def first_visible(position: int, kind: str, window: int) -> int:
+    if kind == "sliding":
+        return max(0, position + 1 - window)
+    return position - position % window if kind == "chunked" else 0
+
+
+def make(case: Case) -> tuple[torch.Tensor, Seen]:
+    """Queries, and pages in random order with NaN wherever no token lies."""
+    torch.manual_seed(case.seed)
+    tokens = sum(length for _, length in case.spans)
+    held = [-(-context // case.page) for context, _ in case.spans]
+    order = torch.randperm(sum(held) + 2).int() + 1
+    table = torch.zeros(len(held), max(held) + 1, dtype=torch.int32)
+    slots = (len(order) + 1) * case.page
+    pages = [torch.full((slots, case.heads[1], width), float("nan")) for width in case.widths]
+    items, begin = [], 0
+    for row, (context, length) in enumerate(case.spans):
+        table[row, : held[row]] = order[begin : begin + held[row]]
+        begin += held[row]
+        index = torch.arange(context)
+        where = table[row].long()[index // case.page] * case.page + index % case.page
+        for part in pages:
+            part[where] = torch.randn(context, *part.shape[1:])
+        table[row, : first_visible(context - length, *case.window) // case.page] = 0  # given back: nobody's, or others'
+        ends = range(context - length + 1, context + 1)
+        items += [(row, first_visible(end - 1, *case.window), context if case.tree else end) for end in ends]
+    tree = torch.randint(0, 2**31 - 1, (tokens,), dtype=torch.int32) | 1 if case.tree else None
+    sinks = torch.randn(case.heads[0]).to(case.dtype).to(DEVICE) if case.sinks else None
+    scales: list[torch.Tensor | None] = [None, None]
+    if case.pages is not None:
+        scales = [
+            part.nan_to_num().abs().amax(-1) / (127 if case.pages == torch.int8 else 448) + 1e-6 for part in pages
+        ]
+        pages = [part.nan_to_num() / scale[..., None] for part, scale in zip(pages, scales, strict=True)]
+        pages = [(part.round() if case.pages == torch.int8 else part).to(case.pages) for part in pages]
+    pages = [part.to(case.pages or case.dtype) for part in pages]
+    keys, values, *scales = (None if part is None else part.to(DEVICE) for part in (*pages, *scales))
+    query = torch.randn(case.heads[0], tokens, case.widths[0]).to(case.dtype).to(DEVICE).transpose(0, 1)
+    index = torch.tensor(items, dtype=torch.int32, device=DEVICE)
+    table, tree = table.to(DEVICE), None if tree is None else tree.to(DEVICE)
+    return query, Seen(
+        keys, values, table, index, case.page, max(c for c, _ in case.spans), case.scaling, case.softcap, sinks, tree,
+        *scales,
+    )  # fmt: skip
+
+
+def dense(query: torch.Tensor, seen: Seen) -> list[tuple[torch.Tensor, ...]]:
+    """Per query token its own keys and values, `[kv_heads, keys, width]` in float64, and which it sees."""
+    found = []
+    branches = [-1] * len(query) if seen.tree is None else seen.tree.tolist()
+    for (row, first, end), branch in zip(seen.items.tolist(), branches, strict=True):
+        sees = [end - 1 - i >= 32 or bool(branch >> (end - 1 - i) & 1) for i in range(first, end)]
+        index = torch.arange(first, end, device=DEVICE)
+        index = seen.table[row, index // seen.page_size] * seen.page_size + index % seen.page_size
+        parts = []
+        for pages, scales in ((seen.keys, seen.key_scales), (seen.values, seen.value_scales)):
+            part = pages[index].double()
+            parts.append((part if scales is None else part * scales[index, :, None].double()).transpose(0, 1))
+        found.append((*parts, torch.tensor(sees, device=DEVICE)))
+    return found
+
+
+def exact(query: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """The definition, in float64."""
+    outputs = []
+    for token, (keys, values, sees) in zip(query.double(), dense(query, seen), strict=True):
+        group = token.shape[0] // keys.shape[0]
+        scores = torch.einsum("hd,hnd->hn", token, keys.repeat_interleave(group, 0)) * seen.scaling
+        if seen.softcap:
+            scores = seen.softcap * torch.tanh(scores / seen.softcap)
+        scores = scores.masked_fill(~sees, float("-inf"))
+        if seen.sinks is not None:
+            scores = torch.cat([scores, seen.sinks.double()[:, None]], dim=1)
+        weights = scores.softmax(-1)[:, : keys.shape[1]]
+        outputs.append(torch.einsum("hn,hnd->hd", weights, values.repeat_interleave(group, 0)))
+    return torch.stack(outputs)
+
+
+def theirs(query: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """torch's attention; the twin where that has no such thing."""
+    if seen.softcap or seen.sinks is not None:
+        return reference.paged_attention(query, seen)
+    outputs = []
+    for token, (keys, values, sees) in zip(query, dense(query, seen), strict=True):
+        arguments = (token[None, :, None], keys.to(query.dtype)[None], values.to(query.dtype)[None])
+        mask = sees[None, None, None].expand(1, len(token), 1, -1)
+        outputs.append(scaled_dot_product_attention(*arguments, mask, scale=seen.scaling, enable_gqa=True)[0, :, 0])
+    return torch.stack(outputs)
+
+
+def tiles_of(case: Case, size: int, empty: int = 0) -> torch.Tensor:
+    """Spans cut into tiles of at most `size` tokens, the longest contexts first, and `empty` tiles behind them."""
+    found, offset = [], 0
+    for _, length in case.spans:
+        found += [(offset + i, min(size, length - i)) for i in range(0, length, size)]
+        offset += length
+    return torch.tensor(found[::-1] + [(0, 0)] * empty, dtype=torch.int32, device=DEVICE)
+
+
+def check(ours: torch.Tensor, query: torch.Tensor, seen: Seen) -> None:
+    expected = exact(query, seen)
+    assert ours.dtype == query.dtype
+    assert ours.shape == expected.shape
+    assert ours.isfinite().all()
+    # What rounding the output costs, and float32 scores: torch may be luckier than that in a small case.
+    floor = torch.finfo(query.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    bound = SLACK * float((theirs(query, seen).double() - expected).norm()) + floor * float(expected.norm())
+    assert float((ours.double() - expected).norm()) <= bound
+
+
+def extended(case: Case, shape: Shape, windowed: bool | None = None) -> tuple[torch.Tensor, torch.Tensor, Seen]:
+    query, seen = make(case)
+    tiles = tiles_of(case, shape.rows // (case.heads[0] // case.heads[1]), empty=1)
+    if windowed is None:
+        windowed = case.window[0] != "full"
+    return extend.extend(query, seen, tiles, shape, windowed), query, seen
+
+
+def decoded(case: Case, shape: Shape, split: int) -> tuple[torch.Tensor, torch.Tensor, Seen]:
+    query, seen = make(case)
+    tokens = max(length for _, length in case.spans)
+    return decode.decode(query, seen, tiles_of(case, tokens, empty=1), tokens, split, shape), query, seen
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SMALL = Shape(16, 16, 4, 2)
+MIXES = {
+    "prompt": [(37, 37)],
+    "prefix": [(50, 20)],
+    "mix": [(5, 1), (40, 3), (33, 33), (70, 18)],
+    "page": [(16, 16), (32, 16)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mix", MIXES)
+def test_extend(mix: str, dtype: torch.dtype) -> None:
+    check(*extended(Case(MIXES[mix], dtype=dtype), SMALL))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", [1, 3, 8])
+def test_decode(split: int, dtype: torch.dtype) -> None:
+    check(*decoded(Case([(1, 1), (70, 1), (33, 1), (200, 1)], dtype=dtype), SMALL, split))
+
+
+FEATURES = {
+    "gqa": {"heads": (6, 2)},
+    "mqa": {"heads": (5, 1)},
+    "mha": {"heads": (3, 3)},
+    "odd width": {"widths": (24, 24)},
+    "unequal widths": {"widths": (40, 16)},
+    "sliding": {"window": ("sliding", 9)},
+    "chunked": {"window": ("chunked", 12)},
+    "softcap": {"softcap": 2.0, "scaling": 1.0},
+    "sinks": {"sinks": True},
+    "all": {"window": ("sliding", 21), "softcap": 3.0, "sinks": True, "heads": (4, 1), "widths": (24, 40)},
+    "int8": {"pages": torch.int8},
+    "fp8": {"pages": torch.float8_e4m3fn},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_of_extend(feature: str) -> None:
+    check(*extended(Case([(29, 29), (45, 12)], **FEATURES[feature]), SMALL))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("split", [1, 4])
+def test_features_of_decode(feature: str, split: int) -> None:
+    check(*decoded(Case([(5, 1), (61, 1), (90, 3)], **FEATURES[feature]), SMALL, split))
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_tree(split: int) -> None:
+    case = Case([(3, 2), (80, 7), (40, 16)], tree=True, heads=(2, 2))
+    check(*decoded(case, SMALL, split))
+    check(*extended(case, SMALL))
+
+
+def test_windowed_is_only_a_hint() -> None:
+    """What is true of every span may be compiled in, and changes nothing."""
+    for case in (Case(MIXES["mix"]), Case(MIXES["mix"], tree=True)):
+        assert torch.equal(extended(case, SMALL, True)[0], extended(case, SMALL, False)[0])
+
+
+def test_a_query_that_sees_nothing() -> None:
+    query, seen = make(Case([(20, 3)]))
+    seen.items[1, 1:] = 0
+    tiles = torch.tensor([[0, 1], [1, 1], [2, 1]], dtype=torch.int32, device=DEVICE)
+    for ours in (extend.extend(query, seen, tiles, SMALL), decode.decode(query, seen, tiles, 1, 3, SMALL)):
+        assert not ours[1].any()
+        assert ours[0].isfinite().all()
+
+
+def test_runs() -> None:
+    """Pages of which each aligned block is a run are read through tensor descriptors."""
+    for context, length in ((70, 70), (90, 20)):
+        case = Case([(context, length)], dtype=torch.float16)
+        query, seen = make(case)
+        tiles = tiles_of(case, SMALL.rows // 2)
+        pages = torch.arange(1, seen.table.shape[1] + 1, dtype=torch.int32, device=DEVICE)
+        slots = len(pages) * seen.page_size + 16
+        index = (pages[:, None] * seen.page_size + torch.arange(seen.page_size, device=DEVICE)).flatten()[:context]
+        keys, values = (torch.full((slots, *p.shape[1:]), float("nan"), device=DEVICE).to(p.dtype) for p in seen[:2])
+        for part in (keys, values):
+            part[index] = torch.randn(context, *part.shape[1:], device=DEVICE).to(part.dtype)
+        seen = seen._replace(keys=keys, values=values, table=pages[None])
+        for windowed in (False, True):
+            check(extend.extend(query, seen, tiles, SMALL, windowed, runs=True), query, seen)
+
+
+def spans(most: int, longest: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    span = st.tuples(st.integers(1, longest), st.integers(0, 150 if GPU else 40)).map(
+        lambda pair: (pair[0] + pair[1], pair[0])
+    )
+    return st.lists(span, min_size=1, max_size=most)
+
+
+# A kernel is compiled for every kind of case: a GPU's test does not look for the smallest that fails.
+PHASES = [phase for phase in Phase if not GPU or phase in (Phase.explicit, Phase.generate)]
+CASES: dict[str, Any] = {
+    "heads": st.sampled_from([(1, 1), (4, 2), (4, 1), (6, 2), (7, 1)]),
+    "widths": st.sampled_from([(16, 16), (32, 32), (24, 24), (48, 32), (16, 40)]),
+    "page": st.sampled_from([1, 4, 16, 6]),
+    "window": st.one_of(st.just(("full", 0)), st.tuples(st.sampled_from(["sliding", "chunked"]), st.integers(1, 60))),
+    "softcap": st.sampled_from([None, None, 1.5, 30.0]),
+    "sinks": st.booleans(),
+    "scaling": st.sampled_from([0.05, 0.3, 1.0]),
+    "dtype": st.sampled_from(DTYPES),
+    "pages": st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn]),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(max_examples=20 if GPU else 12, deadline=None, phases=PHASES)
+@given(
+    case=st.builds(Case, spans(4, 200) if GPU else spans(3, 24), tree=st.just(False), **CASES),
+    keys=st.sampled_from([16, 32]),
+)
+@example(Case([(33, 1)], window=("sliding", 1)), 16)
+def test_any_extend(case: Case, keys: int) -> None:
+    check(*extended(case, Shape(16, keys, 4, 2)))
+
+
+@settings(max_examples=20 if GPU else 12, deadline=None, phases=PHASES)
+@given(
+    case=st.builds(Case, spans(4, 8) if GPU else spans(3, 6), tree=st.booleans(), **CASES),
+    keys=st.sampled_from([16, 32]),
+    split=st.integers(1, 9),
+)
+def test_any_decode(case: Case, keys: int, split: int) -> None:
+    check(*decoded(case, Shape(64, keys, 4, 2), split))
+
+
+NAMES = ["llama", "qwen3", "gpt2", "gemma2", "gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3"]
+
+
+def same_tokens(name: str, rows: int, length: int, new: int, config: dict) -> tuple[str, ...]:
+    model = build(name).to(DEVICE)
+    ids = torch.randint(3, 90, (rows, length), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[rows - 1, : length // 3] = 0
+    arguments = {"max_new_tokens": new, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask}
+    stock = model.generate(ids, **arguments)
+    ours = model.generate(ids, **arguments, llmopt={"strict": True, **config})
+    assert model.llmopt.stats.served_by == "llmopt"
+    assert torch.equal(ours, stock)
+    assert model.llmopt.engine.store.pages_used == 0
+    return model.llmopt.stats.attention
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in NAMES])
+def test_tokens(name: str, backend: str) -> None:
+    """Long prompts in parts, short ones, and windows that have been passed."""
+    config = {"attention": backend, "batching": {"max_batch_tokens": 50}, "kv_cache": {"page_size": 4}}
+    paths = same_tokens(name, 3, 67, 24, config)
+    if backend == "triton":
+        assert paths == ("triton-decode", "triton-extend")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.skipif(GPU, reason="a GPU runs `test_tokens`")
+def test_tokens_in_the_interpreter(name: str) -> None:
+    paths = same_tokens(name, 2, 21, 3, {"attention": "triton"})
+    assert paths == ("triton-decode", "triton-extend")
+
+
+@pytest.mark.skipif(GPU, reason="it can run here")
+def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.kernels.triton.int_linear.INTERPRETED", False)
+    with pytest.raises(InvalidOption, match=r"backend='triton'.*keys lie on cpu.*Use 'auto'"):
+        attention.backend("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pages", [[0, 1, 2, 3, 4], [8, 9, 2, 3, 5], [4, 5, 7, 6], [1]], ids=str)
+def test_runs_are_found(pages: list[int]) -> None:
+    table = SimpleNamespace(pages=array("i", pages), run=1)
+    expected = all(pages[i] + 1 == pages[i + 1] for i in range(0, len(pages) - 1, 2))
+    assert inputs._aligned(table, 2) == expected
