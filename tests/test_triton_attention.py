@@ -64,12 +64,12 @@ def first_visible(position: int, kind: str, window: int) -> int:
     return position - position % window if kind == "chunked" else 0
 
 
-def make(case: Case) -> tuple[torch.Tensor, Seen]:
+def make(case: Case, runs: bool = False) -> tuple[torch.Tensor, Seen]:
     """Queries, and pages in random order with NaN wherever no token lies."""
     torch.manual_seed(case.seed)
     tokens = sum(length for _, length in case.spans)
     held = [-(-context // case.page) for context, _ in case.spans]
-    order = torch.randperm(sum(held) + 2).int() + 1
+    order = (torch.arange if runs else torch.randperm)(sum(held) + 2).int() + 1
     table = torch.zeros(len(held), max(held) + 1, dtype=torch.int32)
     slots = (len(order) + 1) * case.page
     pages = [torch.full((slots, case.heads[1], width), float("nan")) for width in case.widths]
@@ -98,9 +98,10 @@ def make(case: Case) -> tuple[torch.Tensor, Seen]:
     query = torch.randn(case.heads[0], tokens, case.widths[0]).to(case.dtype).to(DEVICE).transpose(0, 1)
     index = torch.tensor(items, dtype=torch.int32, device=DEVICE)
     table, tree = table.to(DEVICE), None if tree is None else tree.to(DEVICE)
+    longest = max(context for context, _ in case.spans)
     return query, Seen(
-        keys, values, table, index, case.page, max(c for c, _ in case.spans), case.scaling, case.softcap, sinks, tree,
-        *scales,
+        keys, values, table, index, case.page, longest, case.scaling, case.softcap, sinks,
+        tree=tree, key_scales=scales[0], value_scales=scales[1],
     )  # fmt: skip
 
 
@@ -151,10 +152,10 @@ def theirs(query: torch.Tensor, seen: Seen) -> torch.Tensor:
 def tiles_of(case: Case, size: int, empty: int = 0) -> torch.Tensor:
     """Spans cut into tiles of at most `size` tokens, the longest contexts first, and `empty` tiles behind them."""
     found, offset = [], 0
-    for _, length in case.spans:
-        found += [(offset + i, min(size, length - i)) for i in range(0, length, size)]
+    for context, length in case.spans:
+        found += [(offset + i, min(size, length - i), context) for i in range(0, length, size)]
         offset += length
-    return torch.tensor(found[::-1] + [(0, 0)] * empty, dtype=torch.int32, device=DEVICE)
+    return torch.tensor(found[::-1] + [(0, 0, 0)] * empty, dtype=torch.int32, device=DEVICE)
 
 
 def check(ours: torch.Tensor, query: torch.Tensor, seen: Seen) -> None:
@@ -247,27 +248,39 @@ def test_windowed_is_only_a_hint() -> None:
 def test_a_query_that_sees_nothing() -> None:
     query, seen = make(Case([(20, 3)]))
     seen.items[1, 1:] = 0
-    tiles = torch.tensor([[0, 1], [1, 1], [2, 1]], dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor([[i, 1, 20] for i in range(3)], dtype=torch.int32, device=DEVICE)
     for ours in (extend.extend(query, seen, tiles, SMALL), decode.decode(query, seen, tiles, 1, 3, SMALL)):
         assert not ours[1].any()
         assert ours[0].isfinite().all()
 
 
-def test_runs() -> None:
-    """Pages of which each aligned block is a run are read through tensor descriptors."""
-    for context, length in ((70, 70), (90, 20)):
-        case = Case([(context, length)], dtype=torch.float16)
-        query, seen = make(case)
-        tiles = tiles_of(case, SMALL.rows // 2)
-        pages = torch.arange(1, seen.table.shape[1] + 1, dtype=torch.int32, device=DEVICE)
-        slots = len(pages) * seen.page_size + 16
-        index = (pages[:, None] * seen.page_size + torch.arange(seen.page_size, device=DEVICE)).flatten()[:context]
-        keys, values = (torch.full((slots, *p.shape[1:]), float("nan"), device=DEVICE).to(p.dtype) for p in seen[:2])
-        for part in (keys, values):
-            part[index] = torch.randn(context, *part.shape[1:], device=DEVICE).to(part.dtype)
-        seen = seen._replace(keys=keys, values=values, table=pages[None])
-        for windowed in (False, True):
-            check(extend.extend(query, seen, tiles, SMALL, windowed, runs=True), query, seen)
+HOPPER = {
+    "prompt": [(300, 300)],
+    "prefix": [(500, 20)],
+    "mix": [(129, 129), (640, 3), (1000, 200), (64, 64), (17, 17)],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    "feature", ["gqa", "mqa", "sliding", "sliding 200", "chunked", "softcap", "sinks", "64", "page"]
+)
+@pytest.mark.parametrize("mix", HOPPER)
+def test_hopper(mix: str, feature: str, dtype: torch.dtype) -> None:
+    from hf_llmopt.kernels.triton import hopper
+
+    features = {
+        **FEATURES,
+        "sliding 200": {"window": ("sliding", 200)},
+        "64": {"widths": (64, 64)},
+        "page": {"page": 16},
+    }
+    case = Case(HOPPER[mix], **{"widths": (128, 128), "page": 128, "scaling": 0.1, "dtype": dtype, **features[feature]})
+    query, seen = make(case, runs=True)
+    tiles = tiles_of(case, hopper.ROWS // (case.heads[0] // case.heads[1]), empty=1)
+    check(hopper.extend(query, seen, tiles, case.window[0] != "full"), query, seen)
 
 
 def spans(most: int, longest: int) -> st.SearchStrategy[list[tuple[int, int]]]:

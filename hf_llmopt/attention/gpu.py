@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..kernels.arguments import Seen
 from .inputs import StepInputs
 from .paths import sdpa, sdpa_of
 
@@ -114,10 +115,27 @@ def _ours(
         tiles = step.tiles(device, spans, longest)
         shape, split = decode.plan(tokens, seen, len(tiles), longest)
         return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
+    group = tokens.shape[1] // seen.keys.shape[1]
+    if _hopper(tokens, seen, group):
+        from ..kernels.triton import hopper
+
+        if step.are_runs(layer, spans, hopper.KEYS):
+            step.note("hopper-extend")
+            return hopper.extend(tokens, seen, step.tiles(device, spans, hopper.ROWS // group), windowed)[None]
     step.note("triton-extend")
     shape = extend.shape_for(tokens, seen)
-    tiles = step.tiles(device, spans, shape.rows // (tokens.shape[1] // seen.keys.shape[1]))
-    return extend.extend(tokens, seen, tiles, shape, windowed)[None]
+    return extend.extend(tokens, seen, step.tiles(device, spans, shape.rows // group), shape, windowed)[None]
+
+
+def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
+    """Whether the kernel for Hopper serves these heads on this device."""
+    if query.dtype not in (torch.bfloat16, torch.float16) or not query.is_cuda:
+        return False
+    if torch.cuda.get_device_capability(query.device) != (9, 0):
+        return False
+    from ..kernels.triton import hopper
+
+    return group <= hopper.ROWS and {query.shape[2], seen.values.shape[2]} <= set(hopper.WIDTHS)
 
 
 def _class_of(step: StepInputs, layer: int, spans: range, query: Tensor, value: Tensor) -> str:

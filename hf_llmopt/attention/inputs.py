@@ -215,7 +215,8 @@ class StepInputs:
         """Neighbouring spans cut into tiles, those that see most first.
 
         Returns:
-            First token, counted from the first span's, and number of tokens, at most `size`, int32 `[tiles, 2]`.
+            First token, counted from the first span's, number of tokens, at most `size`, and the request's tokens,
+            int32 `[tiles, 3]`.
         """
         key = (device, spans, size)
         if key not in self._tiles:
@@ -223,11 +224,11 @@ class StepInputs:
             found = []
             for span in chosen:
                 for start in range(0, span.length, size):
-                    count = min(size, span.length - start)
-                    sees = span.context - span.length + start + count
-                    found.append((-sees, span.offset - chosen[0].offset + start, count))
-            found.sort()  # a long tile that starts last would be waited for
-            self._tiles[key] = upload(torch.tensor(found, dtype=torch.int32, device="cpu")[:, 1:].contiguous(), device)
+                    tile = (span.offset - chosen[0].offset + start, min(size, span.length - start), span.context)
+                    found.append((start - span.length + span.context, *tile))
+            found.sort(reverse=True)  # a long tile that starts last would be waited for
+            tiles = torch.tensor(found, dtype=torch.int32, device="cpu")[:, 1:].contiguous()
+            self._tiles[key] = upload(tiles, device)
         return self._tiles[key]
 
     def are_runs(self, layer: int, spans: range, size: int) -> bool:

@@ -32,30 +32,23 @@ def slots_of(table, token, seen, PAGE: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def rows_of(
-    pages, slots, start, column, seen,
-    stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, RUNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    pages, slots, seen, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
+):
     """Keys or values of a block, `[BLOCK_N, BLOCK_D]`, MASKED: 0 where no query sees them.
 
-    `pages` is the address of a head's numbers in slot 0. With RUNS it is a descriptor of `[slots, heads * DIM]`, the
-    block's slots follow `start`, and the head's numbers begin at `column` of a row.
+    `pages` is the address of a head's numbers in slot 0.
     """
-    if RUNS:
-        found = pages.load([start, column])
+    d = tl.arange(0, BLOCK_D)[None, :]
+    places = pages + slots[:, None] * stride + d
+    if BLOCK_D != DIM:
+        inside = d < DIM
         if MASKED:
-            found = tl.where(seen[:, None], found, 0.0)
+            inside = inside & seen[:, None]
+        found = tl.load(places, mask=inside, other=0.0)
+    elif MASKED:
+        found = tl.load(places, mask=seen[:, None], other=0.0)
     else:
-        d = tl.arange(0, BLOCK_D)[None, :]
-        places = pages + slots[:, None] * stride + d
-        if BLOCK_D != DIM:
-            inside = d < DIM
-            if MASKED:
-                inside = inside & seen[:, None]
-            found = tl.load(places, mask=inside, other=0.0)
-        elif MASKED:
-            found = tl.load(places, mask=seen[:, None], other=0.0)
-        else:
-            found = tl.load(places)
+        found = tl.load(places)
     return found.to(DTYPE)
 
 

@@ -52,8 +52,8 @@ def _decode(
     head = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
-    start = tl.load(tiles + tile * 2)
-    count = tl.load(tiles + tile * 2 + 1)
+    start = tl.load(tiles + tile * 3)
+    count = tl.load(tiles + tile * 3 + 1)
     if count == 0:
         return
     lowest, begin, stop, each = _range(items, start, count, SPLIT, LEAST_BLOCKS, BLOCK_N)
@@ -86,14 +86,14 @@ def _decode(
         place = key + tl.arange(0, BLOCK_N)
         seen = (place >= lowest) & (place < high)  # pages before the window may be somebody else's by now
         slots = slots_of(pages, place, seen, PAGE, True)
-        k = rows_of(keys, slots, 0, 0, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, True, False, DTYPE)
+        k = rows_of(keys, slots, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, True, DTYPE)
         k_scales = None
         v_scales = None
         if key_scales is not None:
             k_scales = tl.load(key_scales + slots * KV_HEADS + head).to(tl.float32)
             v_scales = tl.load(value_scales + slots * KV_HEADS + head).to(tl.float32)
         s = visible(score(q, k, k_scales, factor, cap), place, first, end, branch, tree is not None)
-        v = rows_of(values, slots, 0, 0, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, True, False, DTYPE)
+        v = rows_of(values, slots, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, True, DTYPE)
         total, largest, weight = add(s, v, v_scales, total, largest, weight)
     v = tl.arange(0, BLOCK_V)
     place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
@@ -113,8 +113,8 @@ def _join(
     SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, LEAST_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    start = tl.load(tiles + tl.program_id(2) * 2)
-    count = tl.load(tiles + tl.program_id(2) * 2 + 1)
+    start = tl.load(tiles + tl.program_id(2) * 3)
+    count = tl.load(tiles + tl.program_id(2) * 3 + 1)
     if tl.program_id(1) >= count:
         return
     _lowest, begin, stop, each = _range(items, start, count, SPLIT, LEAST_BLOCKS, BLOCK_N)
@@ -144,8 +144,8 @@ def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
     wide = max(query.shape[2], seen.values.shape[2])
     rows = max(16, triton.next_power_of_2(tokens * query.shape[1] // seen.keys.shape[1]))
     if query.dtype == torch.float32 or wide > 128 or rows > 64:
-        return Shape(rows, 32, 4 if rows <= 64 else 8, 2)
-    return Shape(rows, 64, 4, 3)
+        return Shape(rows, 32, 4 if rows <= 64 else 8, 3)
+    return Shape(rows, 32, 4, 5)
 
 
 def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int]:
@@ -173,7 +173,7 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
     Args:
         query: `[tokens, heads, key_dim]`.
         seen: What they attend to; its tensors lie on the query's device.
-        tiles: First token and number of tokens of each span, int32 `[spans, 2]`. No tokens: nothing is computed.
+        tiles: Of each span the first token, how many, and its request's, int32 `[spans, 3]`; as for `extend.extend`.
         tokens: Of the longest span, at most TOKENS; with the query heads of a key head at most `shape.rows`.
         split: Parts that a span's keys are split into, at most.
         shape: Of the tiling.

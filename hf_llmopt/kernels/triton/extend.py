@@ -47,18 +47,13 @@ def _blocks(
     keys, values, key_scales, value_scales, factor, cap,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, TREE: tl.constexpr, RUNS: tl.constexpr, DTYPE: tl.constexpr,
+    MASKED: tl.constexpr, TREE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_N)
         seen = (token >= lowest) & (token < highest)
-        if RUNS:
-            slot = slots_of(table, start, True, PAGE, False).to(tl.int32)
-            slots = slot + tl.arange(0, BLOCK_N)
-        else:
-            slot = 0
-            slots = slots_of(table, token, seen, PAGE, MASKED)
-        k = rows_of(keys, slots, slot, head * KEY_DIM, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, MASKED, RUNS, DTYPE)
+        slots = slots_of(table, token, seen, PAGE, MASKED)
+        k = rows_of(keys, slots, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, MASKED, DTYPE)
         k_scales = None
         v_scales = None
         if key_scales is not None:
@@ -67,9 +62,7 @@ def _blocks(
         s = score(q, k, k_scales, factor, cap)
         if MASKED:
             s = visible(s, token, first, end, tree, TREE)
-        v = rows_of(
-            values, slots, slot, head * VALUE_DIM, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, MASKED, RUNS, DTYPE
-        )
+        v = rows_of(values, slots, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, MASKED, DTYPE)
         total, largest, weight = add(s, v, v_scales, total, largest, weight)
     return total, largest, weight
 
@@ -80,13 +73,13 @@ def _extend(
     QUERY_TOKEN, QUERY_HEAD, PAGES,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    WINDOWED: tl.constexpr, RUNS: tl.constexpr, DTYPE: tl.constexpr,
+    WINDOWED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     TREE: tl.constexpr = tree is not None
     head = tl.program_id(0) % KV_HEADS
     tile = tl.program_id(0) // KV_HEADS
-    start = tl.load(tiles + tile * 2)
-    count = tl.load(tiles + tile * 2 + 1)
+    start = tl.load(tiles + tile * 3)
+    count = tl.load(tiles + tile * 3 + 1)
     if count == 0:
         return
     row = tl.arange(0, BLOCK_M)
@@ -122,24 +115,23 @@ def _extend(
         whole = tl.minimum(tl.cdiv(tl.load(items + (start + count - 1) * 3 + 1), BLOCK_N) * BLOCK_N, stop)
     whole_stop = tl.maximum(whole_stop // BLOCK_N * BLOCK_N, whole)
     pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
-    if not RUNS:
-        keys += head * KEY_DIM
-        values += head * VALUE_DIM
+    keys += head * KEY_DIM
+    values += head * VALUE_DIM
     if WINDOWED:
         total, largest, weight = _blocks(
             q, total, largest, weight, begin, whole, lowest, stop, pages, first, end, branch, head,
             keys, values, key_scales, value_scales, factor, cap,
-            KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, RUNS, DTYPE,
+            KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
         )  # fmt: skip
     total, largest, weight = _blocks(
         q, total, largest, weight, whole, whole_stop, lowest, stop, pages, first, end, branch, head,
         keys, values, key_scales, value_scales, factor, cap,
-        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, RUNS, DTYPE,
+        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, DTYPE,
     )  # fmt: skip
     total, largest, weight = _blocks(
         q, total, largest, weight, whole_stop, stop, lowest, stop, pages, first, end, branch, head,
         keys, values, key_scales, value_scales, factor, cap,
-        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, RUNS, DTYPE,
+        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
     )  # fmt: skip
     total = total / tl.where(weight > 0, weight, 1)[:, None]
     v = tl.arange(0, BLOCK_V)
@@ -160,17 +152,16 @@ def shape_for(query: Tensor, seen: Seen) -> Shape:
     return Shape(max(rows, triton.next_power_of_2(group)), keys, warps, stages)
 
 
-def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: bool = True, runs: bool = False) -> Tensor:
+def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: bool = True) -> Tensor:
     """Attention of tiles of query tokens over their requests' pages.
 
     Args:
         query: `[tokens, heads, key_dim]`.
         seen: What they attend to; its tensors lie on the query's device.
-        tiles: First token and number of tokens of each program, int32 `[tiles, 2]`, the longest first. The tokens are
-            neighbours of one request, at most `rows / heads per key head`. No tokens: nothing is computed.
+        tiles: Of each program the first token, how many, and the tokens of their request, int32 `[tiles, 3]`, the
+            longest first. The tokens are neighbours, at most `rows / heads per key head`. None: nothing is computed.
         shape: Of the tiling.
         windowed: Whether any query does not see its request's first token.
-        runs: Whether every aligned block of `shape.keys` tokens lies in neighbouring slots.
 
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
@@ -178,21 +169,13 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: boo
     _, kv_heads, key_dim = seen.keys.shape
     heads, value_dim = query.shape[1], seen.values.shape[2]
     out = query.new_empty(len(query), heads, value_dim)
-    keys: Any = seen.keys
-    values: Any = seen.values
-    if runs:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        keys, values = (
-            TensorDescriptor.from_tensor(pages.flatten(1), [shape.keys, pages.shape[2]]) for pages in (keys, values)
-        )
     _extend[(len(tiles) * kv_heads,)](
-        query, out, keys, values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles, seen.tree,
-        seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
+        query, out, seen.keys, seen.values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles,
+        seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), seen.table.shape[1],
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
-        STAGES=shape.stages, WINDOWED=windowed, RUNS=runs, DTYPE=operands(query.dtype), num_warps=shape.warps,
+        STAGES=shape.stages, WINDOWED=windowed, DTYPE=operands(query.dtype), num_warps=shape.warps,
     )  # fmt: skip
     return out
 
