@@ -212,7 +212,7 @@ class StepInputs:
         return Seen(keys, values, table, items, self.store.page_size, longest, scaling, softcap, sinks)
 
     def tiles(self, device: torch.device, spans: range, size: int) -> Tensor:
-        """Neighbouring spans cut into tiles, those that see most first.
+        """Neighbouring spans cut into tiles, request by request, in each the tiles first that see most.
 
         Returns:
             First token, counted from the first span's, number of tokens, at most `size`, and the request's tokens,
@@ -221,14 +221,12 @@ class StepInputs:
         key = (device, spans, size)
         if key not in self._tiles:
             chosen = self.spans[spans.start : spans.stop]
-            found = []
-            for span in chosen:
-                for start in range(0, span.length, size):
-                    tile = (span.offset - chosen[0].offset + start, min(size, span.length - start), span.context)
-                    found.append((start - span.length + span.context, *tile))
-            found.sort(reverse=True)  # a long tile that starts last would be waited for
-            tiles = torch.tensor(found, dtype=torch.int32, device="cpu")[:, 1:].contiguous()
-            self._tiles[key] = upload(tiles, device)
+            found = [
+                (span.offset - chosen[0].offset + start, min(size, span.length - start), span.context)
+                for span in sorted(chosen, key=lambda span: -span.context)  # what starts last is waited for
+                for start in reversed(range(0, span.length, size))
+            ]
+            self._tiles[key] = upload(torch.tensor(found, dtype=torch.int32, device="cpu"), device)
         return self._tiles[key]
 
     def are_runs(self, layer: int, spans: range, size: int) -> bool:

@@ -7,6 +7,7 @@ import typer
 from ..command import ModelCommand
 from .continuous_batching import continuous_batching
 from .cpu import cpu
+from .flash_attention import flash_attention
 from .kv_cache import kv_cache
 from .prompt_cache import prompt_cache
 from .quantization import quantization
@@ -16,6 +17,7 @@ app.command("kv_cache", cls=ModelCommand)(kv_cache)
 app.command("prompt_cache", cls=ModelCommand)(prompt_cache)
 app.command("continuous_batching", cls=ModelCommand)(continuous_batching)
 app.command("quantization", cls=ModelCommand)(quantization)
+app.command("flash_attention", cls=ModelCommand)(flash_attention)
 app.command("cpu", cls=ModelCommand)(cpu)
 
 

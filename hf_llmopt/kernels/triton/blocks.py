@@ -11,6 +11,8 @@ multiply columns of scores and of weights, not keys and values.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,12 @@ import triton.language as tl
 FORMATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LOG2E = 1.4426950408889634
 LEAST = tl.constexpr(-1e30)  # of a row that has seen nothing; finite, so that no difference is NaN
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter has few, so that tests split keys as a GPU does."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit

@@ -10,14 +10,13 @@ The twin is `reference.paged_attention`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import LEAST, LOG2E, add, rows_of, score, slots_of, visible
+from .blocks import LEAST, LOG2E, add, multiprocessors, rows_of, score, slots_of, visible
 from .extend import Shape, block_of, operands
 
 if TYPE_CHECKING:
@@ -158,13 +157,8 @@ def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int
         tokens: Of the longest span.
     """
     shape = shape_for(query, seen, tokens)
-    programs = PROGRAMS * _multiprocessors(query.device) // (spans * seen.keys.shape[1])
+    programs = PROGRAMS * multiprocessors(query.device) // (spans * seen.keys.shape[1])
     return shape, max(1, min(programs, -(-seen.longest // (LEAST_BLOCKS * shape.keys)), PARTS))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, shape: Shape) -> Tensor:

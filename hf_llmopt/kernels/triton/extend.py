@@ -70,14 +70,14 @@ def _blocks(
 @triton.jit
 def _extend(
     query, out, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
-    QUERY_TOKEN, QUERY_HEAD, PAGES,
+    QUERY_TOKEN, QUERY_HEAD, TILES, PAGES,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
     WINDOWED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     TREE: tl.constexpr = tree is not None
-    head = tl.program_id(0) % KV_HEADS
-    tile = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) // TILES  # programs that read the same keys follow one another
+    tile = tl.program_id(0) % TILES
     start = tl.load(tiles + tile * 3)
     count = tl.load(tiles + tile * 3 + 1)
     if count == 0:
@@ -148,7 +148,7 @@ def shape_for(query: Tensor, seen: Seen) -> Shape:
     elif wide > 128:
         rows, keys, warps, stages = 64, 32, 4, 2
     else:
-        rows, keys, warps, stages = 128, 64, 8, 3
+        rows, keys, warps, stages = 64, 64, 4, 3  # measured on an H100
     return Shape(max(rows, triton.next_power_of_2(group)), keys, warps, stages)
 
 
@@ -158,8 +158,9 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: boo
     Args:
         query: `[tokens, heads, key_dim]`.
         seen: What they attend to; its tensors lie on the query's device.
-        tiles: Of each program the first token, how many, and the tokens of their request, int32 `[tiles, 3]`, the
-            longest first. The tokens are neighbours, at most `rows / heads per key head`. None: nothing is computed.
+        tiles: Of each program the first token, how many, and the tokens of their request, int32 `[tiles, 3]`. The
+            tokens are neighbours, at most `rows / heads per key head`. None: nothing is computed. Those of a request
+            follow one another, the last first, which takes longest.
         shape: Of the tiling.
         windowed: Whether any query does not see its request's first token.
 
@@ -172,7 +173,7 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: boo
     _extend[(len(tiles) * kv_heads,)](
         query, out, seen.keys, seen.values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles,
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
-        query.stride(0), query.stride(1), seen.table.shape[1],
+        query.stride(0), query.stride(1), len(tiles), seen.table.shape[1],
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
         STAGES=shape.stages, WINDOWED=windowed, DTYPE=operands(query.dtype), num_warps=shape.warps,

@@ -5,7 +5,8 @@ puts the next block's scores and the last block's values on the tensor cores, an
 et al. 2024, FlashAttention-3). Blocks are passed from the last to the first: masked ones first, then a
 loop without masks.
 
-A block must lie in neighbouring slots. The twin is `reference.paged_attention`.
+A program computes one tile after the other, so that a tile's first blocks are fetched while the last one's end is
+computed. A block must lie in neighbouring slots. The twin is `reference.paged_attention`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .blocks import LOG2E
+from .blocks import LOG2E, multiprocessors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,31 +41,70 @@ fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 
 @gluon.jit
-def _fetch(
-    keys, values, k, v, k_full, k_free, v_full, v_free, table, head, last, blocks,
-    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-):  # fmt: skip
-    for i in range(blocks):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        token = (last - i) * BLOCK_N
-        slot = gl.load(table + token // PAGE) * PAGE + token % PAGE
-        mbarrier.wait(k_free.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), BLOCK_N * KEY_DIM * 2)
-        fetch(keys, [slot, head * KEY_DIM], k_full.index(stage), k.index(stage))
-        mbarrier.wait(v_free.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), BLOCK_N * VALUE_DIM * 2)
-        fetch(values, [slot, head * VALUE_DIM], v_full.index(stage), v.index(stage))
+def _tile(tiles, items, tile, TILES, KV_HEADS: gl.constexpr, WINDOWED: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What a program must know of a tile and a key head; tiles that read the same keys follow one another.
+
+    Returns:
+        Head, first token, tokens, the request's tokens, the end of what the first token sees, the first and the last
+        block that are seen at all, the first block that is seen whole, and the one behind those.
+    """
+    each = TILES // KV_HEADS
+    at = tiles + tile % each * 3
+    start = gl.load(at)
+    count = gl.load(at + 1)
+    end = gl.load(items + start * 3 + 2)
+    last = (end + count - 2) // BLOCK_N
+    begin = 0
+    low = 0
+    if WINDOWED:  # the tile's last token sees least of the beginning
+        begin = gl.load(items + start * 3 + 1) // BLOCK_N
+        low = (gl.load(items + (start + count - 1) * 3 + 1) + BLOCK_N - 1) // BLOCK_N
+    high = gl.maximum(end // BLOCK_N, low)
+    return tile // each, start, count, gl.load(at + 2), end, begin, last, low, high
 
 
 @gluon.jit
-def _softmax(s, token, first, end, largest, weight, factor, cap, MASKED: gl.constexpr):
+def _fetch(
+    keys, values, k, v, k_full, k_free, v_full, v_free, table, items, tiles, TILES, PAGES,
+    KV_HEADS: gl.constexpr, PAGE: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr,
+):  # fmt: skip
+    i = 0
+    for tile in range(gl.program_id(0), TILES, gl.num_programs(0)):
+        head, start, _count, _context, _end, begin, last, _low, _high = _tile(
+            tiles, items, tile, TILES, KV_HEADS, WINDOWED, BLOCK_N
+        )
+        pages = table + gl.load(items + start * 3).to(gl.int64) * PAGES
+        for block in range(last, begin - 1, -1):
+            stage = i % STAGES
+            phase = (i // STAGES) & 1
+            token = block * BLOCK_N
+            slot = gl.load(pages + token // PAGE) * PAGE + token % PAGE
+            mbarrier.wait(k_free.index(stage), phase ^ 1)
+            mbarrier.expect(k_full.index(stage), BLOCK_N * KEY_DIM * 2)
+            fetch(keys, [slot, head * KEY_DIM], k_full.index(stage), k.index(stage))
+            mbarrier.wait(v_free.index(stage), phase ^ 1)
+            mbarrier.expect(v_full.index(stage), BLOCK_N * VALUE_DIM * 2)
+            fetch(values, [slot, head * VALUE_DIM], v_full.index(stage), v.index(stage))
+            i += 1
+    # Keys of a tile that does not exist, so that the last one ends as the others do.
+    mbarrier.wait(k_free.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
+    mbarrier.expect(k_full.index(i % STAGES), BLOCK_N * KEY_DIM * 2)
+    fetch(keys, [0, 0], k_full.index(i % STAGES), k.index(i % STAGES))
+
+
+@gluon.jit
+def _softmax(
+    s, token, first, end, largest, weight, factor, cap, MASKED: gl.constexpr, WINDOWED: gl.constexpr,
+):  # fmt: skip
     """Weights of a block, by how much less earlier ones count, the largest score so far and the sum of weights."""
     if cap is not None:
         s = cap * (1 - 2 / (gl.exp2(s * (factor * 2.8853900817779268 / cap)) + 1))
         factor = 1.0
     if MASKED:
-        sees = (token[None, :] >= first[:, None]) & (token[None, :] < end[:, None])
+        sees = token[None, :] < end[:, None]
+        if WINDOWED:
+            sees = sees & (token[None, :] >= first[:, None])
         s = gl.where(sees, s, float("-inf"))
     now = gl.maximum(largest, gl.max(s, 1) * factor)
     p = gl.exp2(s * factor - now[:, None])
@@ -72,162 +113,226 @@ def _softmax(s, token, first, end, largest, weight, factor, cap, MASKED: gl.cons
 
 
 @gluon.jit
-def _blocks(
-    low, high, last, q, k, v, k_full, k_free, v_full, v_free, p, total, largest, weight, first, end, factor, cap,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
+def _bounds(
+    part: gl.constexpr, items, start, count, end,
+    GROUP: gl.constexpr, WINDOWED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Blocks `high` to `low`, both counted from the first; `p` holds the weights of the block before."""
+    """The first token that each row sees, and the end of those."""
+    row = part * 64 + gl.arange(0, 64, LAYOUT)
+    token = row // GROUP
+    first = token * 0
+    if WINDOWED:
+        first = gl.load(items + (start + token) * 3 + 1, mask=row < count * GROUP, other=0)
+    return first, end + token
+
+
+@gluon.jit
+def _begin(
+    part: gl.constexpr, s, items, sinks, factor, cap, head, start, count, end, last,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, WINDOWED: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """Weights of a tile's first block, the largest score and the sum of weights."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    first, end = _bounds(part, items, start, count, end, GROUP, WINDOWED, ROWS)
+    largest = gl.full([64], -1e30, gl.float32, ROWS)
+    weight = gl.zeros([64], gl.float32, ROWS)
+    if sinks is not None:  # scores that have no values
+        row = part * 64 + gl.arange(0, 64, ROWS)
+        sink = gl.load(sinks + head * GROUP + row % GROUP)
+        largest = sink.to(gl.float32) * 1.4426950408889634
+        weight += 1
+    token = last * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    p, _less, largest, weight = _softmax(s, token, first, end, largest, weight, factor, cap, True, WINDOWED)
+    return p, largest, weight
+
+
+@gluon.jit
+def _queries(
+    part: gl.constexpr, query, q, head, start, count, QUERY_TOKEN, QUERY_HEAD,
+    GROUP: gl.constexpr, KEY_DIM: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy a tile's queries."""
+    LOADS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // KEY_DIM, KEY_DIM // 8], [4, 1], [1, 0])
+    row = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, LOADS))
+    token = start + gl.minimum(row // GROUP, count - 1)  # rows beyond the tile repeat its last token
+    d = gl.arange(0, KEY_DIM, gl.SliceLayout(0, LOADS))
+    places = query + token.to(gl.int64)[:, None] * QUERY_TOKEN
+    async_copy.async_copy_global_to_shared(
+        q, places + ((head * GROUP + row % GROUP) * QUERY_HEAD)[:, None] + d[None, :]
+    )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _blocks(
+    part: gl.constexpr, low, high, i, turn, q, k, v, turns, k_full, k_free, v_full, v_free, p, total, largest, weight,
+    first, end, factor, cap,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, WINDOWED: gl.constexpr, SCORES: gl.constexpr,
+    OUT: gl.constexpr,
+):  # fmt: skip
+    """Blocks `high` down to `low`; `i` of all blocks were begun before, and `p` holds the weights of the last."""
     for block in range(high, low - 1, -1):
-        i = last - block
-        stage = i % STAGES
         before = (i - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-        zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
-        s = warpgroup_mma(q, k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        total = warpgroup_mma(p, v.index(before), total, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_free.index(stage))
+        s, total = _products(part, i, turn, q, k, v, turns, k_full, k_free, v_full, p, total, BLOCK_N, STAGES, SCORES)
         token = block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-        now, less, largest, weight = _softmax(s, token, first, end, largest, weight, factor, cap, MASKED)
+        now, less, largest, weight = _softmax(s, token, first, end, largest, weight, factor, cap, MASKED, WINDOWED)
         total, p = warpgroup_mma_wait(0, deps=[total, p])
         mbarrier.arrive(v_free.index(before))
         total = total * gl.convert_layout(less, gl.SliceLayout(1, OUT))[:, None]
         p = gl.convert_layout(now.to(p.dtype), p.type.layout)
-    return p, total, largest, weight
+        i += 1
+        turn += 1
+    return i, turn, p, total, largest, weight
 
 
 @gluon.jit
-def _consume(
-    part: gl.constexpr, query, out, k, v, k_full, k_free, v_full, v_free, items, sinks, factor, cap,
-    QUERY_TOKEN, QUERY_HEAD, start, count, head, context, last, blocks, whole_low, whole_high, q,
+def _products(
+    part: gl.constexpr, i, turn, q, k, v, turns, k_full, k_free, v_full, p, total,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """Scores of block i; and `total` on its way, with the values of the block before.
+
+    The two groups take turns: while one's products are computed, the other computes exponentials.
+    """
+    stage = i % STAGES
+    before = (i - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+    mbarrier.wait(turns.index(part), (turn & 1) ^ (1 - part))
+    zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
+    s = warpgroup_mma(q, k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    total = warpgroup_mma(p, v.index(before), total, is_async=True)
+    mbarrier.arrive(turns.index(1 - part))
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_free.index(stage))
+    return s, total
+
+
+@gluon.jit
+def _multiply(
+    part: gl.constexpr, query, out, q, k, v, turns, k_full, k_free, v_full, v_free, items, tiles, sinks, factor, cap,
+    QUERY_TOKEN, QUERY_HEAD, TILES,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    LOADS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // KEY_DIM, KEY_DIM // 8], [4, 1], [1, 0])
-    row = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, LOADS))
-    token = start + row // GROUP
-    d = gl.arange(0, KEY_DIM, gl.SliceLayout(0, LOADS))
-    places = query + token.to(gl.int64)[:, None] * QUERY_TOKEN
-    places += ((head * GROUP + row % GROUP) * QUERY_HEAD)[:, None] + d[None, :]
-    q.store(gl.load(places, mask=(row < count * GROUP)[:, None], other=0.0))
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    step = gl.num_programs(0)
+    head, start, count, context, end, begin, last, low, high = _tile(
+        tiles, items, gl.program_id(0), TILES, KV_HEADS, WINDOWED, BLOCK_N
+    )
+    _queries(part, query, q.index(part), head, start, count, QUERY_TOKEN, QUERY_HEAD, GROUP, KEY_DIM)
+    async_copy.wait_group(0)
     fence_async_shared()
-
-    row = part * 64 + gl.arange(0, 64, ROWS)
-    mine = row < count * GROUP
-    token = start + row // GROUP
-    first = gl.load(items + token * 3 + 1, mask=mine, other=0)
-    end = gl.load(items + token * 3 + 2, mask=mine, other=0)
-    largest = gl.full([64], -1e30, gl.float32, ROWS)
-    weight = gl.zeros([64], gl.float32, ROWS)
-    if sinks is not None:
-        largest = gl.load(sinks + head * GROUP + row % GROUP, mask=mine, other=0).to(gl.float32) * 1.4426950408889634
-        weight += 1
-    total = gl.zeros([64, VALUE_DIM], gl.float32, OUT)
-
-    # The last block, whose values nobody may take from what lies behind the request's last token.
     mbarrier.wait(k_full.index(0), 0)
     zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
-    s = warpgroup_mma(q, k.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(q.index(part), k.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0))
-    key = last * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    now, _less, largest, weight = _softmax(s, key, first, end, largest, weight, factor, cap, True)
-    p = gl.convert_layout(now.to(DTYPE), P)
-    mbarrier.wait(v_full.index(0), 0)
-    if (last + 1) * BLOCK_N > context:
-        VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
-        own = last * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, VALUES)) < context
-        found = v.index(0).load(VALUES)
-        v.index(0).store(gl.where(own[:, None], found, gl.zeros_like(found)))
-        fence_async_shared()
-
-    p, total, largest, weight = _blocks(
-        whole_high, last - 1, last, q, k, v, k_full, k_free, v_full, v_free, p, total, largest, weight, first, end,
-        factor, cap, BLOCK_N, STAGES, True, SCORES, OUT,
-    )  # fmt: skip
-    p, total, largest, weight = _blocks(
-        whole_low, gl.minimum(whole_high, last) - 1, last, q, k, v, k_full, k_free, v_full, v_free, p, total, largest,
-        weight, first, end, factor, cap, BLOCK_N, STAGES, False, SCORES, OUT,
-    )  # fmt: skip
-    if WINDOWED:
-        p, total, largest, weight = _blocks(
-            last - blocks + 1, gl.minimum(whole_low, last) - 1, last, q, k, v, k_full, k_free, v_full, v_free, p, total,
-            largest, weight, first, end, factor, cap, BLOCK_N, STAGES, True, SCORES, OUT,
+    now, largest, weight = _begin(
+        part, s, items, sinks, factor, cap, head, start, count, end, last, GROUP, BLOCK_N, WINDOWED, SCORES
+    )
+    p = gl.convert_layout(now.to(DTYPE), WEIGHTS)
+    i = 1
+    turn = 0
+    other = 0
+    for tile in range(gl.program_id(0), TILES, step):
+        # The next tile's queries come while this one is computed.
+        next_head, next_start, next_count, next_context, next_end, next_begin, next_last, next_low, next_high = _tile(
+            tiles, items, gl.minimum(tile + step, TILES - 1), TILES, KV_HEADS, WINDOWED, BLOCK_N
+        )
+        mine = q.index(2 * other + part)
+        other = 1 - other
+        theirs = q.index(2 * other + part)
+        _queries(part, query, theirs, next_head, next_start, next_count, QUERY_TOKEN, QUERY_HEAD, GROUP, KEY_DIM)
+        if (last + 1) * BLOCK_N > context:  # behind the request's last token lies what is nobody's, or others'
+            stage = (i - 1) % STAGES
+            mbarrier.wait(v_full.index(stage), ((i - 1) // STAGES) & 1)
+            own = last * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, VALUES)) < context
+            found = v.index(stage).load(VALUES)
+            v.index(stage).store(gl.where(own[:, None], found, gl.zeros_like(found)))
+            fence_async_shared()
+        total = gl.zeros([64, VALUE_DIM], gl.float32, OUT)
+        row_first, row_end = _bounds(part, items, start, count, end, GROUP, WINDOWED, gl.SliceLayout(1, SCORES))
+        i, turn, p, total, largest, weight = _blocks(
+            part, high, last - 1, i, turn, mine, k, v, turns, k_full, k_free, v_full, v_free, p, total, largest, weight,
+            row_first, row_end, factor, cap, BLOCK_N, STAGES, True, WINDOWED, SCORES, OUT,
         )  # fmt: skip
-    stage = (blocks - 1) % STAGES
-    mbarrier.wait(v_full.index(stage), ((blocks - 1) // STAGES) & 1)
-    total = warpgroup_mma(p, v.index(stage), total, is_async=True)
-    total = warpgroup_mma_wait(0, deps=[total])
-    weight = gl.where(weight > 0, weight, 1)
-    total = total / gl.convert_layout(weight, gl.SliceLayout(1, OUT))[:, None]
-
-    row = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-    token = start + row // GROUP
-    d = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, OUT))
-    place = (token.to(gl.int64) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP)[:, None] * VALUE_DIM + d[None, :]
-    gl.store(out + place, total.to(DTYPE), mask=(row < count * GROUP)[:, None])
+        i, turn, p, total, largest, weight = _blocks(
+            part, low, gl.minimum(high, last) - 1, i, turn, mine, k, v, turns, k_full, k_free, v_full, v_free, p, total,
+            largest, weight, row_first, row_end, factor, cap, BLOCK_N, STAGES, False, WINDOWED, SCORES, OUT,
+        )  # fmt: skip
+        if WINDOWED:
+            i, turn, p, total, largest, weight = _blocks(
+                part, begin, gl.minimum(low, last) - 1, i, turn, mine, k, v, turns, k_full, k_free, v_full, v_free, p,
+                total, largest, weight, row_first, row_end, factor, cap, BLOCK_N, STAGES, True, WINDOWED, SCORES, OUT,
+            )  # fmt: skip
+        # The last values beside the first scores of the next tile.
+        async_copy.wait_group(0)
+        fence_async_shared()
+        before = (i - 1) % STAGES
+        s, total = _products(
+            part, i, turn, theirs, k, v, turns, k_full, k_free, v_full, p, total, BLOCK_N, STAGES, SCORES
+        )
+        share = gl.convert_layout(1 / gl.where(weight > 0, weight, 1), gl.SliceLayout(1, OUT))
+        now, largest, weight = _begin(
+            part, s, items, sinks, factor, cap, next_head, next_start, next_count, next_end, next_last, GROUP, BLOCK_N,
+            WINDOWED, SCORES,
+        )  # fmt: skip
+        total, p = warpgroup_mma_wait(0, deps=[total, p])
+        mbarrier.arrive(v_free.index(before))
+        p = gl.convert_layout(now.to(DTYPE), WEIGHTS)
+        i += 1
+        turn += 1
+        total = total * share[:, None]
+        row = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+        token = start + row // GROUP
+        d = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, OUT))
+        place = (token.to(gl.int64) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP)[:, None] * VALUE_DIM
+        gl.store(out + place + d[None, :], total.to(DTYPE), mask=(row < count * GROUP)[:, None])
+        head, start, count, context, end = next_head, next_start, next_count, next_context, next_end
+        begin, last, low, high = next_begin, next_last, next_low, next_high
 
 
 @gluon.jit
 def _extend(
-    query, out, keys, values, table, items, tiles, sinks, factor, cap, QUERY_TOKEN, QUERY_HEAD, PAGES,
+    query, out, keys, values, table, items, tiles, sinks, factor, cap, QUERY_TOKEN, QUERY_HEAD, TILES, PAGES,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    head = gl.program_id(0) % KV_HEADS
-    tile = gl.program_id(0) // KV_HEADS
-    start = gl.load(tiles + tile * 3)
-    count = gl.load(tiles + tile * 3 + 1)
-    context = gl.load(tiles + tile * 3 + 2)
-    if count == 0:
-        return
-    # Of the tile's tokens the first sees least of the end, the last least of the beginning.
-    final = start + count - 1
-    stop = gl.load(items + final * 3 + 2)
-    last = (stop + BLOCK_N - 1) // BLOCK_N - 1
-    begin = 0
-    whole_low = 0
-    if WINDOWED:
-        begin = gl.load(items + start * 3 + 1) // BLOCK_N
-        whole_low = (gl.load(items + final * 3 + 1) + BLOCK_N - 1) // BLOCK_N
-    whole_high = gl.load(items + start * 3 + 2) // BLOCK_N  # blocks whole_low to whole_high - 1 are seen whole
-    whole_high = gl.maximum(whole_high, whole_low)
-    blocks = last - begin + 1
-    table += gl.load(items + start * 3).to(gl.int64) * PAGES
-
-    q = gl.allocate_shared_memory(DTYPE, [2, 64, KEY_DIM], gl.NVMMASharedLayout(128, 16))
+    q = gl.allocate_shared_memory(DTYPE, [4, 64, KEY_DIM], gl.NVMMASharedLayout(128, 16))
     k = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, KEY_DIM], keys.layout)
     v = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, VALUE_DIM], values.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_free.index(stage), count=2)
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (
-                0, query, out, k, v, k_full, k_free, v_full, v_free, items, sinks, factor, cap, QUERY_TOKEN, QUERY_HEAD,
-                start, count, head, context, last, blocks, whole_low, whole_high, q.index(0),
+            (_multiply, (
+                0, query, out, q, k, v, turns, k_full, k_free, v_full, v_free, items, tiles, sinks, factor, cap,
+                QUERY_TOKEN, QUERY_HEAD, TILES,
                 KV_HEADS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_N, STAGES, WINDOWED, DTYPE,
             )),
-            (_consume, (
-                1, query, out, k, v, k_full, k_free, v_full, v_free, items, sinks, factor, cap, QUERY_TOKEN, QUERY_HEAD,
-                start, count, head, context, last, blocks, whole_low, whole_high, q.index(1),
+            (_multiply, (
+                1, query, out, q, k, v, turns, k_full, k_free, v_full, v_free, items, tiles, sinks, factor, cap,
+                QUERY_TOKEN, QUERY_HEAD, TILES,
                 KV_HEADS, GROUP, KEY_DIM, VALUE_DIM, BLOCK_N, STAGES, WINDOWED, DTYPE,
             )),
             (_fetch, (
-                keys, values, k, v, k_full, k_free, v_full, v_free, table, head, last, blocks,
-                PAGE, BLOCK_N, STAGES, KEY_DIM, VALUE_DIM,
+                keys, values, k, v, k_full, k_free, v_full, v_free, table, items, tiles, TILES, PAGES,
+                KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_N, STAGES, WINDOWED,
             )),
         ],
         [4, 1],
@@ -241,8 +346,7 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, windowed: bool = True) -> T
     Args:
         query: `[tokens, heads, key_dim]`, bfloat16 or float16, with widths in WIDTHS.
         seen: What they attend to. Aligned blocks of KEYS tokens lie in neighbouring slots.
-        tiles: First token, number of tokens (at most `ROWS / heads per key head`) and the request's tokens, int32
-            `[tiles, 3]`.
+        tiles: As for `extend.extend`, at most `ROWS / heads per key head` tokens each, and none empty.
         windowed: Whether any query does not see its request's first token.
 
     Returns:
@@ -256,9 +360,11 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, windowed: bool = True) -> T
         TensorDescriptor.from_tensor(pages.flatten(1), [KEYS, pages.shape[2]], layout)
         for pages in (seen.keys, seen.values)
     )
-    _extend[(len(tiles) * kv_heads,)](
+    programs = len(tiles) * kv_heads
+    _extend[(min(programs, multiprocessors(query.device)),)](
         query, out, keys, values, seen.table, seen.items, tiles, seen.sinks, seen.scaling * LOG2E,
-        seen.softcap * LOG2E if seen.softcap else None, query.stride(0), query.stride(1), seen.table.shape[1],
+        seen.softcap * LOG2E if seen.softcap else None, query.stride(0), query.stride(1), programs,
+        seen.table.shape[1],
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_N=KEYS, STAGES=STAGES, WINDOWED=windowed, num_warps=4,
         DTYPE=gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16,
