@@ -1,8 +1,10 @@
 """Attention over pages in Triton against float64: on a GPU where there is one, else in Triton's interpreter."""
 
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +14,16 @@ from architectures import build
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from typer.testing import CliRunner
 
 from hf_llmopt import attention
 from hf_llmopt.attention import inputs
+from hf_llmopt.bench import flash_attention
+from hf_llmopt.cli import app
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.kernels import reference
-from hf_llmopt.kernels.arguments import Seen
+from hf_llmopt.kernels.arguments import PAGE_FORMATS, Seen
+from hf_llmopt.kernels.arguments import Shape as Layer
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -54,7 +60,7 @@ class Case:
     scaling: float = 0.3
     tree: bool = False
     dtype: torch.dtype = torch.float32
-    pages: torch.dtype | None = None  # of codes
+    form: str | None = None  # of quantized pages
     seed: int = 0
 
 
@@ -86,22 +92,15 @@ def make(case: Case, runs: bool = False) -> tuple[torch.Tensor, Seen]:
         items += [(row, first_visible(end - 1, *case.window), context if case.tree else end) for end in ends]
     tree = torch.randint(0, 2**31 - 1, (tokens,), dtype=torch.int32) | 1 if case.tree else None
     sinks = torch.randn(case.heads[0]).to(case.dtype).to(DEVICE) if case.sinks else None
-    scales: list[torch.Tensor | None] = [None, None]
-    if case.pages is not None:
-        scales = [
-            part.nan_to_num().abs().amax(-1) / (127 if case.pages == torch.int8 else 448) + 1e-6 for part in pages
-        ]
-        pages = [part.nan_to_num() / scale[..., None] for part, scale in zip(pages, scales, strict=True)]
-        pages = [(part.round() if case.pages == torch.int8 else part).to(case.pages) for part in pages]
-    pages = [part.to(case.pages or case.dtype) for part in pages]
-    keys, values, *scales = (None if part is None else part.to(DEVICE) for part in (*pages, *scales))
+    form = None if case.form is None else PAGE_FORMATS[case.form]
+    coded = None if form is None else Layer(case.heads[1], *case.widths)
+    pages = [part.to(case.dtype) if form is None else reference.pack_rows(part, form) for part in pages]
     query = torch.randn(case.heads[0], tokens, case.widths[0]).to(case.dtype).to(DEVICE).transpose(0, 1)
-    index = torch.tensor(items, dtype=torch.int32, device=DEVICE)
-    table, tree = table.to(DEVICE), None if tree is None else tree.to(DEVICE)
-    longest = max(context for context, _ in case.spans)
+    keys, values, table = (part.to(DEVICE) for part in (*pages, table))
     return query, Seen(
-        keys, values, table, index, case.page, longest, case.scaling, case.softcap, sinks,
-        tree=tree, key_scales=scales[0], value_scales=scales[1],
+        keys, values, table, torch.tensor(items, dtype=torch.int32, device=DEVICE), case.page,
+        max(context for context, _ in case.spans), case.scaling, case.softcap, sinks,
+        form=form, coded=coded, tree=None if tree is None else tree.to(DEVICE),
     )  # fmt: skip
 
 
@@ -114,10 +113,14 @@ def dense(query: torch.Tensor, seen: Seen) -> list[tuple[torch.Tensor, ...]]:
         back = end - 1 - index
         sees = (back >= 32) | (branch >> back.clamp(max=31) & 1).bool()
         index = seen.table[row, index // seen.page_size] * seen.page_size + index % seen.page_size
-        parts = []
-        for pages, scales in ((seen.keys, seen.key_scales), (seen.values, seen.value_scales)):
-            part = pages[index].double()
-            parts.append((part if scales is None else part * scales[index, :, None].double()).transpose(0, 1))
+        parts = [seen.keys[index], seen.values[index]]
+        if seen.form is not None:
+            kv_heads, *widths = seen.shape
+            parts = [
+                reference.unpack_rows(part, seen.form, kv_heads, width, torch.float64)
+                for part, width in zip(parts, widths, strict=True)
+            ]
+        parts = [part.double().transpose(0, 1) for part in parts]
         found.append((*parts, sees))
     return found
 
@@ -217,8 +220,8 @@ FEATURES = {
     "softcap": {"softcap": 2.0, "scaling": 1.0},
     "sinks": {"sinks": True},
     "all": {"window": ("sliding", 21), "softcap": 3.0, "sinks": True, "heads": (4, 1), "widths": (24, 40)},
-    "int8": {"pages": torch.int8},
-    "fp8": {"pages": torch.float8_e4m3fn},
+    "int8": {"form": "int8"},
+    "fp8": {"form": "fp8"},
 }
 
 
@@ -244,6 +247,33 @@ def test_windowed_is_only_a_hint() -> None:
     """What is true of every span may be compiled in, and changes nothing."""
     for case in (Case(MIXES["mix"]), Case(MIXES["mix"], tree=True)):
         assert torch.equal(extended(case, SMALL, True)[0], extended(case, SMALL, False)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_graph() -> None:
+    """One recorded launch serves longer contexts, other pages, and fewer requests than it was recorded for."""
+    case = Case([(30, 1), (500, 1), (77, 1)], dtype=torch.float16)
+    query, seen = make(case)
+    tiles = tiles_of(case, 1)
+    items, table = seen.items.clone(), seen.table.clone()
+    seen.items[:, 2] = 1
+    decode.decode(query, seen, tiles, 1, 4, SMALL)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = decode.decode(query, seen, tiles, 1, 4, SMALL)
+    seen.items.copy_(items)
+    graph.replay()
+    check(ours, query, seen)
+    before = ours.clone()
+    order = torch.tensor([1, 0, 2], device=DEVICE)
+    seen.table.copy_(table[order])
+    seen.items[:, 0] = order
+    tiles[0] = 0  # of the third request
+    ours.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(ours[:2], before[:2])
+    assert ours[2].isnan().all()
 
 
 def test_a_query_that_sees_nothing() -> None:
@@ -303,7 +333,7 @@ CASES: dict[str, Any] = {
     "sinks": st.booleans(),
     "scaling": st.sampled_from([0.05, 0.3, 1.0]),
     "dtype": st.sampled_from(DTYPES),
-    "pages": st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn]),
+    "form": st.sampled_from([None, None, "int8", "fp8"]),
     "seed": st.integers(0, 1000),
 }
 
@@ -355,6 +385,20 @@ def test_tokens(name: str, backend: str) -> None:
         assert paths == ("triton-decode", "triton-extend")
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_quantized_pages(form: str) -> None:
+    """The kernels and the twin read the same pages: the logits, and so the tokens, differ by rounding alone."""
+    model = build("llama").to(DEVICE)
+    ids = torch.randint(3, 90, (2, 21), device=DEVICE)
+    config = {"attention": "triton", "kv_cache": {"dtype": form, "page_size": 4}, "strict": True}
+    ours = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, llmopt=config)
+    expected = model.generate(
+        ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None,
+        llmopt={**config, "attention": "reference"},
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 @pytest.mark.skipif(GPU, reason="a GPU runs `test_tokens`")
 def test_tokens_in_the_interpreter(name: str) -> None:
@@ -374,3 +418,28 @@ def test_runs_are_found(pages: list[int]) -> None:
     table = SimpleNamespace(pages=array("i", pages), run=1)
     expected = all(pages[i] + 1 == pages[i + 1] for i in range(0, len(pages) - 1, 2))
     assert inputs._aligned(table, 2) == expected
+
+
+def test_bench() -> None:
+    """A saved report is shown, an error larger than torch's is a failure, and without a GPU nothing is measured."""
+    path = Path(__file__).parents[1] / "docs" / "results" / "flash_attention-gpu.json"
+    report = json.loads(path.read_text("utf-8"))
+    prompts, decoding = flash_attention.tables(report)
+    assert len(prompts.rows) == len(flash_attention.PREFILLS)
+    assert len(decoding.rows) == len(flash_attention.DECODES)
+    assert not flash_attention.failures(report)
+    report["prefill"][0]["error"]["hopper"] *= 2
+    assert flash_attention.failures(report)[0].startswith("hopper, 16 x 1024: error")
+    shown = CliRunner().invoke(app, ["bench", "flash_attention", "--report", str(path), "--markdown"])
+    assert shown.exit_code == 0
+    assert "of the read bandwidth" in shown.stdout
+    if not GPU:
+        assert CliRunner().invoke(app, ["bench", "flash_attention"]).exit_code != 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_bench_measures() -> None:
+    report = flash_attention.bench([(1, 512, 512), (1, 1024, 256)], [(2, 2048)])
+    assert report["passed"], flash_attention.failures(report)
+    assert all(min(times) > 0 for found in report["prefill"] for times in found["microseconds"].values())

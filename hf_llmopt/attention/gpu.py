@@ -42,7 +42,7 @@ def triton_paged(
     sinks: Tensor | None,
 ) -> Tensor:
     """Our kernels, whatever is faster."""
-    if not _serves(key, value):
+    if not _serves(step, layer, value):
         return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
     outputs = [_ours(step, layer, spans, query, scaling, softcap, sinks) for spans in _parts(step)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -59,7 +59,7 @@ def fastest_paged(
     sinks: Tensor | None,
 ) -> Tensor:
     """Our kernels or torch's, what was faster when shapes like these were first met on this kind of device."""
-    if not _serves(key, value):
+    if not _serves(step, layer, value):
         return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
     from ..kernels.triton import tuning
 
@@ -80,10 +80,12 @@ def fastest_paged(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _serves(key: Tensor, value: Tensor) -> bool:
-    from ..kernels.triton.blocks import FORMATS
+def _serves(step: StepInputs, layer: int, value: Tensor) -> bool:
+    from ..kernels.triton.blocks import FORMATS, FORMS
 
-    return key.dtype in FORMATS and max(key.shape[3], value.shape[3]) <= WIDEST
+    spec = step.store.layers[layer]
+    widest = max(spec.key_dim, spec.value_dim)
+    return value.dtype in FORMATS and widest <= WIDEST and (spec.form is None or spec.form.name in FORMS)
 
 
 def _parts(step: StepInputs) -> list[range]:
@@ -115,7 +117,7 @@ def _ours(
         tiles = step.tiles(device, spans, longest)
         shape, split = decode.plan(tokens, seen, len(tiles), longest)
         return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
-    group = tokens.shape[1] // seen.keys.shape[1]
+    group = tokens.shape[1] // seen.shape.kv_heads
     if _hopper(tokens, seen, group):
         from ..kernels.triton import hopper
 
@@ -129,13 +131,13 @@ def _ours(
 
 def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
     """Whether the kernel for Hopper serves these heads on this device."""
-    if query.dtype not in (torch.bfloat16, torch.float16) or not query.is_cuda:
+    if seen.keys.dtype not in (torch.bfloat16, torch.float16) or not query.is_cuda:
         return False
     if torch.cuda.get_device_capability(query.device) != (9, 0):
         return False
     from ..kernels.triton import hopper
 
-    return group <= hopper.ROWS and {query.shape[2], seen.values.shape[2]} <= set(hopper.WIDTHS)
+    return group <= hopper.ROWS and {query.shape[2], seen.shape.value_dim} <= set(hopper.WIDTHS)
 
 
 def _class_of(step: StepInputs, layer: int, spans: range, query: Tensor, value: Tensor) -> str:
@@ -144,4 +146,6 @@ def _class_of(step: StepInputs, layer: int, spans: range, query: Tensor, value: 
     counts = (len(chosen), sum(span.length for span in chosen), max(span.context for span in chosen))
     widths = f"{query.shape[1]}/{value.shape[1]} {query.shape[3]}/{value.shape[3]}"
     rounded = " ".join(str(1 << (count - 1).bit_length()) for count in counts)
-    return f"attention {step.group(layer).kind} {query.dtype} heads {widths} spans, tokens, context {rounded}"
+    form = step.store.layers[layer].form
+    numbers = query.dtype if form is None else f"{query.dtype} {form.name}"
+    return f"attention {step.group(layer).kind} {numbers} heads {widths} spans, tokens, context {rounded}"

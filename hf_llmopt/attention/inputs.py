@@ -184,11 +184,7 @@ class StepInputs:
         pages = self._pages[index]
         if pages is None:  # made once a step for the layers of a group
             pages = self._pages[index] = self._list_pages(self.store.groups[index], index)
-        table, items, longest = pages
-        keys, values, spec = self.store.keys[layer], self.store.values[layer], self.store.layers[layer]
-        coded = None if spec.form is None else spec.shape
-        size = self.store.page_size
-        return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled, spec.form, coded)
+        return self._seen(layer, pages, scaling, softcap, sinks)
 
     def seen_on(
         self,
@@ -207,9 +203,21 @@ class StepInputs:
             both = upload(torch.from_numpy(numpy.concatenate([table.reshape(-1), items.reshape(-1)])), device)
             parts = both[: table.size].view(table.shape), both[table.size :].view(items.shape)
             self._on_device[key] = (*parts, int((items[:, 2] - items[:, 1]).max()))
-        table, items, longest = self._on_device[key]
-        keys, values = self.store.keys[layer], self.store.values[layer]
-        return Seen(keys, values, table, items, self.store.page_size, longest, scaling, softcap, sinks)
+        return self._seen(layer, self._on_device[key], scaling, softcap, sinks)
+
+    def _seen(
+        self,
+        layer: int,
+        pages: tuple[Tensor, Tensor, int],
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Seen:
+        table, items, longest = pages
+        keys, values, spec = self.store.keys[layer], self.store.values[layer], self.store.layers[layer]
+        coded = None if spec.form is None else spec.shape
+        size = self.store.page_size
+        return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled, spec.form, coded)
 
     def tiles(self, device: torch.device, spans: range, size: int) -> Tensor:
         """Neighbouring spans cut into tiles, request by request, in each the tiles first that see most.

@@ -5,21 +5,46 @@ weighted values `o` (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1):
 
     m' = max(m, max s)      l' = l 2^(m - m') + sum 2^(s - m')      o' = o 2^(m - m') + 2^(s - m') v
 
-A page's number format is a matter of `rows_of` and `score` alone: codes become numbers in registers, and their scales
-multiply columns of scores and of weights, not keys and values.
+A page's number format is a matter of `codes_of`, `rows_of`, `score` and `add`: codes become numbers in registers, and
+their scales multiply columns of scores and of weights, not keys and values.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..arguments import PageFormat
+
 FORMATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LOG2E = 1.4426950408889634
 LEAST = tl.constexpr(-1e30)  # of a row that has seen nothing; finite, so that no difference is NaN
+
+
+FORMS = ("int8", "fp8")  # of pages that kernels read
+
+
+def codes_of(rows: Tensor, form: PageFormat | None, kv_heads: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """What a layer's slots hold: numbers or codes `[slots, kv_heads, width]`, and the scales of codes; views.
+
+    Args:
+        rows: `[slots, kv_heads, width]`, or bytes as `PageFormat` says.
+        form: Of quantized pages, one of FORMS.
+        kv_heads: Heads of a slot.
+        width: Of a head.
+    """
+    if form is None:
+        return rows, None
+    codes, scales = rows[:, 0].split([kv_heads * width, rows.shape[2] - kv_heads * width], dim=1)
+    number = torch.int8 if form.name == "int8" else torch.float8_e4m3fn
+    return codes.view(number).unflatten(1, (kv_heads, width)), scales.view(torch.bfloat16)
 
 
 @cache

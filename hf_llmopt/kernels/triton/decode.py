@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LEAST, LOG2E, add, multiprocessors, rows_of, score, slots_of, visible
+from .blocks import LEAST, LOG2E, add, codes_of, multiprocessors, rows_of, score, slots_of, visible
 from .extend import Shape, block_of, operands
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def _range(items, start, count, SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr,
 def _decode(
     query, out, sums, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
     QUERY_TOKEN, QUERY_HEAD, PAGES,
+    KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
@@ -85,14 +86,14 @@ def _decode(
         place = key + tl.arange(0, BLOCK_N)
         seen = (place >= lowest) & (place < high)  # pages before the window may be somebody else's by now
         slots = slots_of(pages, place, seen, PAGE, True)
-        k = rows_of(keys, slots, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, True, DTYPE)
+        k = rows_of(keys, slots, seen, KEY_SLOT, KEY_DIM, BLOCK_D, True, DTYPE)
         k_scales = None
         v_scales = None
         if key_scales is not None:
-            k_scales = tl.load(key_scales + slots * KV_HEADS + head).to(tl.float32)
-            v_scales = tl.load(value_scales + slots * KV_HEADS + head).to(tl.float32)
+            k_scales = tl.load(key_scales + slots * KEY_SCALES + head, mask=seen, other=0).to(tl.float32)
+            v_scales = tl.load(value_scales + slots * VALUE_SCALES + head, mask=seen, other=0).to(tl.float32)
         s = visible(score(q, k, k_scales, factor, cap), place, first, end, branch, tree is not None)
-        v = rows_of(values, slots, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, True, DTYPE)
+        v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE)
         total, largest, weight = add(s, v, v_scales, total, largest, weight)
     v = tl.arange(0, BLOCK_V)
     place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
@@ -140,8 +141,8 @@ def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
         seen: What they attend to.
         tokens: Of the longest span.
     """
-    wide = max(query.shape[2], seen.values.shape[2])
-    rows = max(16, triton.next_power_of_2(tokens * query.shape[1] // seen.keys.shape[1]))
+    wide = max(query.shape[2], seen.shape.value_dim)
+    rows = max(16, triton.next_power_of_2(tokens * query.shape[1] // seen.shape.kv_heads))
     if query.dtype == torch.float32 or wide > 128 or rows > 64:
         return Shape(rows, 32, 4 if rows <= 64 else 8, 3)
     return Shape(rows, 32, 4, 5)
@@ -157,7 +158,7 @@ def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int
         tokens: Of the longest span.
     """
     shape = shape_for(query, seen, tokens)
-    programs = PROGRAMS * multiprocessors(query.device) // (spans * seen.keys.shape[1])
+    programs = PROGRAMS * multiprocessors(query.device) // (spans * seen.shape.kv_heads)
     return shape, max(1, min(programs, -(-seen.longest // (LEAST_BLOCKS * shape.keys)), PARTS))
 
 
@@ -175,17 +176,22 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
-    _, kv_heads, key_dim = seen.keys.shape
-    heads, value_dim = query.shape[1], seen.values.shape[2]
+    kv_heads, key_dim, value_dim = seen.shape
+    heads = query.shape[1]
+    keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
+    values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
     out = query.new_empty(len(query), heads, value_dim)
     parts, sums = out, None
     if split > 1:
         parts = query.new_empty(len(query), heads, split, value_dim, dtype=torch.float32)
         sums = query.new_empty(len(query), heads, split, 2, dtype=torch.float32)
     _decode[(kv_heads, split, len(tiles))](
-        query, parts, sums, seen.keys, seen.values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles,
+        query, parts, sums, keys, values, key_scales, value_scales, seen.table, seen.items, tiles,
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), seen.table.shape[1],
+        KEY_SLOT=keys.stride(0), VALUE_SLOT=values.stride(0),
+        KEY_SCALES=0 if key_scales is None else key_scales.stride(0),
+        VALUE_SCALES=0 if value_scales is None else value_scales.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
         SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, DTYPE=operands(query.dtype), num_warps=shape.warps,

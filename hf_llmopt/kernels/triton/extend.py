@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import FORMATS, LEAST, LOG2E, add, rows_of, score, slots_of, visible
+from .blocks import FORMATS, LEAST, LOG2E, add, codes_of, rows_of, score, slots_of, visible
 from .int_linear import INTERPRETED
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Shape(NamedTuple):
 def _blocks(
     q, total, largest, weight, begin, stop, lowest, highest, table, first, end, tree, head,
     keys, values, key_scales, value_scales, factor, cap,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
+    PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MASKED: tl.constexpr, TREE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -53,16 +54,16 @@ def _blocks(
         token = start + tl.arange(0, BLOCK_N)
         seen = (token >= lowest) & (token < highest)
         slots = slots_of(table, token, seen, PAGE, MASKED)
-        k = rows_of(keys, slots, seen, KV_HEADS * KEY_DIM, KEY_DIM, BLOCK_D, MASKED, DTYPE)
+        k = rows_of(keys, slots, seen, KEY_SLOT, KEY_DIM, BLOCK_D, MASKED, DTYPE)
         k_scales = None
         v_scales = None
         if key_scales is not None:
-            k_scales = tl.load(key_scales + slots * KV_HEADS + head).to(tl.float32)
-            v_scales = tl.load(value_scales + slots * KV_HEADS + head).to(tl.float32)
+            k_scales = tl.load(key_scales + slots * KEY_SCALES + head, mask=seen, other=0).to(tl.float32)
+            v_scales = tl.load(value_scales + slots * VALUE_SCALES + head, mask=seen, other=0).to(tl.float32)
         s = score(q, k, k_scales, factor, cap)
         if MASKED:
             s = visible(s, token, first, end, tree, TREE)
-        v = rows_of(values, slots, seen, KV_HEADS * VALUE_DIM, VALUE_DIM, BLOCK_V, MASKED, DTYPE)
+        v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, MASKED, DTYPE)
         total, largest, weight = add(s, v, v_scales, total, largest, weight)
     return total, largest, weight
 
@@ -71,6 +72,7 @@ def _blocks(
 def _extend(
     query, out, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
     QUERY_TOKEN, QUERY_HEAD, TILES, PAGES,
+    KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
     WINDOWED: tl.constexpr, DTYPE: tl.constexpr,
@@ -121,17 +123,20 @@ def _extend(
         total, largest, weight = _blocks(
             q, total, largest, weight, begin, whole, lowest, stop, pages, first, end, branch, head,
             keys, values, key_scales, value_scales, factor, cap,
-            KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
+            KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
+            PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
         )  # fmt: skip
     total, largest, weight = _blocks(
         q, total, largest, weight, whole, whole_stop, lowest, stop, pages, first, end, branch, head,
         keys, values, key_scales, value_scales, factor, cap,
-        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, DTYPE,
+        KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
+        PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, DTYPE,
     )  # fmt: skip
     total, largest, weight = _blocks(
         q, total, largest, weight, whole_stop, stop, lowest, stop, pages, first, end, branch, head,
         keys, values, key_scales, value_scales, factor, cap,
-        KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
+        KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
+        PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
     )  # fmt: skip
     total = total / tl.where(weight > 0, weight, 1)[:, None]
     v = tl.arange(0, BLOCK_V)
@@ -141,8 +146,8 @@ def _extend(
 
 def shape_for(query: Tensor, seen: Seen) -> Shape:
     """A tiling that fits every GPU since Ampere."""
-    wide = max(query.shape[2], seen.values.shape[2])
-    group = query.shape[1] // seen.keys.shape[1]
+    wide = max(query.shape[2], seen.shape.value_dim)
+    group = query.shape[1] // seen.shape.kv_heads
     if query.dtype == torch.float32:
         rows, keys, warps, stages = (32, 32, 4, 1) if wide > 128 else (64, 32, 4, 2)
     elif wide > 128:
@@ -167,13 +172,18 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: boo
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
-    _, kv_heads, key_dim = seen.keys.shape
-    heads, value_dim = query.shape[1], seen.values.shape[2]
+    kv_heads, key_dim, value_dim = seen.shape
+    heads = query.shape[1]
+    keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
+    values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
     out = query.new_empty(len(query), heads, value_dim)
     _extend[(len(tiles) * kv_heads,)](
-        query, out, seen.keys, seen.values, seen.key_scales, seen.value_scales, seen.table, seen.items, tiles,
+        query, out, keys, values, key_scales, value_scales, seen.table, seen.items, tiles,
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), len(tiles), seen.table.shape[1],
+        KEY_SLOT=keys.stride(0), VALUE_SLOT=values.stride(0),
+        KEY_SCALES=0 if key_scales is None else key_scales.stride(0),
+        VALUE_SCALES=0 if value_scales is None else value_scales.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
         STAGES=shape.stages, WINDOWED=windowed, DTYPE=operands(query.dtype), num_warps=shape.warps,

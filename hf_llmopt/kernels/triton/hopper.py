@@ -352,8 +352,8 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, windowed: bool = True) -> T
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
-    _, kv_heads, key_dim = seen.keys.shape
-    heads, value_dim = query.shape[1], seen.values.shape[2]
+    kv_heads, key_dim, value_dim = seen.shape
+    heads = query.shape[1]
     out = query.new_empty(len(query), heads, value_dim)
     layout = gl.NVMMASharedLayout(128, 16)
     keys, values = (
