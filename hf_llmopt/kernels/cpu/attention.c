@@ -42,7 +42,7 @@ INLINE vec FN(scores)(const FN(element) * query, const E **key, long dim) {
     return FN(sums)(a);
 }
 
-/* acc[head][dim] += weight[head][token] value[token][dim], for H heads and J vectors at a time; values are E or float. */
+/* acc[head][dim] += weight[head][token] value[token][dim], for H heads and J vectors at a time; values are E, float or codes. */
 #define HEADS_BY_VECTORS(H, J, KIND, T, LOAD, LOAD_PART)                                                               \
     INLINE void FN(KIND##_##H)(float *acc, long room, const float (*weight)[BLOCK], const T **value, int count,        \
                                long dim) {                                                                             \
@@ -82,6 +82,16 @@ INLINE vec FN(load_floats)(const float *p) {
     HEADS_BY_VECTORS(8, J8, __VA_ARGS__)
 EVERY(4, 4, 2, 1, values, E, FN(load), FN(load_part))
 EVERY(4, 4, 2, 1, floats, float, FN(load_floats), WHOLE)
+#define INT8(p) FN(page_codes)(p, INT8_PAGES, 0, 0, WIDTH)
+#define INT8_PART(p, n) FN(page_codes)(p, INT8_PAGES, 0, 0, n)
+#define FP8(p) FN(page_codes)(p, FP8_PAGES, 0, 0, WIDTH)
+#define FP8_PART(p, n) FN(page_codes)(p, FP8_PAGES, 0, 0, n)
+EVERY(4, 4, 2, 1, int8, uint8_t, INT8, INT8_PART)
+EVERY(4, 4, 2, 1, fp8, uint8_t, FP8, FP8_PART)
+#undef INT8
+#undef INT8_PART
+#undef FP8
+#undef FP8_PART
 #undef HEADS_BY_VECTORS
 #undef EVERY
 #undef WHOLE
@@ -100,7 +110,13 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
     E open_keys[BLOCK * MAX_DIM];
     float open_values[BLOCK * MAX_DIM + WIDTH], scales[2][BLOCK] = {0}, lows[2][BLOCK] = {0}, query_sum[MAX_GROUP];
     const float *wide[BLOCK];
-    for (int g = 0; g < heads && a->form; g++) query_sum[g] = FN(query_sum)(query + g * query_room, a->key_dim);
+    const uint8_t *codes[BLOCK];
+    for (int g = 0; g < heads && a->form == INT4_PAGES; g++) {
+        float line[MAX_DIM];
+        FN(elements)(query + g * query_room, a->key_dim, line);
+        query_sum[g] = 0;
+        for (long d = 0; d < a->key_dim; d++) query_sum[g] += line[d];
+    }
     long room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH, page = from / a->page_size, place = from % a->page_size;
     float weight[MAX_GROUP][BLOCK] = {0};
     vec sum[MAX_GROUP], lane;
@@ -122,10 +138,22 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
         }
         const E **key = found[turn][0], **value = found[turn][1];
         for (int t = 0; t < count && a->form; t++) {
+            const uint8_t *rows[2] = {(const uint8_t *)key[t], (const uint8_t *)value[t]};
+            long dims[2] = {a->key_dim, a->value_dim};
+            for (int i = 0; i < 2; i++) {
+                scales[i][t] = FN(page_part)(rows[i], a->form, a->kv_heads, dims[i], kv_head, 0);
+                if (a->form == INT4_PAGES) lows[i][t] = FN(page_part)(rows[i], a->form, a->kv_heads, dims[i], kv_head, 1);
+            }
+            const uint8_t *of_key = rows[0] + kv_head * bytes[0];
+            codes[t] = rows[1] + kv_head * bytes[1];
             E *to = open_keys + t * ((a->key_dim + WIDTH - 1) / WIDTH * WIDTH);
-            FN(open_key)((const uint8_t *)key[t], a->form, a->kv_heads, a->key_dim, kv_head, scales[0] + t, lows[0] + t, to);
-            FN(open_value)((const uint8_t *)value[t], a->form, a->kv_heads, a->value_dim, kv_head, scales[1] + t,
-                           lows[1] + t, open_values + t * room);
+            if (a->form == FP8_PAGES)
+                FN(open_elements)(of_key, FP8_PAGES, a->key_dim, to);
+            else if (a->form == INT4_PAGES) {
+                FN(open_elements)(of_key, INT4_PAGES, a->key_dim, to);
+                FN(open_floats)(codes[t], INT4_PAGES, a->value_dim, open_values + t * room);
+            } else
+                FN(open_elements)(of_key, INT8_PAGES, a->key_dim, to);
             key[t] = to, wide[t] = open_values + t * room;
         }
         for (int t = count; t < full; t++) key[t] = key[0]; /* read, and weighted with 0 */
@@ -135,8 +163,11 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
                 vec s = FN(scores)(query + g * query_room, key + b * WIDTH, a->key_dim), scale, low;
                 if (a->form) {
                     memcpy(&scale, scales[0] + b * WIDTH, sizeof scale);
+                    s *= scale;
+                }
+                if (a->form == INT4_PAGES) {
                     memcpy(&low, lows[0] + b * WIDTH, sizeof low);
-                    s = s * scale + low * query_sum[g];
+                    s += low * query_sum[g];
                 }
                 s *= a->scaling;
                 if (a->softcap > 0) /* tanh(u) = 1 - 2 / (e^2u + 1) */
@@ -168,10 +199,14 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
             }
         }
 #define VALUES(H)                                                                                                      \
-    if (a->form)                                                                                                       \
-        FN(floats_##H)(acc, room, weight, wide, count, a->value_dim);                                                  \
+    if (!a->form)                                                                                                      \
+        FN(values_##H)(acc, room, weight, value, count, a->value_dim);                                                 \
+    else if (a->form == INT8_PAGES)                                                                                    \
+        FN(int8_##H)(acc, room, weight, codes, count, a->value_dim);                                                \
+    else if (a->form == FP8_PAGES)                                                                                     \
+        FN(fp8_##H)(acc, room, weight, codes, count, a->value_dim);                                                 \
     else                                                                                                               \
-        FN(values_##H)(acc, room, weight, value, count, a->value_dim)
+        FN(floats_##H)(acc, room, weight, wide, count, a->value_dim)
         if (heads > 4) {
             VALUES(8);
         } else if (heads > 2) {

@@ -46,14 +46,13 @@ INLINE void FN(query_row)(const attention *a, long token, long head, FN(element)
     FN(widen)(to, line, a->key_dim);
 }
 
-INLINE float FN(query_sum)(const FN(element) * query, long width) {
-    float sum = 0;
+/* What the dot products take, as floats. */
+INLINE void FN(elements)(const FN(element) * from, long n, float *to) {
 #if defined(HAS_BF16_DOT) && DTYPE == 1
-    for (long i = 0; i < width; i++) sum += FN(get)(query + i);
+    for (long i = 0; i < n; i++) to[i] = FN(get)(from + i);
 #else
-    for (long i = 0; i < width; i++) sum += query[i];
+    memcpy(to, from, (size_t)n * sizeof *to);
 #endif
-    return sum;
 }
 
 /* A part of a head, bf16. */
@@ -118,36 +117,18 @@ EACH_CODE(elements, E, AS_ELEMENTS)
 #undef AS_FLOATS
 #undef AS_ELEMENTS
 
-/* DO for the form, as a constant. */
-#define WITH_FORM(form, DO)                                                                                            \
-    if ((form) == INT8_PAGES) {                                                                                        \
-        DO(INT8_PAGES);                                                                                                \
-    } else if ((form) == FP8_PAGES) {                                                                                  \
-        DO(FP8_PAGES);                                                                                                 \
-    } else                                                                                                             \
-        DO(INT4_PAGES)
-
-/* A head of a row: scale and lowest value, and the codes. What is written behind the last is at most a vector. */
-LOCAL void FN(open_key)(const uint8_t *row, int form, long kv_heads, long width, long head, float *scale, float *low, E *to) {
-    *scale = FN(page_part)(row, form, kv_heads, width, head, 0);
-    *low = form == INT4_PAGES ? FN(page_part)(row, form, kv_heads, width, head, 1) : 0.0f;
-#define DO(FORM) FN(open_elements)(row + head * page_codes(FORM, width), FORM, width, to)
-    WITH_FORM(form, DO);
-#undef DO
-}
-
-LOCAL void FN(open_value)(const uint8_t *row, int form, long kv_heads, long width, long head, float *scale, float *low, float *to) {
-    *scale = FN(page_part)(row, form, kv_heads, width, head, 0);
-    *low = form == INT4_PAGES ? FN(page_part)(row, form, kv_heads, width, head, 1) : 0.0f;
-#define DO(FORM) FN(open_floats)(row + head * page_codes(FORM, width), FORM, width, to)
-    WITH_FORM(form, DO);
-#undef DO
-}
-
 /* The head itself, rounded to the format; `to` has room for whole vectors behind it. */
 LOCAL void FN(unpack)(const uint8_t *row, int form, long kv_heads, long width, long head, E *to) {
-    float wide[MAX_DIM + WIDTH], scale, low;
-    FN(open_value)(row, form, kv_heads, width, head, &scale, &low, wide);
+    float wide[MAX_DIM + WIDTH], scale = FN(page_part)(row, form, kv_heads, width, head, 0), low = 0;
+    const uint8_t *codes = row + head * page_codes(form, width);
+    if (form == INT8_PAGES)
+        FN(open_floats)(codes, INT8_PAGES, width, wide);
+    else if (form == FP8_PAGES)
+        FN(open_floats)(codes, FP8_PAGES, width, wide);
+    else {
+        FN(open_floats)(codes, INT4_PAGES, width, wide);
+        low = FN(page_part)(row, form, kv_heads, width, head, 1);
+    }
     for (long i = 0; i < width; i += WIDTH) {
         vec v;
         memcpy(&v, wide + i, sizeof v);
