@@ -46,7 +46,7 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
     In bfloat16 and float16 a wider forward pass rounds differently, and after a near tie two runs go apart. There the
     outputs count as the same if in every row the first difference is such a tie: the model's own logits of the two
     tokens are closer than the noise, which is how far the same logits move between a batch of rows, a single row, a
-    cached step, transformers' eager attention and float32.
+    cached step, transformers' eager attention and float32, and no less than the format's own steps are apart there.
 
     Args:
         model: The model.
@@ -121,7 +121,8 @@ def _difference(
     prefix = torch.cat([inputs["input_ids"][row].cpu()[real], expected[start:column]]).to(model.device)
     forms = _logits(model, exact, prefix, len(inputs["input_ids"]))
     found["gap"] = float((forms[0][theirs] - forms[0][ours]).abs())
-    found["noise"] = _spread(forms)
+    step = torch.finfo(model.dtype).eps * float(forms[0][[theirs, ours]].abs().max())
+    found["noise"] = max(_spread(forms), step)
     return found
 
 
