@@ -38,7 +38,7 @@ class Section:
         if value is None and default is None:
             return
         if rule["choices"]:
-            if value not in rule["choices"]:
+            if not any(value == choice and _alike(value, choice) for choice in rule["choices"]):
                 raise unknown(f"{where}: value", value, rule["choices"])
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
             wanted = WANTED[rule["kind"]]
@@ -66,6 +66,11 @@ class Section:
         return cls(**value)
 
 
+def _alike(value: Any, choice: Any) -> bool:
+    """Whether equal values are of one kind: to Python 4.0 is 4, and True is 1."""
+    return isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool)
+
+
 @dataclass(frozen=True)
 class KVCacheConfig(Section):
     """Part 1, the paged KV cache. Exact, unless `dtype` says otherwise.
@@ -83,6 +88,7 @@ class KVCacheConfig(Section):
         32
     """
 
+    main: ClassVar[str | None] = "dtype"
     page_size: int = _option(16, kind=int, low=1, high=4096)
     dtype: str = _option("auto", choices=("auto", "int8", "fp8", "int4"))
     max_tokens: int | None = _option(None, kind=int, low=1)
@@ -237,6 +243,11 @@ class QuantizationConfig(Section):
         super().__post_init__()
         if self.method in EIGHT_BITS and self.bits not in (None, 8):
             raise InvalidOption(f"QuantizationConfig: {self.method!r} has 8 bits, got bits={self.bits}.")
+        if self.method == "fp8" and (self.group_size not in (None, -1) or self.symmetric is False):
+            raise InvalidOption(
+                "QuantizationConfig: 'fp8' casts with one scale for all inputs of an output and no zeros, got "
+                f"group_size={self.group_size}, symmetric={self.symmetric}. Leave both out, or use 'int8'."
+            )
         if self.group_size == 0:
             raise InvalidOption("QuantizationConfig(group_size=...) is a number of inputs, -1 for all, or None, got 0.")
 

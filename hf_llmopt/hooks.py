@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedModel, TextGenerationPipeline, modeling_utils
+from transformers import PreTrainedModel, TextGenerationPipeline, modeling_utils, pipelines
 from transformers.generation import GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -126,7 +126,7 @@ def _from_pretrained(original: Any) -> Any:
     @wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, llmopt: Any = None, **kwargs: Any) -> Any:
         config = LLMOptConfig.parse(llmopt)  # before anything is loaded
-        token = quantization.LOADING.set(config)
+        token = quantization.LOADING.set(config or _pipelines_config(kwargs.get("config")))
         try:
             model = original.__func__(cls, *args, **kwargs)
         finally:
@@ -139,6 +139,24 @@ def _from_pretrained(original: Any) -> Any:
 
     wrapped: Any = from_pretrained
     return classmethod(wrapped)
+
+
+def _pipelines_config(model_config: Any) -> LLMOptConfig | None:
+    """What a running `pipeline(..., llmopt=)` asks for, where its model's files are quantized.
+
+    transformers hands the keyword to the pipeline's class alone, once the model is loaded; full weights wait for that,
+    and so does the error of a keyword that cannot be parsed, which transformers would bury in one of its own.
+    """
+    if not quantization.stored_quantized(model_config):
+        return None
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not pipelines.pipeline.__code__:
+        frame = frame.f_back
+    if frame is None or frame.f_locals["task"] != _TASK:
+        return None
+    with suppress(InvalidOption):
+        return LLMOptConfig.parse(frame.f_locals["kwargs"].get("llmopt"))
+    return None
 
 
 def _generate(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -262,7 +262,8 @@ def test_env_json() -> None:
     assert report["versions"]["torch"] == torch.__version__
     features = {feature["name"]: feature for feature in report["features"]}
     assert features["keyword llmopt="]["available"]
-    assert (features["llmopt='kv_cache'"]["why"], features["llmopt='int4'"]["why"]) == ("exact", "lossy")
+    said = [features[f"llmopt={part!r}"]["why"] for part in ("prompt_cache", "kv_cache", "int4")]
+    assert said == ["exact", "exact, unless its dtype is int8, fp8 or int4", "lossy"]
     assert features["CUDA"]["available"] == torch.cuda.is_available()
     assert all(feature["why"] for feature in features.values() if not feature["available"])
     assert not [name for name in features if name.startswith("extra") and name != "extra 'bench'"]

@@ -155,6 +155,11 @@ def test_unknown_formats_are_named():
         LLMOptConfig(kv_cache={"dtype": "int9"})
 
 
+def test_a_string_names_the_format():
+    assert LLMOptConfig.parse({"kv_cache": "int8"}).kv_cache == KVCacheConfig(dtype="int8")
+    assert KVCacheConfig(page_size=32).page_size == 32
+
+
 def test_formats_say_their_size():
     assert PageFormat("int8").row_bytes(2, 64) == 2 * 66
     assert PAGE_FORMATS["int4"].row_bytes(8, 128) == 8 * 68

@@ -11,10 +11,11 @@ import pytest
 import torch
 from architectures import build
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
+from hf_llmopt.demo.train import train_tokenizer
 from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
 from hf_llmopt.prompt_cache.epoch import fingerprint
@@ -33,6 +34,15 @@ def folder(tmp_path_factory):
     """A tiny Llama on disk, in float32."""
     path = tmp_path_factory.mktemp("llama")
     build("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def words_folder(tmp_path_factory):
+    """The same with a tokenizer."""
+    path = tmp_path_factory.mktemp("words")
+    build("llama", vocab_size=304).save_pretrained(path)
+    train_tokenizer(["def f(x):\n    return x + 1\n" * 40], vocabulary=300).save_pretrained(path)
     return path
 
 
@@ -283,6 +293,42 @@ def test_errors_come_before_work_is_lost(folder, tmp_path):
     assert greedy(model, llmopt="int4")
     with pytest.raises(InvalidOption, match="'int8' has 8 bits"):
         QuantizationConfig("int8", bits=4)
+    for options in ({"group_size": 128}, {"symmetric": False}):
+        with pytest.raises(InvalidOption, match="'fp8' casts with one scale"):
+            QuantizationConfig("fp8", **options)
+    QuantizationConfig("fp8", group_size=-1, symmetric=True)
+    for options in ({"bits": 4.0}, {"bits": True}, {"clip": 1}, {"symmetric": 0.0}):
+        with pytest.raises(InvalidOption, match=next(iter(options))):
+            QuantizationConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("method", "llmopt"),
+    [("int4", True), ("int4", "int4"), ("int4", "kv_cache"), ("int8", "continuous_batching"), ("fp8", True)],
+)
+def test_a_pipeline_loads_quantized_files(words_folder, tmp_path, method, llmopt):
+    """transformers gives the keyword to the pipeline's class, when the model is loaded."""
+    made, files = load(words_folder, config(method, **EXACT)), tmp_path / "files"
+    made.save_pretrained(files)
+    tokenizer = AutoTokenizer.from_pretrained(words_folder)
+    complete = pipeline("text-generation", model=str(files), tokenizer=tokenizer, llmopt=llmopt)
+    assert quantized(complete.model).keys() == quantized(made).keys()
+    assert complete.model.state_dict().keys() == made.state_dict().keys()
+    assert complete("def f(x):", max_new_tokens=8, do_sample=False)[0]["generated_text"].startswith("def f(x):")
+    if llmopt == "continuous_batching":
+        complete.close()
+
+
+def test_a_pipelines_keyword_reaches_no_other_model(words_folder, tmp_path):
+    load(words_folder, "int4").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(words_folder)
+    with pytest.raises(InvalidOption, match="'kv_cache'"):
+        pipeline("text-generation", model=str(words_folder), tokenizer=tokenizer, llmopt="kv_cahce")
+    for llmopt in (None, False):
+        with pytest.raises((ImportError, ValueError)):  # transformers' own: it needs other packages
+            pipeline("text-generation", model=str(tmp_path), tokenizer=tokenizer, llmopt=llmopt)
+    full = pipeline("text-generation", model=str(words_folder), tokenizer=tokenizer, llmopt="int4")
+    assert quantized(full.model)
 
 
 def test_files_with_missing_tensors_are_refused(folder, tmp_path):

@@ -11,6 +11,8 @@ from .command import Json
 
 EXTRAS = {"bench": ("matplotlib",)}  # the others of pyproject.toml have no feature yet
 
+QUALITY = {"quantization": "lossy", "kv_cache": "exact, unless its dtype is int8, fp8 or int4"}  # else exact
+
 
 def env(json: Json = False) -> None:
     """Show versions, devices, and what is available and what is not and why."""
@@ -64,10 +66,7 @@ def _features(gpu: bool) -> list[tuple[str, bool, str]]:
     weights = (demo.path() / "config.json").is_file()
     return [
         ("keyword llmopt=", *_hooks()),
-        *(
-            (f"llmopt={part!r}", True, "lossy" if home == "quantization" else "exact")
-            for part, (home, _) in PARTS.items()
-        ),
+        *((f"llmopt={part!r}", True, QUALITY.get(home, "exact")) for part, (home, _) in PARTS.items()),
         ("C kernels for the CPU", *_kernels()),
         *((f"attention backend {name!r}", *_backend(name)) for name in BACKENDS),
         ("CUDA", *_cuda()),

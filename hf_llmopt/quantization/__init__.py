@@ -4,7 +4,7 @@ from .formats import Recipe, Scheme
 from .grid import make_grid
 from .in_place import quantize
 from .linear import QuantizedHead, QuantizedLinear
-from .loading import LOADING, answering, has
+from .loading import LOADING, answering, has, stored_quantized
 from .quantizer import Quantizer
 from .report import QuantizationReport
 
@@ -20,4 +20,5 @@ __all__ = [
     "has",
     "make_grid",
     "quantize",
+    "stored_quantized",
 ]

@@ -42,11 +42,20 @@ def answering(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_hf_quantizer
 
 
-def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
-    """Our quantizer for a model that is to be loaded, or `None` to leave it to transformers."""
-    entry = getattr(config, "quantization_config", None) or getattr(
+def stored_quantized(config: Any) -> bool:
+    """Whether a model's config says that its files are quantized; `None` says nothing."""
+    return config is not None and _entry(config) is not None
+
+
+def _entry(config: Any) -> Any:
+    return getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(decoder=True), "quantization_config", None
     )
+
+
+def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
+    """Our quantizer for a model that is to be loaded, or `None` to leave it to transformers."""
+    entry = _entry(config)
     wanted = asked.quantization
     if entry is None:
         if wanted is None or wanted.method in CALIBRATED:
