@@ -47,6 +47,11 @@ class Section:
             above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
             raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
 
+    def names(self, option: str) -> bool:
+        """Whether an option is another than its default."""
+        value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
+        return value is not default and (default is None or value != default)
+
     @classmethod
     def parse(cls: type[S], value: Any) -> S:
         """Accept `True`, a string (the main field), a dict or an object of this class."""
@@ -190,10 +195,10 @@ class QuantizationConfig(Section):
     """Part 3, quantization: another number format for the weights of products. Lossy.
 
     Args:
-        method: How codes are found. `"int4"` rounds to the nearest code of ranges with the least squared error,
-            `"int8"` likewise, `"fp8"` casts to float8_e4m3; these see only the weights. `"gptq"` (Frantar et al.
-            2022), `"awq"` (Lin et al. 2023) and `"smoothquant"` (Xiao et al. 2022) also see what the layers read, on
-            `calibration`.
+        method: How codes are found; `None` for `"int4"`, or for whatever quantized files hold. `"int4"` rounds to the
+            nearest code of ranges with the least squared error, `"int8"` likewise, `"fp8"` casts to float8_e4m3; these
+            see only the weights. `"gptq"` (Frantar et al. 2022), `"awq"` (Lin et al. 2023) and `"smoothquant"` (Xiao et
+            al. 2022) also see what the layers read, on `calibration`.
         bits: Of a code: 2, 3, 4 or 8. `None`: 8 for int8, fp8 and smoothquant, 4 for the others.
         group_size: Inputs that share a scale; -1 for all inputs of an output. `None`: -1 for int8, fp8 and
             smoothquant, else the largest of 128, 64 and 32 that divides the inputs of every product.
@@ -219,7 +224,7 @@ class QuantizationConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("int4", choices=("int4", "int8", "fp8", "gptq", "awq", "smoothquant"))
+    method: str | None = _option(None, choices=(None, "int4", "int8", "fp8", "gptq", "awq", "smoothquant"))
     bits: int | None = _option(None, choices=(None, 2, 3, 4, 8))
     group_size: int | None = _option(None, kind=int, low=-1)
     symmetric: bool | None = _option(None, choices=(None, False, True))
@@ -248,10 +253,23 @@ class QuantizationConfig(Section):
                 "QuantizationConfig: 'fp8' casts with one scale for all inputs of an output and no zeros, got "
                 f"group_size={self.group_size}, symmetric={self.symmetric}. Leave both out, or use 'int8'."
             )
+        for option in fields(self) if self.method not in CALIBRATED else ():
+            if option.name in FOR_CALIBRATED and self.names(option.name):
+                raise InvalidOption(
+                    f"QuantizationConfig({option.name}=...): {self.effective_method!r} sees only the weights and "
+                    f"calibrates on nothing. Leave it out, or use {', '.join(map(repr, CALIBRATED))}."
+                )
         if self.group_size == 0:
             raise InvalidOption("QuantizationConfig(group_size=...) is a number of inputs, -1 for all, or None, got 0.")
 
+    @property
+    def effective_method(self) -> str:
+        """The method for full weights."""
+        return self.method or "int4"
 
+
+FOR_CALIBRATED = ("calibration", "samples", "length", "resume")  # options
+CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: they begin with the whole model
 EIGHT_BITS = ("int8", "fp8", "smoothquant")  # methods
 
 

@@ -104,7 +104,7 @@ def optimize(model: PreTrainedModel, llmopt: Any = True) -> PreTrainedModel:
         _require_stock_loop(model)
         if config.quantization is not None and not quantization.has(model, config.quantization):
             quantization.quantize(model, config.quantization)
-    handle_of(model).config = config
+    handle_of(model).optimized(config)
     return model
 
 

@@ -14,6 +14,7 @@ from architectures import build
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from hf_llmopt.bench import quality
@@ -287,6 +288,29 @@ def test_command_logits(
     assert f"{report['rms']:.4g}" in ok(*args).stdout
 
 
+def test_command_sees_quantized_pages(folders: list[Path], text: Path) -> None:
+    args = (folders[0], "--text", text, "--context", 16, "--json", "--llmopt")
+    exact, coarse = (
+        json.loads(ok("perplexity", *args, json.dumps({"kv_cache": {"dtype": dtype}})).stdout)["perplexity"]
+        for dtype in ("auto", "int4")
+    )
+    assert exact != coarse
+    assert coarse == pytest.approx(exact, rel=0.2)
+    assert json.loads(ok("logits", *args, '{"kv_cache": "int4"}').stdout)["kl"]["value"] > 1e-6
+
+
+def test_command_compares_no_files_with_themselves(folders: list[Path], text: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folders[0], llmopt="int8").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folders[0]).save_pretrained(tmp_path)
+    args = ("logits", tmp_path, "--text", text, "--context", 16, "--json")
+    for llmopt in ("int8", '{"quantization": {}}'):
+        result = run(*args, "--llmopt", llmopt)
+        assert result.exit_code == 1
+        assert "give --against the full-precision model" in result.stderr
+    assert json.loads(ok(*args, "--against", folders[0]).stdout)["kl"]["value"] > 0
+    assert json.loads(ok(*args, "--llmopt", '{"quantization": {"head_bits": 4}}').stdout)["kl"]["value"] > 0
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -297,6 +321,7 @@ def test_command_logits(
         (("perplexity", "{folder}", "--text", "{text}", "--context", "4", "--stride", "5"), "at most 4"),
         (("perplexity", "{folder}", "--text", "{text}", "--llmopt", "int44"), "Did you mean 'int4'?"),
         (("logits", "{folder}", "--text", "{text}"), "nothing to compare with"),
+        (("logits", "{folder}", "--text", "{text}", "--llmopt", "kv_cache"), "give --against another model"),
     ],
 )
 def test_command_errors(folders: list[Path], text: Path, tmp_path: Path, args: tuple[str, ...], says: str) -> None:

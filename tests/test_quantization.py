@@ -1,6 +1,7 @@
 """Quantized models as transformers handles them: loaded, run, saved, moved, copied, refused."""
 
 import copy
+import gc
 import json
 import pickle
 import warnings
@@ -15,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 
 import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
+from hf_llmopt.config import CALIBRATED
 from hf_llmopt.demo.train import train_tokenizer
 from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
 from hf_llmopt.prompt_cache.epoch import fingerprint
-from hf_llmopt.quantization.plan import CALIBRATED, plan
+from hf_llmopt.quantization.plan import plan
 
 EXACT = {"activations": "none"}
 METHODS = ("int4", "int8", "fp8")
@@ -406,9 +408,57 @@ def test_what_the_file_format_cannot_tell_apart_from_a_skipped_module_stays_too(
     assert "contains that of one that stays" in found.skipped["model.layers.0.mlp.gate_proj"]
 
 
+@pytest.mark.parametrize(
+    ("held", "fits", "contradicts"),
+    [
+        ("int8", [{"head_bits": 4}, {"method": "int8"}, {"group_size": -1}, {}],
+         [{"method": "int4"}, {"method": "fp8"}, {"bits": 4}, {"symmetric": False}, {"group_size": 32}]),
+        ("int4", [{"activations": "none"}, {"method": "gptq"}, {"bits": 4}],
+         [{"method": "int8"}, {"method": "awq"}, {"method": "smoothquant"}, {"bits": 8}]),
+        ("fp8", [{"method": "fp8"}, {"head_bits": 8}], [{"method": "int8"}, {"method": "smoothquant"}]),
+    ],
+    ids=["int8", "int4", "fp8"],
+)  # fmt: skip
+def test_what_is_named_must_be_what_the_files_hold(folder, tmp_path, held, fits, contradicts):
+    made = load(folder, held)
+    made.save_pretrained(tmp_path)
+    for asked in fits:
+        again = load(tmp_path, {"quantization": asked})
+        assert quantized(again).keys() == quantized(made).keys()
+        assert greedy(again, llmopt={"quantization": asked})
+    for asked in contradicts:
+        with pytest.raises(UnsupportedQuantization, match=rf"{next(iter(asked))}=.* contradicts"):
+            load(tmp_path, {"quantization": asked})
+
+
+def test_the_report_outlives_a_model_that_nobody_kept(folder):
+    handle = load(folder, "int4").llmopt
+    gc.collect()
+    assert handle._model() is None
+    assert len(handle.quantization.quantized) == 21
+    assert load(folder, True).llmopt.quantization is None
+
+
+@pytest.mark.parametrize(
+    "option", [{"calibration": ["text"]}, {"samples": 8}, {"length": 9}, {"resume": "here"}], ids=str
+)
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_options_of_a_calibration_are_refused_where_there_is_none(method, option):
+    with pytest.raises(InvalidOption, match=f"{next(iter(option))}=.*sees only the weights.*'gptq'"):
+        QuantizationConfig(method, **option)
+    QuantizationConfig("gptq", **option)
+
+
+def test_the_name_of_a_file_is_no_calibration(words_folder, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("def f(x):")
+    with pytest.raises(CalibrationFailed, match="name of a file"):
+        load(words_folder, config("gptq", calibration=str(path)))
+
+
 def test_every_method_is_a_name_of_the_keyword():
     methods = {option.name: option.metadata for option in fields(QuantizationConfig)}["method"]["choices"]
-    for method in methods:
+    for method in filter(None, methods):
         assert LLMOptConfig.parse(method).quantization == QuantizationConfig(method)
     assert set(CALIBRATED) < set(methods)
 

@@ -176,3 +176,13 @@ def test_a_quantized_folder_is_measured_as_it_is_and_not_quantized_again(folder,
     assert measured.exit_code == 0, measured.output
     assert run(tmp_path / "one", tmp_path / "two").exit_code != 0
     assert not (tmp_path / "two").exists()
+
+
+def test_a_short_calibration_names_the_options(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("def f(x):")
+    result = run(folder, tmp_path / "out", "--method", "gptq", "--calibration", tmp_path / "short.txt")
+    assert result.exit_code == 1
+    assert "--calibration" in result.stderr
+    assert "--length" in result.stderr
+    result = run(folder, tmp_path / "out", "--method", "int8", "--samples", 4)
+    assert "sees only the weights" in result.stderr

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from hf_llmopt.config import LLMOptConfig
 from hf_llmopt.errors import InvalidLogits, InvalidOption, InvalidText
 
 CONTEXT = 1024  # tokens of a window, where the model has as many positions
@@ -255,16 +256,35 @@ def perplexity(
 def logits(model: PreTrainedModel, sample: Sample) -> Iterator[Tensor]:
     """The logits of the predictions that count, window by window: `[counted, vocabulary]` in the model's type.
 
+    Where the model's default config has quantized pages (`KVCacheConfig(dtype=...)`), keys and values come from such.
+
     Raises:
         InvalidLogits: They contain NaN.
+        NotServed: The model is not served, so that there are no pages.
     """
+    handle = vars(model).get("llmopt")
+    config = None if handle is None else handle.config
+    cache = None
+    if config is not None and config.kv_cache.dtype != "auto":
+        cache = _paged_cache(model, config, sample.windows[0].ids[:1])
     for number, window in enumerate(sample.windows):
         with torch.no_grad():
-            found = model(input_ids=window.ids[None, :-1].to(model.device), use_cache=False).logits
+            if cache is not None:
+                cache.reset()
+            ids = window.ids[None, :-1].to(model.device)
+            found = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
         rows: Tensor = found[0, -window.counted :]
         if rows.isnan().any():
             raise InvalidLogits(f"The model's logits contain NaN, in window {number} of {len(sample.windows)}.")
         yield rows
+
+
+def _paged_cache(model: Any, config: LLMOptConfig, ids: Tensor) -> Any:
+    """A cache whose `update` stores in pages and gives back what is stored."""
+    pages = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention, strict=True)
+    once = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "return_dict_in_generate": True}
+    first = ids[None].to(model.device)
+    return model.generate(first, attention_mask=torch.ones_like(first), **once, llmopt=pages).past_key_values
 
 
 # ---------------------------------------------------------------------------------------------------------- divergence

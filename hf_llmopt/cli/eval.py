@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,6 +104,11 @@ def logits(
     wanted, texts = keyword(llmopt), _texts(text)
     if not wanted and against is None:
         raise UserError("there is nothing to compare with: give --llmopt, such as int4, or --against another model")
+    if against is None and _only_exact(wanted):
+        raise UserError(
+            f"--llmopt {llmopt} changes neither weights nor the numbers in pages, so {model!r} cannot differ from "
+            "itself; give --against another model"
+        )
     reference = model if against is None else against
 
     from hf_llmopt.bench import quality
@@ -111,6 +117,11 @@ def logits(
 
     with TemporaryDirectory() as folder:
         loaded, tokenizer = load(reference, dtype, device, READER)
+        if against is None and getattr(loaded.config, "quantization_config", None) and _only_format(wanted):
+            raise UserError(
+                f"{model!r} is quantized already, so it would be compared with itself; give --against the "
+                "full-precision model"
+            )
         sample = _cut(loaded, tokenizer, texts, text, context, stride, tokens)
         with ui.progress("logits", 2 * len(sample.windows)) as on_window:
             theirs = quality.recorded(_said(quality.logits(loaded, sample), on_window), sample, Path(folder))
@@ -138,6 +149,25 @@ def logits(
     name = model if not wanted else f"{model}, {llmopt},"
     ui.table(f"{name} against {reference}, {_dtype(loaded)}: {report['text']}", ["", ""], rows, 1)
     _warn(sample)
+
+
+def _only_exact(wanted: Any) -> bool:
+    """Whether the keyword leaves every forward pass as it is."""
+    from hf_llmopt.config import LLMOptConfig
+
+    config = LLMOptConfig.parse(wanted)
+    return config is None or (config.quantization is None and config.kv_cache.dtype == "auto")
+
+
+def _only_format(wanted: Any) -> bool:
+    """Whether the keyword says no more than what quantized files hold anyway."""
+    from hf_llmopt.config import LLMOptConfig
+
+    config = LLMOptConfig.parse(wanted)
+    asked = None if config is None else config.quantization
+    return _only_exact(replace(config, quantization=None) if config else None) and not (
+        asked is not None and (asked.names("head_bits") or asked.names("activations"))
+    )
 
 
 def _texts(path: Path | None) -> list[str]:

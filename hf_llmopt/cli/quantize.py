@@ -53,6 +53,7 @@ def quantize(
 ) -> None:
     """Quantize a model and save it with its tokenizer, for this package and for others that read the format."""
     from hf_llmopt.config import LLMOptConfig, QuantizationConfig
+    from hf_llmopt.errors import CalibrationFailed
 
     asked = QuantizationConfig(
         method, bits=bits, group_size=group_size, symmetric=symmetric, skip=tuple(skip or ()), head_bits=head_bits,
@@ -69,7 +70,10 @@ def quantize(
         before = _perplexity(full, tokenizer)
         del full
         gc.collect()  # a model refers to itself; the next one comes into the same memory
-    loaded, tokenizer = load(model, dtype, device, LLMOptConfig(quantization=asked))
+    try:
+        loaded, tokenizer = load(model, dtype, device, LLMOptConfig(quantization=asked))
+    except CalibrationFailed as error:
+        raise UserError(f"{error} Here: a longer text with --calibration, or a smaller --length.") from error
     made: Any = loaded
     if made.hf_quantizer.pre_quantized:
         raise UserError(f"{model!r} is quantized already; give the full-precision model")

@@ -81,6 +81,7 @@ class ModelHandle:
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._engines: dict[Any, EngineLoop] = {}  # the one used last is last
         self._reason: tuple[Any, str | None] | None = None
+        self._report: QuantizationReport | None = None  # for when the model is gone
         self._latest: tuple[Any, EngineLoop] | None = None
 
     def reason_against(self, model: PreTrainedModel) -> str | None:
@@ -142,10 +143,20 @@ class ModelHandle:
 
     @property
     def quantization(self) -> QuantizationReport | None:
-        """What of the model's weights is quantized, or `None` if nothing is by hf_llmopt."""
+        """What of the model's weights is quantized, or `None` if nothing is by hf_llmopt.
+
+        Of a model that was deleted, as it was when it was optimized or last asked.
+        """
         model = None if self._model is None else self._model()
-        quantizer = getattr(model, "hf_quantizer", None)
-        return quantizer.report(model) if isinstance(quantizer, Quantizer) and model is not None else None
+        if model is not None:
+            quantizer = getattr(model, "hf_quantizer", None)
+            self._report = quantizer.report(model) if isinstance(quantizer, Quantizer) else None
+        return self._report
+
+    def optimized(self, config: LLMOptConfig | None) -> None:
+        """Take a new default, and note what of the model is quantized now."""
+        self.config = config
+        self._report = self.quantization
 
     @property
     def prompt_cache(self) -> PromptCacheStats | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
-from ..config import QuantizationConfig
+from ..config import CALIBRATED, QuantizationConfig
 from ..kernels.arguments import Grid
 from . import awq, gptq, smoothquant
 from .blocks import quantize_blocks
@@ -21,7 +22,7 @@ from .calibration import pack
 from .experts import unfuse
 from .linear import QuantizedLinear
 from .loading import require_full
-from .plan import CALIBRATED, Plan, plan
+from .plan import Plan, plan
 from .quantizer import Quantizer, WeightConfig
 
 
@@ -33,6 +34,7 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
         CalibrationFailed: The method needs texts that there are not.
     """
     require_full(model)
+    asked = replace(asked, method=asked.effective_method)
     found = plan(model, asked, unfuse(model))
     quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
     quantizer.use(found)
@@ -75,7 +77,7 @@ def _calibrated(model: PreTrainedModel, plan: Plan, notes: dict[str, str]) -> It
     if asked.method == "gptq":
         options |= {"act_order": asked.act_order, "damping": asked.damping}
     methods: dict[str, Any] = {"gptq": gptq, "awq": awq, "smoothquant": smoothquant}
-    quantize_block = methods[asked.method].quantize_block
+    quantize_block = methods[asked.effective_method].quantize_block
     tokens = _calibration_tokens(model, asked)
     chosen: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.chosen}
     walk = quantize_blocks(

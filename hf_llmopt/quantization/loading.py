@@ -10,14 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import fields, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..config import EIGHT_BITS, LLMOptConfig, QuantizationConfig
+from ..config import CALIBRATED, LLMOptConfig, QuantizationConfig
 from ..errors import UnsupportedQuantization
 from .formats import Recipe
-from .plan import CALIBRATED
 from .quantizer import Quantizer, WeightConfig
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read
@@ -60,7 +60,7 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
     if entry is None:
         if wanted is None or wanted.method in CALIBRATED:
             return None
-        return Quantizer(WeightConfig(), wanted, pre_quantized=False)
+        return Quantizer(WeightConfig(), replace(wanted, method=wanted.effective_method), pre_quantized=False)
     words = entry if isinstance(entry, dict) else entry.to_dict()
     try:
         recipe = Recipe.from_dict(words)
@@ -72,16 +72,47 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
                 raise
             warnings.warn(f"llmopt: transformers loads the weights: {reason}", UserWarning, stacklevel=2)
         return None
-    bits = {scheme.bits for _, scheme in recipe.groups}
-    if wanted is not None and {wanted.bits or (8 if wanted.method in EIGHT_BITS else 4)} != bits:
-        raise UnsupportedQuantization(_already(entry))
+    if wanted is not None and (why := _contradiction(recipe, wanted)) is not None:
+        raise UnsupportedQuantization(f"{why} {_already(entry)}")
     return Quantizer(WeightConfig(recipe), wanted or QuantizationConfig(), pre_quantized=True)
 
 
 def has(model: PreTrainedModel, asked: QuantizationConfig) -> bool:
-    """Whether the model's weights are what is asked for."""
+    """Whether the model's weights are what is asked for. What is not named does not count."""
     quantizer = getattr(model, "hf_quantizer", None)
-    return isinstance(quantizer, Quantizer) and quantizer.asked == asked
+    if not isinstance(quantizer, Quantizer) or quantizer.quantization_config.recipe is None:
+        return False
+    held = quantizer.asked
+    if asked is held:
+        return True
+    told = {"bits", "group_size", "symmetric"}  # by the recipe
+    counts = {"head_bits", "activations"} if quantizer.pre_quantized else {o.name for o in fields(asked)} - told
+    return _contradiction(quantizer.quantization_config.recipe, asked) is None and all(
+        getattr(asked, name) is getattr(held, name)
+        or (name != "calibration" and getattr(asked, name) == getattr(held, name))
+        for name in counts
+        if asked.names(name)
+    )
+
+
+def _contradiction(recipe: Recipe, asked: QuantizationConfig) -> str | None:
+    """What of that which is named is not so in the files, or `None`."""
+    for _, scheme in recipe.groups:
+        integer = scheme.format not in ("float-quantized", "fp8")
+        fits = {
+            "int4": integer and scheme.bits == (asked.bits or 4),
+            "int8": integer and scheme.bits == 8,
+            "fp8": not integer,
+            "gptq": recipe.method in ("gptq", "compressed-tensors") and integer,
+            "awq": integer and (recipe.method != "gptq" or asked.symmetric is True),
+            "smoothquant": scheme.format == "int-quantized" and scheme.bits == 8,
+        }
+        if asked.method is not None and not fits[asked.method]:
+            return f"method={asked.method!r} contradicts the files' {scheme.format!r} of {scheme.bits} bits."
+        for name in ("bits", "group_size", "symmetric"):
+            if asked.names(name) and getattr(asked, name) != getattr(scheme, name):
+                return f"{name}={getattr(asked, name)} contradicts the files' {getattr(scheme, name)}."
+    return None
 
 
 def require_full(model: PreTrainedModel) -> None:

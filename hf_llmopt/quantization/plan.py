@@ -20,7 +20,6 @@ from .experts import Experts, names_in_files
 from .formats import Recipe, Scheme
 from .grid import make_float8_grid, make_grid
 
-CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: they begin with the whole model
 GROUP_SIZES = (128, 64, 32)  # where the user leaves it open
 HEAD = "the output head, or tied to one"
 OUTSIDE = "stands outside of the decoder blocks, which are all that its file format has quantized"
@@ -61,7 +60,7 @@ class Plan:
             return self
         chosen = {name: scheme for name, scheme in self.chosen.items() if name in names}
         skipped = self.skipped | left
-        how = self.config.method, self.bits, self.group_size, self.symmetric, self.config.act_order
+        how = self.config.effective_method, self.bits, self.group_size, self.symmetric, self.config.act_order
         return replace(self, chosen=chosen, skipped=skipped, recipe=Recipe.for_method(*how, skipped))
 
     def grid(self, weight: Tensor, scheme: Scheme) -> Grid:
@@ -111,7 +110,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Collection[s
     group_size = config.group_size
     if group_size is None:
         group_size = -1 if config.method in EIGHT_BITS else _largest_group(left)
-    how = config.method, bits, group_size, symmetric, config.act_order
+    how = config.effective_method, bits, group_size, symmetric, config.act_order
     in_files = names_in_files(model)
     trial = Recipe.for_method(*how)
     for name, (inputs, outputs) in left.items():
