@@ -348,6 +348,24 @@ def test_pack_rows(dtype: torch.dtype, level: str, form: PageFormat) -> None:
         assert (error <= (8 if form.name == "fp8" else 0.54) * step).all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_long_and_short_spans_agree_on_extremes(level: str) -> None:
+    """NaN and infinity reach the rows that see them, and numbers near the end of the format are ordinary ones."""
+    table = torch.arange(3, dtype=torch.int32)[None]
+    items = torch.tensor([[0, 0, end] for end in range(1, 41)], dtype=torch.int32)
+    query, keys, values = (torch.randn(rows, 1, 16) for rows in (40, 48, 48))
+    bad = query.clone()
+    bad[7, 0, 3], bad[9, 0, 2] = torch.nan, torch.inf
+    low, slope = torch.zeros(40, 1, 16), torch.zeros(48, 1, 16)
+    low[:, 0, 0], slope[:, 0, 0] = -1e33, torch.arange(1.0, 49)
+    with cpu.using(level):
+        for q, k in ((bad, keys), (low, slope)):
+            long, short = (cpu.attention(q, Seen(k, values, table, items, 16, 40, 1.0, tiled=t)) for t in (5, 1000))
+            torch.testing.assert_close(long, short, rtol=1e-5, atol=1e-5, equal_nan=True)
+            assert long.isnan().any() == (q is bad)
+            assert not long[:7].isnan().any()
+
+
 def test_malformed_calls_are_refused() -> None:
     from hf_llmopt.kernels.cpu import _C
 

@@ -48,6 +48,19 @@ def test_model_cast_between_requests() -> None:
         assert engine.submit(IDS, **KW).result(20) == tokens(model)[0, 12:].tolist()
 
 
+def test_crop_behind_what_a_window_has_passed_is_refused() -> None:
+    """The pages are gone; stock's own cache refuses the same."""
+    model, ids = build("mistral"), torch.arange(5, 25)[None]
+    how = {"llmopt": {"kv_cache": {"page_size": 4}}, **KW, "max_new_tokens": 12}
+    cache = model.generate(ids, return_dict_in_generate=True, **how).past_key_values
+    length = cache.get_seq_length()
+    with pytest.raises(errors.InvalidRequest, match="cannot go back to 19 tokens"):
+        cache.crop(19 - length)
+    assert cache.get_seq_length() == length
+    cache.crop(-1)
+    assert cache.get_seq_length() == length - 1
+
+
 def test_cache_of_another_model_is_refused() -> None:
     model, other = build("llama"), build("llama", num_hidden_layers=2)
     out = other.generate(IDS, return_dict_in_generate=True, **KW)

@@ -211,10 +211,23 @@ class PagedCache(Cache):
         return outputs[0], outputs[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` columns, as stock's caches do; 0 drops none."""
+        """Drop the last `-tokens_to_remove` columns, as stock's caches do; 0 drops none.
+
+        Raises:
+            InvalidRequest: It was asked for columns to keep, or a sliding window has passed what it would see again.
+        """
         if tokens_to_remove > 0:
             raise InvalidRequest(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}.")
-        self.columns = self.columns[:, : max(0, self.columns.shape[1] + tokens_to_remove)]
+        columns = self.columns[:, : max(0, self.columns.shape[1] + tokens_to_remove)]
+        for row, tables in enumerate(self.rows):
+            length = int(columns[row].sum())
+            for group, table in zip(self.store.groups, tables, strict=True):
+                if group.first_visible(length) < table.passed * self.store.page_size:
+                    raise InvalidRequest(
+                        f"Row {row} cannot go back to {length} tokens: its windows of {group.window} tokens have passed "
+                        "what they would see there, and those pages were given back. Compute the text again."
+                    )
+        self.columns = columns
         for row, tables in enumerate(self.rows):
             for table in tables:
                 table.crop(self.num_tokens(row))

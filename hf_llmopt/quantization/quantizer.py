@@ -94,7 +94,7 @@ class Quantizer(HfQuantizer):
         modules = {name.rpartition(".")[0] for name in names}
         # What transformers renames while it loads is found incomplete afterwards, if it is.
         known = {name: scheme for name, scheme in schemes.items() if name in modules}
-        here = formats.stored_in(names, known)
+        here = formats.stored_in(names, known, [in_files[name] for name in products if found[name] is None])
         held = {name for name in schemes if name in here or name not in known}
         return {name: scheme for name, scheme in found.items() if scheme is not None and in_files[name] in held}
 

@@ -42,19 +42,22 @@ INLINE vec FN(multiply)(vec sum, vec rows, uint32_t unit) {
 #endif
 }
 
-/* M rows of `sum` [..][N] get += a [M][count units] b [count units][N]; a unit lies at m * across + k * along. */
+/* M rows of `sum` [..][N] get += a [M][count units] b [count units][N]; a unit lies at m * across + k * along. The products of
+ * CHAIN units are summed first: the error of a sum grows with its length. */
 #define M 4
+#define CHAIN 64
 INLINE void FN(outer)(vec *sum, const uint32_t *a, long across, long along, const vec *b, long count, const int N) {
-    vec s[M * MOST];
-    memcpy(s, sum, (size_t)(M * N) * sizeof *s);
-    for (long k = 0; k < count; k++) {
-        vec rows[MOST];
-        memcpy(rows, b + k * N, (size_t)N * sizeof *rows);
-        _Pragma("GCC unroll 4") for (int m = 0; m < M; m++)
-            _Pragma("GCC unroll 4") for (int n = 0; n < N; n++)
-                s[m * N + n] = FN(multiply)(s[m * N + n], rows[n], a[m * across + k * along]);
+    for (long from = 0; from < count; from += CHAIN) {
+        vec s[M * MOST] = {0};
+        for (long k = from; k < count && k < from + CHAIN; k++) {
+            vec rows[MOST];
+            memcpy(rows, b + k * N, (size_t)N * sizeof *rows);
+            _Pragma("GCC unroll 4") for (int m = 0; m < M; m++)
+                _Pragma("GCC unroll 4") for (int n = 0; n < N; n++)
+                    s[m * N + n] = FN(multiply)(s[m * N + n], rows[n], a[m * across + k * along]);
+        }
+        _Pragma("GCC unroll 16") for (int i = 0; i < M * N; i++) sum[i] += s[i];
     }
-    memcpy(sum, s, (size_t)(M * N) * sizeof *s);
 }
 
 /* What a thread works with. */
@@ -163,7 +166,7 @@ INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_
     memcpy(first, limits[0], sizeof first);
     memcpy(end, limits[1], sizeof end);
     vec best[MOST], sum[MOST] = {0}, shrink[MOST];
-    for (int n = 0; n < N; n++) best[n] = FN(splat)(-1e30f);
+    for (int n = 0; n < N; n++) best[n] = FN(splat)(-3.4e38f);
     memset(room->output, 0, (size_t)(room->value_room * N) * sizeof *room->output);
     FN(flash_query)(a, tile, room, N);
     for (long from = low / BLOCK * BLOCK; from < high; from += BLOCK) {
@@ -256,4 +259,5 @@ void FN(flash_team)(const attention *a) {
     }
 }
 #undef M
+#undef CHAIN
 #endif

@@ -95,6 +95,7 @@ INLINE float FN(sum)(vec v) {
     return lane[0];
 }
 
+/* The second where one of the two is NaN. */
 INLINE vec FN(max)(vec a, vec b) {
 #ifdef __AVX512F__
     return (vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -107,7 +108,7 @@ INLINE vec FN(max)(vec a, vec b) {
 /* e^x for x clamped to [-87, 88], within 2 units in the last place: x = n ln 2 + r, a polynomial for e^r (Cephes), n into
  * the exponent. */
 INLINE vec FN(exp)(vec x) {
-    x = -FN(max)(-FN(max)(x, FN(splat)(-87.0f)), FN(splat)(-88.0f));
+    x = -FN(max)(FN(splat)(-88.0f), -FN(max)(FN(splat)(-87.0f), x)); /* in this order NaN stays NaN */
     vec n = x * 1.44269504f + 12582912.0f - 12582912.0f; /* adding 1.5 * 2^23 rounds to the nearest integer */
     vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
     vec p = FN(splat)(1.9875691500e-4f);

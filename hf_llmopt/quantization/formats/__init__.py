@@ -32,6 +32,8 @@ FORMATS: dict[str, Format] = {
     "fp8": fp8.BLOCKS,
 }
 OPTIONAL = {"g_idx", "weight_shape"}  # older files lack them
+# Only a quantized weight has these.
+CODED = {"qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"}
 EXACT = {"pack-quantized", "int-quantized", "float-quantized"}  # their configs name every weight
 
 
@@ -45,7 +47,7 @@ def obstacle(scheme: Scheme, outputs: int, inputs: int) -> str | None:
     return FORMATS[scheme.format].obstacle(scheme, outputs, inputs)
 
 
-def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme], dense: Iterable[str] = ()) -> dict[str, Scheme]:
     """The weights that a checkpoint really holds quantized, before any is read.
 
     Configs of GPTQ, AWQ and fp8 do not always say what is quantized, above all in models with more than a language
@@ -54,9 +56,11 @@ def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, 
     Args:
         names: Of all tensors in the files.
         schemes: How each module would be stored, by its name.
+        dense: Modules that are not quantized.
 
     Raises:
-        InvalidCheckpoint: A weight lacks some of its tensors, or all: files are missing, or mixed with others.
+        InvalidCheckpoint: A weight lacks some of its tensors, or all: files are missing, or mixed with others. Or a
+            weight is quantized that should not be.
 
     Example:
         >>> names = ["layers.0.up.qweight", "layers.0.up.qzeros", "layers.0.up.scales", "vision.0.up.weight"]
@@ -69,6 +73,12 @@ def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme]) -> dict[str, 
         module, _, leaf = name.rpartition(".")
         leaves[module].add(leaf)
     found, wrong = {}, []
+    odd = [f"{module} has {', '.join(sorted(leaves[module]))}" for module in dense if leaves[module] & CODED]
+    if odd:
+        raise InvalidCheckpoint(
+            f"{len(odd)} weights are quantized in the files, and not by their quantization_config: {'; '.join(odd[:3])}"
+            f"{'; …' if len(odd) > 3 else ''}. It belongs to another checkpoint, or leaves out too much."
+        )
     for module, scheme in schemes.items():
         wanted = FORMATS[scheme.format].layout(scheme, 1, 1, torch.float32).keys() - OPTIONAL
         if wanted <= leaves[module]:
