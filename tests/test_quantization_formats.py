@@ -247,7 +247,7 @@ def test_what_the_files_hold() -> None:
         stored_in([name for name in gptq if "qzeros" not in name], {DOWN: GPTQ})
     with pytest.raises(InvalidCheckpoint, match="lacks qweight, qzeros and has scales, weight"):
         stored_in([f"{up}.weight", f"{up}.scales"], {up: GPTQ})
-    with pytest.raises(InvalidCheckpoint, match=r"1 weights are quantized .* down_proj has bias, g_idx, qweight"):
+    with pytest.raises(InvalidCheckpoint, match=r"1 weights are quantized .*down_proj has bias, g_idx, qweight"):
         stored_in(gptq, {}, dense=[DOWN, up])
     many = {f"layers.{n}.up": GPTQ for n in range(9)}
     with pytest.raises(InvalidCheckpoint, match=r"9 of 9 .*; …\. Files"):

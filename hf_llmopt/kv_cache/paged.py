@@ -224,7 +224,7 @@ class PagedCache(Cache):
             for group, table in zip(self.store.groups, tables, strict=True):
                 if group.first_visible(length) < table.passed * self.store.page_size:
                     raise InvalidRequest(
-                        f"Row {row} cannot go back to {length} tokens: its windows of {group.window} tokens have passed "
+                        f"Row {row} cannot go back to {length} tokens: its window of {group.window} tokens has passed "
                         "what they would see there, and those pages were given back. Compute the text again."
                     )
         self.columns = columns
