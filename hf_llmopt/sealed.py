@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from errno import ENOENT
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     sealed = {**metadata, "checksum": _checksum(tensors, metadata)}
     data = safetensors.torch.save(tensors, sealed)
+    if not path.parent.is_dir():  # else the error would name the temporary file
+        raise FileNotFoundError(ENOENT, f"There is no such folder to write {path.name!r} in", str(path.parent))
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # readable by its owner only
     try:
         with os.fdopen(handle, "wb") as file:
@@ -41,12 +44,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = path.read_bytes()  # not mapped: a file that shrinks under a mapping ends the process
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata: dict[str, Any] = header["__metadata__"]
-        checksum = metadata.pop("checksum")
+        metadata: dict[str, Any] = header.get("__metadata__", {})
+        checksum = metadata.pop("checksum", None)
         tensors = safetensors.torch.load(data)
-        intact = checksum == _checksum(tensors, metadata)
+        intact = checksum is None or checksum == _checksum(tensors, metadata)
     except Exception as error:  # whatever a parser says about foreign bytes
         raise ValueError(f"it cannot be parsed: {error!r}") from error
+    if checksum is None:
+        raise ValueError("it has no checksum, so another program wrote it")
     if not intact:
         raise ValueError("its checksum is wrong")
     return tensors, metadata

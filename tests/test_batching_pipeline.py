@@ -250,6 +250,9 @@ def test_figures_and_log_probabilities_of_a_pipeline(pipes) -> None:
         assert stats.usage["completion_tokens"] == len(logprobs) == GREEDY["max_new_tokens"]
         assert stats.usage["prompt_tokens"] == len(prompt) + 1 == len(fast.tokenizer(text)["input_ids"])
         assert all(len(entry.top) == 2 for entry in logprobs)
+    fast.model.llmopt.stats = None
+    fast(TEXTS[:3], **{**GREEDY, "max_new_tokens": 5})
+    assert (fast.model.llmopt.stats.served_by, fast.model.llmopt.stats.generated_tokens) == ("llmopt", 5)
     with pytest.warns(UserWarning, match="beam search"):
         ((output,),) = fast(TEXTS[:1], num_beams=2, return_stats=True, **GREEDY)
     assert output["stats"].served_by == "transformers"

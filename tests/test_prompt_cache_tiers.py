@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
+from safetensors.torch import save
 
 import hf_llmopt
 from hf_llmopt import errors
@@ -402,10 +403,22 @@ def test_what_is_loaded_must_be_the_models_own(model, tmp_path: Path) -> None:
     path = tmp_path / "prompt.safetensors"
     model.llmopt.cache_prompt(text(18)).save(path)
     other = hf_llmopt.optimize(build("gemma3_text", seed=1), model.llmopt.config)
-    with pytest.raises(errors.InvalidPromptCache, match="other weights"):
+    with pytest.raises(errors.InvalidPromptCache, match="saved with another model or other weights"):
         other.llmopt.load_prompt(path)
-    with pytest.raises(errors.InvalidPromptCache, match="salt"):
+    with pytest.raises(errors.InvalidPromptCache, match="with another salt"):
         model.llmopt.load_prompt(path, llmopt={"prompt_cache": {"salt": "x"}, "kv_cache": model.llmopt.config.kv_cache})
+    for section, says in ({"dtype": "int8", "page_size": 4}, "format of pages"), ({"page_size": 8}, "page size"):
+        with pytest.raises(errors.InvalidPromptCache, match=rf"saved with another {says} \("):
+            model.llmopt.load_prompt(path, llmopt={"prompt_cache": True, "kv_cache": section})
+    coarse = hf_llmopt.optimize(build("gemma3_text").bfloat16(), model.llmopt.config)
+    with pytest.raises(errors.InvalidPromptCache, match=r"another dtype \(float32, here bfloat16\)\."):
+        coarse.llmopt.load_prompt(path)
+    with pytest.raises(FileNotFoundError, match=r"no such folder.*missing'$"):
+        model.llmopt.cache_prompt(text(18)).save(tmp_path / "missing" / "prompt.safetensors")
+    for foreign in (save({"x": torch.zeros(3)}), save({"x": torch.zeros(3)}, {"format": "pt"}), b"hello"):
+        (tmp_path / "foreign").write_bytes(foreign)
+        with pytest.raises(errors.InvalidPromptCache, match="no saved prompt"):
+            model.llmopt.load_prompt(tmp_path / "foreign")
     damage_flipped(path)
     with pytest.raises(errors.InvalidPromptCache, match="checksum"):
         model.llmopt.load_prompt(path)

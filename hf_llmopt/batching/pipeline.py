@@ -178,7 +178,9 @@ class BatchingPipeline(TextGenerationPipeline):
     def _report(
         self, outputs: list[Any], inputs: dict[str, Any], handle: RequestHandle | None, wishes: Wishes, stats: bool
     ) -> None:
-        """Add what was asked for to the output of each sequence."""
+        """Add what was asked for to the output of each sequence, and note the figures on the model."""
+        if handle is not None:
+            handle_of(self.model).stats = handle.stats
         for place, output in enumerate(outputs):
             choice = None if handle is None else handle.choices[place]
             if stats:

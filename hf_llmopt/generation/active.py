@@ -62,7 +62,8 @@ class ModelHandle:
 
     Attributes:
         config: What `generate` without `llmopt=` uses; `None` for stock.
-        stats: Figures of the last call that asked for llmopt, or `None`.
+        stats: Figures of the last call that asked for llmopt, or `None`; of a `BatchingPipeline` those of the input
+            that it gave back last.
 
     Example:
         >>> import hf_llmopt

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +36,8 @@ from .index import Node, Tokens, longest, walk
 from .store import DiskTier, HostTier, compute_seconds, disk_seconds, host_seconds
 
 PRECEDENCE = 1000  # nanoseconds by which a file of a prompt seems older than that of the page before
+SETTINGS = "adapter or rotary settings"  # facts that are digests
+WEIGHTS = "model or other weights"
 SHARE = 8  # one part in so many of the free memory is for kept pages, unless the user says otherwise
 
 
@@ -352,6 +355,19 @@ class PromptCache:
         """128 bits for everything but tokens that the keys of a tree depend on, the same in every process."""
         parts = (self.fingerprint(), name.settings, name.salt, self.store.page_size, self.store.layers)
         return blake2b(repr(parts).encode(), digest_size=16).digest()
+
+    def facts(self, name: Name) -> dict[str, str]:
+        """What `key` is made of but for the salt, to say later what differs."""
+        layers = self.store.layers
+        return {
+            "version of transformers": transformers.__version__,
+            "dtype": ", ".join(sorted({str(layer.dtype).removeprefix("torch.") for layer in layers})),
+            "format of pages": ", ".join(sorted({layer.form.name if layer.form else "auto" for layer in layers})),
+            "page size": str(self.store.page_size),
+            "device": ", ".join(sorted({str(layer.device) for layer in layers})),
+            SETTINGS: blake2b(name.settings.encode(), digest_size=16).hexdigest(),
+            WEIGHTS: self.fingerprint().hex(),
+        }
 
     def fingerprint(self) -> bytes:
         """Of the model's weights as of the last `refresh`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torch import Tensor
 from ..errors import InvalidOption, InvalidPromptCache, OutOfPages
 from ..kv_cache import BlockTable
 from ..sealed import read, write
-from .cache import Name, PromptCache
+from .cache import SETTINGS, WEIGHTS, Name, PromptCache
 
-FORMAT = "hf_llmopt prompt 1"
+FORMAT = "hf_llmopt prompt 2"
 
 
 class PromptHandle:
@@ -173,9 +174,10 @@ class PromptHandle:
                 if rest and table.passed <= full:
                     tensors[f"rest.{index}"] = self._cache.store.read_pages(index, [table.pages[full]], rest)
             key = self._cache.key(self._name()).hex()
+            facts = json.dumps(self._cache.facts(self._name()))
         if not pinned:
             self.unpin()
-        write(Path(path), tensors, {"format": FORMAT, "key": key})
+        write(Path(path), tensors, {"format": FORMAT, "key": key, "facts": facts})
 
     @classmethod
     def load(
@@ -190,16 +192,17 @@ class PromptHandle:
         try:
             tensors, metadata = read(Path(path))
             if metadata.get("format") != FORMAT:
-                raise ValueError("it is no saved prompt")
+                raise ValueError("it holds something else, or is of an older version")
         except ValueError as error:
-            raise InvalidPromptCache(f"{str(path)!r} cannot be loaded: {error}.") from error
+            raise InvalidPromptCache(f"{str(path)!r} is no saved prompt, or a damaged one: {error}.") from error
         handle = cls(find, lock, tensors["tokens"].tolist(), salt, compute)
         with lock:
             handle._connect()
             if metadata["key"] != handle._cache.key(handle._name()).hex():
+                saved, here = json.loads(metadata["facts"]), handle._cache.facts(handle._name())
                 raise InvalidPromptCache(
-                    f"{str(path)!r} was saved for another model or other weights, or with another adapter, salt, "
-                    "dtype, page size or version of transformers. Make it again with cache_prompt(...).save(...)."
+                    f"{str(path)!r} does not fit: it was saved with {_differences(saved, here)}. "
+                    "Make it again with cache_prompt(...).save(...)."
                 )
             handle._take_in(tensors)
         return handle
@@ -256,6 +259,18 @@ class PromptHandle:
 
     def _name(self) -> Name:
         return self._cache.name(self._salt)
+
+
+def _differences(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """What of `PromptCache.facts` differs, as text."""
+    differ = [name for name in here if saved[name] != here[name]]
+    if "dtype" in differ or "version of transformers" in differ:
+        differ = [name for name in differ if name != WEIGHTS]  # they differ then in any case
+    said = [
+        f"another {name}" + (f" ({saved[name]}, here {here[name]})" if name not in (WEIGHTS, SETTINGS) else "")
+        for name in differ
+    ]
+    return ", ".join(said) or "another salt"  # which no file tells
 
 
 def _clear(tables: Sequence[BlockTable]) -> None:
