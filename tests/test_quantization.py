@@ -388,6 +388,24 @@ def test_gptq_calibrates_while_it_walks(folder, tmp_path):
     assert not any(isinstance(value, list) for value in entry.values()), "no calibration set in the file"
 
 
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        ({"bits": 8}, r"qweight is \[8, 64\] in the files\. .* \(gptq, 8 bits, group size 32\) it is \[16, 64\]"),
+        ({"quant_method": "gptqq"}, r"'gptqq', which nobody knows\. Known: .*gptq"),
+        ({"modules_to_not_convert": ["q_proj"]}, "q_proj has g_idx, qweight, qzeros, scales"),
+    ],
+)
+def test_a_config_of_other_files_is_refused(folder, tmp_path, says, why):
+    """transformers would fill the gaps with random numbers, or fail far from the cause."""
+    load(folder, config("int4", group_size=32)).save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())
+    entry["quantization_config"] |= says
+    (tmp_path / "config.json").write_text(json.dumps(entry))
+    with pytest.raises(InvalidCheckpoint, match=why):
+        load(tmp_path, True)
+
+
 @pytest.mark.parametrize("calibration", [[], ["text"], [[1, 2, 500]], torch.zeros(0, dtype=torch.long)])
 def test_a_calibration_set_that_cannot_serve_is_refused_before_anything_is_changed(folder, calibration):
     model = load(folder, None)

@@ -14,9 +14,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..config import CALIBRATED, LLMOptConfig, QuantizationConfig
-from ..errors import UnsupportedQuantization
+from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from .formats import Recipe
 from .quantizer import Quantizer, WeightConfig
 
@@ -65,6 +66,13 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
     try:
         recipe = Recipe.from_dict(words)
     except UnsupportedQuantization as reason:
+        method = words.get("quant_method")
+        known = [*METHODS, *AUTO_QUANTIZATION_CONFIG_MAPPING]
+        if isinstance(method, str) and method not in known:  # transformers would load it as if it were full weights
+            raise InvalidCheckpoint(
+                f"The quantization_config of config.json has quant_method {method!r}, which nobody knows. "
+                f"Known: {', '.join(sorted({*known}))}."
+            ) from None
         if wanted is not None:
             raise UnsupportedQuantization(_already(entry)) from None
         if words.get("quant_method") in METHODS:  # transformers may know more of it than we do

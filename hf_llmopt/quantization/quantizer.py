@@ -83,20 +83,32 @@ class Quantizer(HfQuantizer):
         in_files = {name: in_file(name) for name in products}
         found = {name: recipe.scheme_of(in_files[name], AS_LINEAR) for name in products}
         schemes = {in_files[name]: scheme for name, scheme in found.items() if scheme is not None}
-        names: set[str] = set()
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in files or ():
             if str(file).endswith(".safetensors"):
                 try:
                     with safe_open(file, "pt") as tensors:
-                        names.update(tensors.keys())
+                        shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
                 except SafetensorError as error:
                     raise InvalidCheckpoint(f"{file} cannot be read: {error}.") from error
-        modules = {name.rpartition(".")[0] for name in names}
+        modules = {name.rpartition(".")[0] for name in shapes}
         # What transformers renames while it loads is found incomplete afterwards, if it is.
         known = {name: scheme for name, scheme in schemes.items() if name in modules}
-        here = formats.stored_in(names, known, [in_files[name] for name in products if found[name] is None])
+        here = formats.stored_in(shapes, known, [in_files[name] for name in products if found[name] is None])
         held = {name for name in schemes if name in here or name not in known}
-        return {name: scheme for name, scheme in found.items() if scheme is not None and in_files[name] in held}
+        chosen = {name: scheme for name, scheme in found.items() if scheme is not None and in_files[name] in held}
+        for name, scheme in chosen.items():
+            inputs, outputs = inputs_and_outputs(model.get_submodule(name)) or (0, 0)
+            for leaf, (shape, _) in formats.tensors(scheme, outputs, inputs, torch.float16).items():
+                there = shapes.get(f"{in_files[name]}.{leaf}", shape)
+                if there != tuple(shape):
+                    says = f"{scheme.format}, {scheme.bits} bits, group size {scheme.group_size}"
+                    raise InvalidCheckpoint(
+                        f"{in_files[name]}.{leaf} is {list(there)} in the files. Of a weight [{outputs}, {inputs}] as "
+                        f"their quantization_config says ({says}) it is {list(shape)}. One of them belongs to another "
+                        "checkpoint."
+                    )
+        return chosen
 
     def use(self, plan: Plan) -> None:
         """Follow a plan."""
