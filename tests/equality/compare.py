@@ -101,16 +101,16 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TO
         assert error <= tolerance * size, f"differs by {error:.3g}, the largest is {size:.3g}"
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    """The same tokens, and the same logits and scores where they were returned."""
+def assert_same(ours: Any, theirs: Any, scores: float = TOLERANCE) -> None:
+    """The same tokens, and the same logits and scores (within `scores`) where they were returned."""
     if isinstance(theirs, torch.Tensor):
         assert ours.tolist() == theirs.tolist()
         return
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     assert ours.keys() == theirs.keys()
-    for name in ("logits", "scores"):
+    for name, tolerance in (("logits", TOLERANCE), ("scores", scores)):
         for our, their in zip(ours.get(name) or (), theirs.get(name) or (), strict=True):
-            assert_close(our, their)
+            assert_close(our, their, tolerance)
 
 
 def assert_equal(
@@ -118,6 +118,7 @@ def assert_equal(
     arguments: dict[str, Any] | Callable[[], dict[str, Any]],
     llmopt: Any = True,
     own_caches: bool = True,
+    scores: float = TOLERANCE,
 ) -> Any:
     """Both ways give the same, and leave torch's generator in the same state; returns llmopt's output.
 
@@ -126,13 +127,14 @@ def assert_equal(
         arguments: Of `generate`; a function where they hold objects that remember (caches, processors).
         llmopt: The keyword.
         own_caches: As in `served`.
+        scores: Tolerance of scores, where a processor makes differences larger.
     """
     make = arguments if callable(arguments) else lambda: arguments
     theirs = stock(model, **make())
     state = torch.get_rng_state()
     ours = served(model, llmopt=llmopt, own_caches=own_caches, **make())
     assert torch.equal(torch.get_rng_state(), state), "the generator's state differs"
-    assert_same(ours, theirs)
+    assert_same(ours, theirs, scores)
     return ours
 
 
