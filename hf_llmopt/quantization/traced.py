@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from ..errors import UnsupportedQuantization
 
@@ -48,7 +47,7 @@ def _module(number: int) -> Product:
         ) from None
 
 
-@custom_op("hf_llmopt::quantized_linear", mutates_args=())
+@library.custom_op("hf_llmopt::quantized_linear", mutates_args=())
 def quantized_linear(x: Tensor, bias: Tensor | None, number: int, outputs: int, exactly: bool) -> Tensor:
     """`x @ w^T + bias` with the weight of a module.
 
@@ -67,7 +66,7 @@ def _(x: Tensor, bias: Tensor | None, number: int, outputs: int, exactly: bool) 
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-@custom_op("hf_llmopt::dense_weight", mutates_args=())
+@library.custom_op("hf_llmopt::dense_weight", mutates_args=())
 def dense_weight(like: Tensor, number: int, outputs: int, inputs: int) -> Tensor:
     """The weight `[outputs, inputs]` of a module, in the number format of `like`."""
     return _module(number).dense(like.dtype)
