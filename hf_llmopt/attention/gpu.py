@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.arguments import Seen
-from .inputs import StepInputs
-from .paths import sdpa, sdpa_of
+from .inputs import Call, StepInputs
+from .paths import sdpa
 
 WIDEST = 256  # head that our kernels are made for
 
@@ -31,61 +31,40 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def triton_paged(
-    step: StepInputs,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def triton_paged(step: StepInputs, call: Call) -> Tensor:
     """Our kernels, whatever is faster."""
-    if not _serves(step, layer, value):
-        return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
-    outputs = [_ours(step, layer, spans, query, scaling, softcap, sinks) for spans in _parts(step)]
+    if not _serves(step, call):
+        return sdpa(step, call)
+    outputs = [_ours(step, call, spans) for spans in _parts(step)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def fastest_paged(
-    step: StepInputs,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def fastest_paged(step: StepInputs, call: Call) -> Tensor:
     """Our kernels or torch's, what was faster when shapes like these were first met on this kind of device."""
-    if not _serves(step, layer, value):
-        return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
+    if not call.is_plain:  # torch has no kernel for it
+        return triton_paged(step, call)
+    if not _serves(step, call):
+        return sdpa(step, call)
     from ..kernels.triton import tuning
 
     outputs = []
     for spans in _parts(step):
-        ours = partial(_ours, step, layer, spans, query, scaling, softcap, sinks)
-        theirs = partial(sdpa_of, step, layer, spans, query, key, value, scaling, softcap, sinks)
-        if softcap or sinks is not None:  # torch has no kernel for these
-            outputs.append(ours())
-            continue
-        ways = {"triton": ours, "sdpa": theirs}
+        ways = {"triton": partial(_ours, step, call, spans), "sdpa": partial(sdpa, step, call, spans)}
         note, step.note = step.note, lambda name: None  # what only takes part in a race is no news
         try:
-            name = tuning.raced(_class_of(step, layer, spans, query, value), ways, query.device)
+            name = tuning.raced(_class_of(step, call, spans), ways, call.query.device)
         finally:
             step.note = note
         outputs.append(ways[name]())
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _serves(step: StepInputs, layer: int, value: Tensor) -> bool:
+def _serves(step: StepInputs, call: Call) -> bool:
     from ..kernels.triton.blocks import FORMATS, FORMS
 
-    spec = step.store.layers[layer]
+    spec = step.store.layers[call.layer]
     widest = max(spec.key_dim, spec.value_dim)
-    return value.dtype in FORMATS and widest <= WIDEST and (spec.form is None or spec.form.name in FORMS)
+    return call.value.dtype in FORMATS and widest <= WIDEST and (spec.form is None or spec.form.name in FORMS)
 
 
 def _parts(step: StepInputs) -> list[range]:
@@ -95,19 +74,12 @@ def _parts(step: StepInputs) -> list[range]:
     return [part for part in (range(short), range(short, len(step.spans))) if part]
 
 
-def _ours(
-    step: StepInputs,
-    layer: int,
-    spans: range,
-    query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
     from ..kernels.triton import decode, extend
 
+    layer, query, *_ = call
     device = query.device
-    seen = step.seen_on(device, layer, spans, scaling, softcap, sinks)
+    seen = step.seen(layer, call.scaling, call.softcap, call.sinks, spans, device)
     offset = step.spans[spans.start].offset
     tokens = query[0, :, offset : offset + len(seen.items)].transpose(0, 1)
     longest = step.spans[spans.stop - 1].length
@@ -140,12 +112,13 @@ def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
     return group <= hopper.ROWS and {query.shape[2], seen.shape.value_dim} <= set(hopper.WIDTHS)
 
 
-def _class_of(step: StepInputs, layer: int, spans: range, query: Tensor, value: Tensor) -> str:
+def _class_of(step: StepInputs, call: Call, spans: range) -> str:
     """What passes have in common that one choice serves: counts are rounded up to powers of two."""
     chosen = step.spans[spans.start : spans.stop]
     counts = (len(chosen), sum(span.length for span in chosen), max(span.context for span in chosen))
+    query, value = call.query, call.value
     widths = f"{query.shape[1]}/{value.shape[1]} {query.shape[3]}/{value.shape[3]}"
     rounded = " ".join(str(1 << (count - 1).bit_length()) for count in counts)
-    form = step.store.layers[layer].form
+    form = step.store.layers[call.layer].form
     numbers = query.dtype if form is None else f"{query.dtype} {form.name}"
-    return f"attention {step.group(layer).kind} {numbers} heads {widths} spans, tokens, context {rounded}"
+    return f"attention {step.group(call.layer).kind} {numbers} heads {widths} spans, tokens, context {rounded}"

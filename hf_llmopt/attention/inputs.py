@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..kernels.arguments import TILED, Seen
 from ..kv_cache import BlockTable, CacheGroup, PagedStore, upload
 
+CPU = torch.device("cpu")
+
 
 class Span(NamedTuple):
     """Tokens of one request that are computed in this pass.
@@ -76,21 +78,38 @@ class DenseRows:
         return self._typed[key]
 
 
+class Call(NamedTuple):
+    """What a layer's attention is called with in a pass.
+
+    Attributes:
+        layer: Its index.
+        query: `[1, heads, tokens, key_dim]`.
+        key: The spans' own, which are in their pages already, `[1, kv_heads, tokens, key_dim]`.
+        value: Likewise, `[1, kv_heads, tokens, value_dim]`.
+        scaling: Factor on the dot products.
+        softcap: `c` in `c * tanh(score / c)`, or `None`.
+        sinks: `[heads]`, or `None`.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch has a kernel for it."""
+        return not self.softcap and self.sinks is None
+
+
 class Attend(Protocol):
     """A backend: attention of all spans of a pass in one layer."""
 
-    def __call__(
-        self,
-        step: StepInputs,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Query `[1, heads, tokens, key_dim]` and the spans' own keys and values to `[1, tokens, heads, value_dim]`."""
+    def __call__(self, step: StepInputs, call: Call) -> Tensor:
+        """The output `[1, tokens, heads, value_dim]`."""
         ...
 
 
@@ -124,8 +143,7 @@ class StepInputs:
         self.ahead: Any = None  # what joined layers keep for one another, theirs alone
         self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
-        self._pages: list[tuple[Tensor, Tensor, int] | None] = [None] * len(store.groups)
-        self._on_device: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, int]] = {}
+        self._listed: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, int]] = {}
         self._tiles: dict[tuple[torch.device, range, int], Tensor] = {}
         self._runs: dict[tuple[int, range, int], bool] = {}
 
@@ -153,7 +171,8 @@ class StepInputs:
         """
         layer: int = module.layer_idx  # type: ignore[assignment]
         self.store.write(layer, self.slots(layer, key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return self.attend(self, layer, query, key, value, scaling, options.get("softcap"), options.get("s_aux"))
+        call = Call(layer, query, key, value, scaling, options.get("softcap"), options.get("s_aux"))
+        return self.attend(self, call)
 
     def slots(self, layer: int, device: torch.device) -> Tensor:
         """The slot of each token of the pass in this layer, on `device`."""
@@ -178,42 +197,24 @@ class StepInputs:
             rows = self._dense[index] = self._find_rows(index)
         return rows
 
-    def seen(self, layer: int, scaling: float, softcap: float | None = None, sinks: Tensor | None = None) -> Seen:
-        """The tokens of the pass as single queries over block tables."""
-        index = self.store.group_of[layer]
-        pages = self._pages[index]
-        if pages is None:  # made once a step for the layers of a group
-            pages = self._pages[index] = self._list_pages(self.store.groups[index], index)
-        return self._seen(layer, pages, scaling, softcap, sinks)
-
-    def seen_on(
+    def seen(
         self,
-        device: torch.device,
         layer: int,
-        spans: range,
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        spans: range | None = None,
+        device: torch.device = CPU,
     ) -> Seen:
-        """The tokens of some neighbouring spans as single queries, table and items on a device."""
-        index = self.store.group_of[layer]
-        key = (device, index, spans)
-        if key not in self._on_device:  # made once a step for the layers of a group
-            table, items = _listed(self.spans[spans.start : spans.stop], self.store.groups[index], index)
+        """The tokens of neighbouring spans (all by default) as single queries, table and items on a device."""
+        index, chosen = self.store.group_of[layer], range(len(self.spans)) if spans is None else spans
+        key = (device, index, chosen)
+        if key not in self._listed:  # made once a step for the layers of a group
+            table, items = _listed(self.spans[chosen.start : chosen.stop], self.store.groups[index], index)
             both = upload(torch.from_numpy(numpy.concatenate([table.reshape(-1), items.reshape(-1)])), device)
             parts = both[: table.size].view(table.shape), both[table.size :].view(items.shape)
-            self._on_device[key] = (*parts, int((items[:, 2] - items[:, 1]).max()))
-        return self._seen(layer, self._on_device[key], scaling, softcap, sinks)
-
-    def _seen(
-        self,
-        layer: int,
-        pages: tuple[Tensor, Tensor, int],
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Seen:
-        table, items, longest = pages
+            self._listed[key] = (*parts, int((items[:, 2] - items[:, 1]).max()))
+        table, items, longest = self._listed[key]
         keys, values, spec = self.store.keys[layer], self.store.values[layer], self.store.layers[layer]
         coded = None if spec.form is None else spec.shape
         size = self.store.page_size
@@ -248,10 +249,6 @@ class StepInputs:
             else:
                 self._runs[key] = all(_aligned(table, size // page) for table in tables)
         return self._runs[key]
-
-    def _list_pages(self, group: CacheGroup, index: int) -> tuple[Tensor, Tensor, int]:
-        table, items = _listed(self.spans, group, index)
-        return torch.from_numpy(table), torch.from_numpy(items), int((items[:, 2] - items[:, 1]).max())
 
     def _find_rows(self, index: int) -> list[DenseRows]:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""

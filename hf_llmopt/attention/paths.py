@@ -18,105 +18,70 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels import cpu, reference
 from ..kv_cache import BlockTable, upload
-from .inputs import Span, StepInputs
+from .inputs import Call, Span, StepInputs
 
 TILE = 256  # queries that share one mask
 COPIED = 1024  # keys that are copied at a time where pages are no run
 _flags = threading.Lock()
 
 
-def reference_paged(
-    step: StepInputs,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def reference_paged(step: StepInputs, call: Call) -> Tensor:
     """The plain-torch definition, query by query."""
     step.note("reference")
-    seen = step.seen(layer, scaling, softcap, sinks)
-    return reference.paged_attention(query[0].transpose(0, 1), seen)[None]
+    seen = step.seen(call.layer, call.scaling, call.softcap, call.sinks)
+    return reference.paged_attention(call.query[0].transpose(0, 1), seen)[None]
 
 
-def cpu_paged(
-    step: StepInputs,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def cpu_paged(step: StepInputs, call: Call) -> Tensor:
     """The C kernels, which read pages where they lie."""
-    if key.dtype not in cpu.DTYPES or max(query.shape[3], value.shape[3]) > cpu.MAX_DIM:
-        return sdpa(step, layer, query, key, value, scaling, softcap, sinks)
+    if call.key.dtype not in cpu.DTYPES or max(call.query.shape[3], call.value.shape[3]) > cpu.MAX_DIM:
+        return sdpa(step, call)
     if step.spans[0].length < step.tiled:
         step.note("cpu")
     if step.spans[-1].length >= step.tiled:
         step.note("flash")
-    return cpu.attention(query[0].transpose(0, 1), step.seen(layer, scaling, softcap, sinks))[None]
+    seen = step.seen(call.layer, call.scaling, call.softcap, call.sinks)
+    return cpu.attention(call.query[0].transpose(0, 1), seen)[None]
 
 
-def sdpa(
-    step: StepInputs,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """torch's scaled dot product attention, or plain products where a softcap or sinks forbid it."""
-    return sdpa_of(step, layer, range(len(step.spans)), query, key, value, scaling, softcap, sinks)
+def sdpa(step: StepInputs, call: Call, spans: range | None = None) -> Tensor:
+    """torch's scaled dot product attention, or plain products where a softcap or sinks forbid it.
 
-
-def sdpa_of(
-    step: StepInputs,
-    layer: int,
-    spans: range,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The same of some neighbouring spans; where the first is among them, all single tokens are."""
+    Args:
+        step: The pass.
+        call: The layer's attention.
+        spans: Neighbouring ones, all by default; where the first is among them, all single tokens are.
+    """
+    spans = range(len(step.spans)) if spans is None else spans
     parts = []
     start = spans.start
     if start < step.decodes:
-        parts.append(_decode(step, layer, query[:, :, : step.decodes], scaling, softcap, sinks))
+        parts.append(_decode(step, call))
         start = step.decodes
     for span in step.spans[start : spans.stop]:
-        parts.append(_extend(step, layer, span, query, key, value, scaling, softcap, sinks))
+        parts.append(_extend(step, call, span))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _decode(
-    step: StepInputs, layer: int, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def _decode(step: StepInputs, call: Call) -> Tensor:
+    query = call.query[:, :, : step.decodes]
     tokens = query[0].transpose(0, 1)  # [decodes, heads, width]
     parts, start = [], 0
-    for rows in step.dense_rows(layer):
-        keys, values = (found.transpose(1, 2) for found in step.store.read(layer, rows.read))
+    for rows in step.dense_rows(call.layer):
+        keys, values = (found.transpose(1, 2) for found in step.store.read(call.layer, rows.read))
         part = tokens[start : start + rows.rows]
         start += rows.rows
         mask = rows.mask(query)
         how = "view" if rows.index is None else "gather"
-        if softcap or sinks is not None:
+        if not call.is_plain:
             step.note(f"decode-matmul-{how}")
             seen = None if mask is None else mask == 0
-            output = reference.attention(part[:, :, None], keys, values, seen, scaling, softcap, sinks)
+            output = reference.attention(part[:, :, None], keys, values, seen, call.scaling, call.softcap, call.sinks)
         else:
             step.note(f"decode-sdpa-{how}")
             # [rows, kv_heads, heads per key head, width]: those heads become a key head's queries.
             part = part.reshape(rows.rows, keys.shape[1], -1, part.shape[2])
-            output = _attend(part, keys, values, attn_mask=mask, scale=scaling)
+            output = _attend(part, keys, values, attn_mask=mask, scale=call.scaling)
         parts.append(output.reshape(rows.rows, tokens.shape[1], -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
@@ -137,21 +102,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
             torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def _extend(
-    step: StepInputs,
-    layer: int,
-    span: Span,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _extend(step: StepInputs, call: Call, span: Span) -> Tensor:
+    layer, *tensors, scaling, softcap, sinks = call
     group = step.group(layer)
-    query, key, value = (t[:, :, span.offset : span.offset + span.length] for t in (query, key, value))
+    query, key, value = (t[:, :, span.offset : span.offset + span.length] for t in tensors)
     start = span.context - span.length
-    plain = softcap is None and sinks is None
+    plain = call.is_plain
     rounded = step.store.layers[layer].form is not None  # pages do not hold quite what the span brings
     first = group.first_visible(start)
     whole = group.first_visible(span.context - 1) == 0  # every query sees all tokens before it
