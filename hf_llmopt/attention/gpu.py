@@ -114,11 +114,13 @@ def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
 
 def _class_of(step: StepInputs, call: Call, spans: range) -> str:
     """What passes have in common that one choice serves: counts are rounded up to powers of two."""
-    chosen = step.spans[spans.start : spans.stop]
-    counts = (len(chosen), sum(span.length for span in chosen), max(span.context for span in chosen))
-    query, value = call.query, call.value
-    widths = f"{query.shape[1]}/{value.shape[1]} {query.shape[3]}/{value.shape[3]}"
-    rounded = " ".join(str(1 << (count - 1).bit_length()) for count in counts)
-    form = step.store.layers[call.layer].form
-    numbers = query.dtype if form is None else f"{query.dtype} {form.name}"
-    return f"attention {step.group(call.layer).kind} {numbers} heads {widths} spans, tokens, context {rounded}"
+    spec, heads = step.store.layers[call.layer], call.query.shape[1]
+    key = spans, spec, heads
+    if key not in step.classes:  # made once a step for layers that are alike
+        chosen = step.spans[spans.start : spans.stop]
+        counts = (len(chosen), sum(span.length for span in chosen), max(span.context for span in chosen))
+        widths = f"{heads}/{spec.kv_heads} {spec.key_dim}/{spec.value_dim}"
+        rounded = " ".join(str(1 << (count - 1).bit_length()) for count in counts)
+        numbers = spec.dtype if spec.form is None else f"{spec.dtype} {spec.form.name}"
+        step.classes[key] = f"attention {spec.kind} {numbers} heads {widths} spans, tokens, context {rounded}"
+    return step.classes[key]

@@ -145,6 +145,7 @@ class StepInputs:
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
         self._listed: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, int]] = {}
         self._tiles: dict[tuple[torch.device, range, int], Tensor] = {}
+        self.classes: dict[Any, str] = {}  # names that a backend gives to what it has measured
         self._runs: dict[tuple[int, range, int], bool] = {}
 
     def read(

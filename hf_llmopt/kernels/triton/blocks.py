@@ -12,16 +12,18 @@ their scales multiply columns of scores and of weights, not keys and values.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .int_linear import INTERPRETED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..arguments import PageFormat
+    from ..arguments import PageFormat, Seen
 
 FORMATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LOG2E = 1.4426950408889634
@@ -45,6 +47,38 @@ def codes_of(rows: Tensor, form: PageFormat | None, kv_heads: int, width: int) -
     codes, scales = rows[:, 0].split([kv_heads * width, rows.shape[2] - kv_heads * width], dim=1)
     number = torch.int8 if form.name == "int8" else torch.float8_e4m3fn
     return codes.view(number).unflatten(1, (kv_heads, width)), scales.view(torch.bfloat16)
+
+
+def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What both kernels are told of the pages: tensors in order, and constants.
+
+    Args:
+        query: `[tokens, heads, key_dim]`.
+        seen: What its tokens attend to.
+    """
+    kv_heads, key_dim, value_dim = seen.shape
+    keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
+    values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
+    constants = {
+        "KEY_SLOT": keys.stride(0),
+        "VALUE_SLOT": values.stride(0),
+        "KEY_SCALES": 0 if key_scales is None else key_scales.stride(0),
+        "VALUE_SCALES": 0 if value_scales is None else value_scales.stride(0),
+        "KV_HEADS": kv_heads,
+        "GROUP": query.shape[1] // kv_heads,
+        "PAGE": seen.page_size,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": block_of(key_dim),
+        "BLOCK_V": block_of(value_dim),
+        "DTYPE": FORMATS[torch.float32 if INTERPRETED else query.dtype],  # the interpreter cannot multiply bfloat16
+    }
+    return (keys, values, key_scales, value_scales, seen.table, seen.items), constants
+
+
+def block_of(width: int) -> int:
+    """The width of a tile that holds heads of a width: tensor cores take no less than 16."""
+    return max(16, triton.next_power_of_2(width))
 
 
 @cache

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LEAST, LOG2E, add, codes_of, multiprocessors, rows_of, score, slots_of, visible
-from .extend import Shape, block_of, operands
+from .blocks import LEAST, LOG2E, add, arguments, block_of, multiprocessors, rows_of, score, slots_of, visible
+from .extend import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,25 +176,20 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
-    kv_heads, key_dim, value_dim = seen.shape
+    kv_heads, _, value_dim = seen.shape
     heads = query.shape[1]
-    keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
-    values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
+    pages, constants = arguments(query, seen)
     out = query.new_empty(len(query), heads, value_dim)
     parts, sums = out, None
     if split > 1:
         parts = query.new_empty(len(query), heads, split, value_dim, dtype=torch.float32)
         sums = query.new_empty(len(query), heads, split, 2, dtype=torch.float32)
     _decode[(kv_heads, split, len(tiles))](
-        query, parts, sums, keys, values, key_scales, value_scales, seen.table, seen.items, tiles,
+        query, parts, sums, *pages, tiles,
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), seen.table.shape[1],
-        KEY_SLOT=keys.stride(0), VALUE_SLOT=values.stride(0),
-        KEY_SCALES=0 if key_scales is None else key_scales.stride(0),
-        VALUE_SCALES=0 if value_scales is None else value_scales.stride(0),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
-        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, DTYPE=operands(query.dtype), num_warps=shape.warps,
+        **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
+        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, num_warps=shape.warps,
     )  # fmt: skip
     if split > 1:
         _join[(heads, tokens, len(tiles))](

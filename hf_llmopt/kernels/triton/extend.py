@@ -10,14 +10,13 @@ The twin is `reference.paged_attention`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import FORMATS, LEAST, LOG2E, add, codes_of, rows_of, score, slots_of, visible
-from .int_linear import INTERPRETED
+from .blocks import LEAST, LOG2E, add, arguments, rows_of, score, slots_of, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,30 +171,13 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: boo
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
-    kv_heads, key_dim, value_dim = seen.shape
-    heads = query.shape[1]
-    keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
-    values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
-    out = query.new_empty(len(query), heads, value_dim)
-    _extend[(len(tiles) * kv_heads,)](
-        query, out, keys, values, key_scales, value_scales, seen.table, seen.items, tiles,
+    pages, constants = arguments(query, seen)
+    out = query.new_empty(*query.shape[:2], seen.shape.value_dim)
+    _extend[(len(tiles) * seen.shape.kv_heads,)](
+        query, out, *pages, tiles,
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), len(tiles), seen.table.shape[1],
-        KEY_SLOT=keys.stride(0), VALUE_SLOT=values.stride(0),
-        KEY_SCALES=0 if key_scales is None else key_scales.stride(0),
-        VALUE_SCALES=0 if value_scales is None else value_scales.stride(0),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        BLOCK_M=shape.rows, BLOCK_N=shape.keys, BLOCK_D=block_of(key_dim), BLOCK_V=block_of(value_dim),
-        STAGES=shape.stages, WINDOWED=windowed, DTYPE=operands(query.dtype), num_warps=shape.warps,
+        **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
+        STAGES=shape.stages, WINDOWED=windowed, num_warps=shape.warps,
     )  # fmt: skip
     return out
-
-
-def block_of(width: int) -> int:
-    """The width of a tile that holds heads of a width: tensor cores take no less than 16."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def operands(dtype: torch.dtype) -> Any:
-    """What products are made of; the interpreter cannot multiply bfloat16."""
-    return FORMATS[torch.float32 if INTERPRETED else dtype]
