@@ -107,8 +107,10 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
         bytes[0] = page_codes(a->form, a->key_dim), stride[0] = page_row(a->form, a->kv_heads, a->key_dim);
         bytes[1] = page_codes(a->form, a->value_dim), stride[1] = page_row(a->form, a->kv_heads, a->value_dim);
     }
-    E open_keys[BLOCK * MAX_DIM];
-    float open_values[BLOCK * MAX_DIM + WIDTH], scales[2][BLOCK] = {0}, lows[2][BLOCK] = {0}, query_sum[MAX_GROUP];
+    long key_room = (a->key_dim + WIDTH - 1) / WIDTH * WIDTH, room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH;
+    E open_keys[a->form ? BLOCK * key_room : 1]; /* only as much of the stack as the pages need */
+    float open_values[a->form == INT4_PAGES ? BLOCK * room + WIDTH : 1];
+    float scales[2][BLOCK] = {0}, lows[2][BLOCK] = {0}, query_sum[MAX_GROUP];
     const float *wide[BLOCK];
     const uint8_t *codes[BLOCK];
     for (int g = 0; g < heads && a->form == INT4_PAGES; g++) {
@@ -117,7 +119,7 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
         query_sum[g] = 0;
         for (long d = 0; d < a->key_dim; d++) query_sum[g] += line[d];
     }
-    long room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH, page = from / a->page_size, place = from % a->page_size;
+    long page = from / a->page_size, place = from % a->page_size;
     float weight[MAX_GROUP][BLOCK] = {0};
     vec sum[MAX_GROUP], lane;
     for (int i = 0; i < WIDTH; i++) lane[i] = (float)i;
@@ -146,15 +148,16 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
             }
             const uint8_t *of_key = rows[0] + kv_head * bytes[0];
             codes[t] = rows[1] + kv_head * bytes[1];
-            E *to = open_keys + t * ((a->key_dim + WIDTH - 1) / WIDTH * WIDTH);
+            E *to = open_keys + t * key_room;
             if (a->form == FP8_PAGES)
                 FN(open_elements)(of_key, FP8_PAGES, a->key_dim, to);
             else if (a->form == INT4_PAGES) {
                 FN(open_elements)(of_key, INT4_PAGES, a->key_dim, to);
                 FN(open_floats)(codes[t], INT4_PAGES, a->value_dim, open_values + t * room);
+                wide[t] = open_values + t * room;
             } else
                 FN(open_elements)(of_key, INT8_PAGES, a->key_dim, to);
-            key[t] = to, wide[t] = open_values + t * room;
+            key[t] = to;
         }
         for (int t = count; t < full; t++) key[t] = key[0]; /* read, and weighted with 0 */
         for (int g = 0; g < heads; g++) {
@@ -170,8 +173,7 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
                     s += low * query_sum[g];
                 }
                 s *= a->scaling;
-                if (a->softcap > 0) /* tanh(u) = 1 - 2 / (e^2u + 1) */
-                    s = (1.0f - 2.0f / (FN(exp)(s * (2.0f / a->softcap)) + 1.0f)) * a->softcap;
+                if (a->softcap > 0) s = FN(capped)(s, a->softcap);
                 ivec seen = lane < (float)(count - b * WIDTH);
                 score[b] = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
                 best = FN(max)(best, score[b]);

@@ -20,11 +20,29 @@ typedef struct {
     float scaling, softcap; /* softcap 0: none */
 } attention;
 
-/* Where the span ends that begins at `token`: items with the same row of the table. */
+/* A span is items with the same row of the table, and no others have it: its ends are found by halving. Where the span ends
+ * that begins at `token`, and where the one begins that ends at `end`. */
 static inline long attention_span(const attention *a, long token) {
-    long end = token + 1;
-    while (end < a->tokens && a->items[3 * end] == a->items[3 * token]) end++;
-    return end;
+    long low = token + 1, high = a->tokens;
+    while (low < high) {
+        long middle = (low + high) / 2;
+        if (a->items[3 * middle] == a->items[3 * token])
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+static inline long attention_begin(const attention *a, long end) {
+    long low = a->leading, high = end - 1;
+    while (low < high) {
+        long middle = (low + high) / 2;
+        if (a->items[3 * middle] == a->items[3 * end - 3])
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
 }
 static inline long attention_leading(const attention *a) {
     long token = 0, end;

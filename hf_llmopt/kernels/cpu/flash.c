@@ -132,8 +132,7 @@ INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const i
         vec top = best[n], total = {0};
         for (int t = 0; t < BLOCK; t++) {
             vec s = score[t * N + n] * a->scaling;
-            if (a->softcap > 0) /* tanh(u) = 1 - 2 / (e^2u + 1) */
-                s = (1.0f - 2.0f / (FN(exp)(s * (2.0f / a->softcap)) + 1.0f)) * a->softcap;
+            if (a->softcap > 0) s = FN(capped)(s, a->softcap);
             if (!whole) {
                 ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]);
                 s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
@@ -220,7 +219,7 @@ INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_
 LOCAL int FN(flash_tile_at)(const attention *a, long i, flash_tile *tile) {
     long group = a->heads / a->kv_heads;
     for (long end = a->tokens, token; end > a->leading; end = token) {
-        for (token = end - 1; token > a->leading && a->items[3 * token - 3] == a->items[3 * end - 3];) token--;
+        token = attention_begin(a, end);
         long rows = (end - token) * group, tiles = (rows + ROWS - 1) / ROWS;
         if (i >= tiles * a->kv_heads) {
             i -= tiles * a->kv_heads;

@@ -122,6 +122,11 @@ INLINE vec FN(exp)(vec x) {
     return p * (vec)power;
 }
 
+/* cap tanh(x / cap), by tanh(u) = 1 - 2 / (e^2u + 1). */
+INLINE vec FN(capped)(vec x, float cap) {
+    return (1.0f - 2.0f / (FN(exp)(x * (2.0f / cap)) + 1.0f)) * cap;
+}
+
 /* The largest lane. */
 INLINE float FN(top)(vec v) {
 #ifdef __AVX512F__
