@@ -37,7 +37,7 @@ def check(model: Any, served_by: str = "llmopt", tokens: int = 9) -> str:
 def wrong(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """A kernel whose proofs all pass, and that is wrong all the same."""
     monkeypatch.setattr("hf_llmopt.fusion.modules.own_rows", lambda *_: 16)  # which is faster must not matter here
-    monkeypatch.setattr("hf_llmopt.fusion.layer._Trial.agrees", lambda *_: True)
+    monkeypatch.setattr("hf_llmopt.fusion.watch._Trial.agrees", lambda *_: True)
     monkeypatch.setattr("hf_llmopt.fusion.modules._agrees", lambda *_: True)
     own = getattr(cpu, kernel)
     monkeypatch.setattr(cpu, kernel, lambda *args: own(*args) * 1.5)

@@ -41,7 +41,8 @@ from .kinds import (
     plain_linear,
     quantized_linear,
 )
-from .layer import Joined, Structure, recognise
+from .layer import Joined
+from .structure import Structure, recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
 _lock = threading.Lock()
