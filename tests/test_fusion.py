@@ -633,7 +633,7 @@ def test_layers_with_something_between_them_run_one_by_one(in_place: bool) -> No
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """All code counts as transformers' own, so that the checks behind that one are met."""
-    for part in ("layer", "modules"):
+    for part in ("structure", "modules"):
         monkeypatch.setattr(f"hf_llmopt.fusion.{part}.is_library_code", lambda module: True)
 
 
