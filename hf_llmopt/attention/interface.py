@@ -1,7 +1,7 @@
 """The attention function that transformers calls by the name `"llmopt"`.
 
-In an engine step it reads pages. In a plain forward it is whatever the model used before, or ordinary dense attention
-if a user chose `attn_implementation="llmopt"`.
+In an engine step it reads pages. In a plain forward it is whatever the model used before, or that of `plain.py` if a
+user chose `attn_implementation="llmopt"`.
 
 The step is found by the config of the attention module and the running thread. A keyword of `model(...)` would be
 plainer, but some models (StableLM, Nemotron) drop keywords on the way to their attention.
@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels import reference
 from ..walk import modules
+from . import plain
 
 NAME = "llmopt"  # must not contain "flash": transformers drops masks for such names
 
@@ -133,7 +132,7 @@ def forward(
         return step.read(module, query, key, value, scaling, kwargs), None
     switch = _switches.get(id(config))
     if switch is None or switch.former is None:
-        function = _dense
+        function = plain.attention
     elif switch.former == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
@@ -145,38 +144,9 @@ def forward(
 
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
-    """The registered mask function: none for an engine step, else the former implementation's."""
+    """The registered mask function: none for an engine step, else the former implementation's, or `plain.mask`."""
     if current_step(config) is not None:
         return None
     switch = _switches.get(id(config))
-    function = sdpa_mask if switch is None or switch.former is None else ALL_MASK_ATTENTION_FUNCTIONS[switch.former]
+    function = plain.mask if switch is None or switch.former is None else ALL_MASK_ATTENTION_FUNCTIONS[switch.former]
     return function(*args, config=config, **kwargs)
-
-
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and s_aux is None:
-        causal = is_causal and attention_mask is None and query.shape[2] > 1
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True
-        )
-    else:
-        if attention_mask is None and is_causal:
-            index = torch.arange(key.shape[2], device=query.device)
-            attention_mask = reference.visible(index[-query.shape[2] :], index, "full", 0)[None, None]
-        output = reference.attention(query, key, value, attention_mask, scaling, softcap, s_aux)
-    return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,203 @@
+"""Plain forwards, `model(input_ids)`, of a model whose user chose `attn_implementation="llmopt"`.
+
+Prompts are computed by the C kernel for long spans where that wins, on the keys and values that the model hands over.
+Everything else, training above all, takes torch's attention: it has gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..kernels import cpu, reference
+from ..kernels.arguments import Seen
+from ..kernels.race import best_seconds
+
+# Measured on 2 cores of an AMD EPYC with AVX-512, all formats and shapes of heads: from here on no shape is slower than
+# in torch, and few are below.
+LONG = 128
+
+
+def mask(**arguments: Any) -> Tensor | None:
+    """What `attention` is to know of a pass: `None` for causality alone, `limits`, or a mask for torch.
+
+    Args:
+        arguments: Those of transformers' mask functions.
+    """
+    found = limits(**arguments)
+    return sdpa_mask(**arguments) if found is None else found
+
+
+def limits(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """What every token sees, in two numbers instead of a mask; the arguments are those of transformers' mask functions.
+
+    Windows, chunks and padding on either side can be said so. A padded token sees itself where that leaves nothing.
+
+    Returns:
+        First visible token and end of the visible ones, int32 `[batch, 1, tokens, 2]`; `None` where causality says it
+        all, where two numbers cannot say it, and where the kernel would not be used.
+    """
+    device = torch.device(device)
+    if torch.is_grad_enabled() or not _serves(q_length, dtype, device):
+        return None
+    if not allow_is_causal_skip or use_vmap:  # a mask of another kind than those below
+        return None
+    if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
+        return None
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and (local_size is None or q_length <= local_size):
+        return None
+    token = torch.arange(q_length, device=device)
+    first, end = torch.zeros_like(token)[None], (token + 1)[None]
+    if local_size is not None:
+        kinds = (token - local_size + 1).clamp(min=0), token // local_size * local_size  # sliding, chunked
+        begins = next((kind for kind in kinds if _begins(mask_function, token, kind)), None)
+        if begins is None:  # chunks that count from a row's own beginning
+            return None
+        first = begins[None]
+    if padded:
+        assert attention_mask is not None
+        real = attention_mask.bool()
+        if real.shape[1] != q_length:
+            return None
+        start, count = real.int().argmax(1, keepdim=True), real.sum(1, keepdim=True)
+        if not torch.equal(real, (token >= start) & (token < start + count)):
+            return None
+        first, end = first.maximum(start), end.minimum(start + count)
+        some = first < end
+        first, end = first.where(some, token), end.where(some, token + 1)
+    return torch.stack([first, end], -1).int().expand(batch_size, -1, -1)[:, None]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention on dense keys; arguments and result are those of transformers' attention functions."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    limited = attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 2
+    if (
+        (limited or (attention_mask is None and is_causal and query.shape[2] == key.shape[2]))
+        and not (module.training or dropout or (torch.is_grad_enabled() and _learns(query, key, value, s_aux)))
+        and query.dtype == key.dtype == value.dtype
+        and max(query.shape[3], value.shape[3]) <= cpu.MAX_DIM
+        and position_bias is None
+        and _serves(query.shape[2], query.dtype, query.device)
+    ):
+        return _ours(query, key, value, attention_mask, scaling, softcap, s_aux), None
+    if limited:
+        assert attention_mask is not None
+        index = torch.arange(key.shape[2], device=key.device)
+        attention_mask = (index >= attention_mask[..., :1]) & (index < attention_mask[..., 1:])
+    if softcap is None and s_aux is None:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+        output: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, **options, **kwargs
+        )
+        return output
+    if attention_mask is None and is_causal:
+        index = torch.arange(key.shape[2], device=query.device)
+        attention_mask = reference.visible(index[-query.shape[2] :], index, "full", 0)[None, None]
+    joined = reference.attention(query, key, value, attention_mask, scaling, softcap, s_aux)
+    return joined.transpose(1, 2).contiguous(), None
+
+
+def _begins(mask_function: Callable[..., Tensor], token: Tensor, first: Tensor) -> bool:
+    """Whether the first key that each token sees is this."""
+    row = token.new_zeros(())
+    before = mask_function(row, row, token, first - 1) & (first > 0)
+    return bool(mask_function(row, row, token, first).all()) and not bool(before.any())
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _serves(tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel computes prompts of this length here, and is not slower than torch."""
+    if tokens < LONG or device.type != "cpu" or dtype not in cpu.DTYPES or not cpu.available():
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False  # it reads addresses
+    return _wins(dtype, torch.get_num_threads(), cpu.used())
+
+
+@cache
+def _wins(dtype: torch.dtype, threads: int, level: str) -> bool:
+    """Whether the kernel is faster than torch's: measured once, for that depends on the instructions that there are."""
+    query = torch.ones(1, 8, 2 * LONG, 64, dtype=dtype, device="cpu")  # no draw: the user's seed must not notice
+    ours = partial(_ours, query, query, query, None, 1.0, None, None)
+    first, second = best_seconds([ours, partial(scaled_dot_product_attention, query, query, query, is_causal=True)])
+    return first <= second
+
+
+def _ours(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The C kernel: a row of the batch is a request whose tokens are one page.
+
+    Args:
+        query: `[batch, heads, tokens, key_dim]`.
+        key: `[batch, kv_heads, tokens, key_dim]`; copied where heads lie apart, which costs a hundredth of the rest.
+        value: `[batch, kv_heads, tokens, value_dim]`; likewise.
+        seen: As `limits` gives it; `None` for causality alone.
+        scaling: Factor on the dot products.
+        softcap: `c` in `c * tanh(score / c)`, or `None`.
+        sinks: `[heads]`, or `None`.
+
+    Returns:
+        `[batch, tokens, heads, value_dim]`.
+    """
+    batch, _, tokens, _ = query.shape
+    keys, values = (part.transpose(1, 2).flatten(0, 1).contiguous() for part in (key, value))
+    queries = query.transpose(1, 2).flatten(0, 1)
+    queries = queries if queries.stride(2) == 1 else queries.contiguous()
+    rows = torch.arange(batch, dtype=torch.int32, device="cpu")
+    items = torch.zeros(batch, tokens, 3, dtype=torch.int32, device="cpu")
+    items[..., 0] = rows[:, None]
+    if seen is None:
+        items[..., 2] = torch.arange(1, tokens + 1, device="cpu")
+    else:
+        items[..., 1:] = seen[:, 0]
+    pages = Seen(keys, values, rows[:, None], items, tokens, tokens, scaling, softcap, sinks)
+    return cpu.attention(queries, pages).unflatten(0, (batch, tokens))
