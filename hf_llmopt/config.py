@@ -306,6 +306,9 @@ class LLMOptConfig:
         batching: How steps are filled, see `BatchingConfig`.
         quantization: Another number format for weights, see `QuantizationConfig`; `None` and `False` for none. Only
             where a model is loaded or optimized.
+        graphs: Replay passes over spans of up to 16 tokens from CUDA graphs. `True` does where it can, and `Stats` say
+            where not; it is refused where no graph can be recorded. `"auto"` is `False` for now: what graphs gain has
+            not been measured yet.
         batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
             and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
         strict: Raise `NotServed` where a call would otherwise run on transformers with a warning.
@@ -326,6 +329,7 @@ class LLMOptConfig:
     attention: AttentionConfig = AttentionConfig()
     batching: BatchingConfig = BatchingConfig(continuous=False)
     quantization: QuantizationConfig | None = None
+    graphs: bool | str = "auto"
     batch_invariant: bool = False
     strict: bool = False
 
@@ -336,6 +340,8 @@ class LLMOptConfig:
             object.__setattr__(self, name, None if off else section.parse(value))
         if self.batching.continuous is None:  # whoever names the part wants it
             object.__setattr__(self, "batching", replace(self.batching, continuous=True))
+        if not any(_alike(self.graphs, choice) and self.graphs == choice for choice in ("auto", False, True)):
+            raise InvalidOption(f"graphs is 'auto', False or True, got {self.graphs!r}.")
         for name in ("batch_invariant", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")

@@ -26,6 +26,8 @@ class Stats:
         swaps: How often its keys were saved in host memory meanwhile, instead of computed again.
         attention: Names of the attention paths that ran.
         fused: Modules that C kernels stood in for, and those that were recognised and stayed eager.
+        graph_steps: Steps whose pass was replayed from a CUDA graph.
+        no_graphs: Why none was, or none is any longer, though `graphs=True` asked for them; else `None`.
 
     Example:
         >>> from hf_llmopt import Stats
@@ -48,6 +50,8 @@ class Stats:
     swaps: int = 0
     attention: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
+    graph_steps: int = 0
+    no_graphs: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,6 +97,8 @@ class Stats:
             f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens reused; "
             f"{self.pages} page(s) ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
             + (f"; fused: {', '.join(self.fused)}" if self.fused else "")
+            + (f"; {self.graph_steps} steps from CUDA graphs" if self.graph_steps else "")
+            + (f"; no CUDA graphs: {self.no_graphs}" if self.no_graphs else "")
         )
 
 

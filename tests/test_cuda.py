@@ -35,7 +35,11 @@ def _full_precision():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+GRAPHS = {"strict": True, "graphs": True, "kv_cache": {"page_size": 4}}
+
+
 def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
     ids = torch.randint(3, 90, (3, 13))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -97,3 +101,74 @@ def test_engine_requests() -> None:
         for ids, handle in zip(prompts, handles, strict=True):
             assert handle.result(60) == model.generate(ids[None], **KW)[0, len(ids) :].tolist()
         assert engine.loop.store.pages_used == 0
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 20}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_graphs(name: str, sampling: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts that outgrow a graph; the second call replays what the first has recorded."""
+    monkeypatch.setattr("hf_llmopt.engine.graphs.SHORTEST", 16)
+    model = build(name, pad_token_id=None).cuda()
+    inputs = batch()
+    for steps in (10, 15):
+        torch.manual_seed(1)
+        stock = model.generate(**inputs, **sampling, **KW)
+        state = torch.cuda.get_rng_state()
+        torch.manual_seed(1)
+        ours = model.generate(**inputs, **sampling, llmopt=GRAPHS, **KW)
+        stats = model.llmopt.stats
+        assert (stats.served_by, stats.no_graphs) == ("llmopt", None)
+        assert stats.graph_steps >= steps
+        assert torch.equal(ours, stock)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_graphs_over_quantized_pages(dtype: str) -> None:
+    model = build("llama").cuda()
+    config = {**GRAPHS, "kv_cache": {"page_size": 4, "dtype": dtype}}
+    expected = model.generate(**batch(), **KW, llmopt={**config, "graphs": False, "attention": "triton"})
+    for steps in (12, 15):
+        assert torch.equal(model.generate(**batch(), **KW, llmopt=config), expected)
+        assert (model.llmopt.stats.graph_steps >= steps, model.llmopt.stats.no_graphs) == (True, None)
+
+
+def test_graphs_of_requests_that_come_and_go() -> None:
+    model = build("llama").cuda()
+    prompts = [torch.randint(3, 90, (n,), device="cuda") for n in (3, 20, 9, 14, 7)]
+    with Engine(model, {**GRAPHS, "kv_cache": {"page_size": 4, "max_tokens": 120}}) as engine:
+        handles = [engine.submit(ids, **KW) for ids in prompts]
+        for ids, handle in zip(prompts, handles, strict=True):
+            assert handle.result(60) == model.generate(ids[None], **KW)[0, len(ids) :].tolist()
+        assert engine.loop.runner.no_graphs is None
+        assert engine.loop.runner.replays > 5
+
+
+class Stubborn(torch.nn.Module):
+    """Waits for the device: as PyTorch sees it, or behind its back."""
+
+    def __init__(self, inner: torch.nn.Module, hidden: bool) -> None:
+        super().__init__()
+        self.inner, self.hidden = inner, hidden
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.hidden:
+            torch.cuda.synchronize()
+        else:
+            assert float(x.abs().max()) > 0
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_graphs_that_cannot_be_recorded(hidden: bool) -> None:
+    """The call goes on, and the device's generator still draws."""
+    model = build("llama").cuda()
+    model.model.norm = Stubborn(model.model.norm, hidden)
+    sampling = {"do_sample": True, "top_k": 20}
+    torch.manual_seed(1)
+    stock = model.generate(**batch(), **sampling, **KW)
+    torch.manual_seed(1)
+    ours = model.generate(**batch(), **sampling, **KW, llmopt=GRAPHS)
+    assert model.llmopt.stats.graph_steps == 0
+    assert (model.llmopt.stats.no_graphs or "").startswith("recording a pass raised")
+    assert torch.equal(ours, stock)

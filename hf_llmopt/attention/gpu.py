@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModel
 from ..kernels.arguments import Seen
 from .inputs import Call, StepInputs
 from .paths import sdpa
@@ -37,6 +38,19 @@ def triton_paged(step: StepInputs, call: Call) -> Tensor:
         return sdpa(step, call)
     outputs = [_ours(step, call, spans) for spans in _parts(step)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def replayable(step: StepInputs, call: Call) -> Tensor:
+    """Our kernel for short spans, whose launch depends on shapes alone.
+
+    Raises:
+        UnsupportedModel: It does not read these pages.
+    """
+    if not _serves(step, call):
+        raise UnsupportedModel(
+            f"no Triton kernel reads the pages of layer {call.layer} (int4 pages, or heads wider than {WIDEST})"
+        )
+    return _ours(step, call, range(len(step.spans)))
 
 
 def fastest_paged(step: StepInputs, call: Call) -> Tensor:

@@ -211,7 +211,7 @@ class StepInputs:
         index, chosen = self.store.group_of[layer], range(len(self.spans)) if spans is None else spans
         key = (device, index, chosen)
         if key not in self._listed:  # made once a step for the layers of a group
-            table, items = _listed(self.spans[chosen.start : chosen.stop], self.store.groups[index], index)
+            table, items = listed(self.spans[chosen.start : chosen.stop], self.store.groups[index], index)
             both = upload(torch.from_numpy(numpy.concatenate([table.reshape(-1), items.reshape(-1)])), device)
             parts = both[: table.size].view(table.shape), both[table.size :].view(items.shape)
             self._listed[key] = (*parts, int((items[:, 2] - items[:, 1]).max()))
@@ -230,13 +230,7 @@ class StepInputs:
         """
         key = (device, spans, size)
         if key not in self._tiles:
-            chosen = self.spans[spans.start : spans.stop]
-            found = [
-                (span.offset - chosen[0].offset + start, min(size, span.length - start), span.context)
-                for span in sorted(chosen, key=lambda span: -span.context)  # what starts last is waited for
-                for start in reversed(range(0, span.length, size))
-            ]
-            self._tiles[key] = upload(torch.tensor(found, dtype=torch.int32, device="cpu"), device)
+            self._tiles[key] = upload(cut(self.spans[spans.start : spans.stop], size), device)
         return self._tiles[key]
 
     def are_runs(self, layer: int, spans: range, size: int) -> bool:
@@ -291,7 +285,53 @@ class StepInputs:
         return torch.from_numpy(slots.reshape(-1))
 
 
-def _listed(spans: Sequence[Span], group: CacheGroup, index: int) -> tuple[Any, Any]:
+class FixedInputs(StepInputs):
+    """Spans of one length in a pass that is computed again and again from the same tensors, as a CUDA graph does.
+
+    Args:
+        store: Where the pages lie.
+        rows: Spans.
+        length: Tokens of each.
+        context: Most tokens that a request may have.
+        slots: Per cache group, the slot of each token, `[tokens]` on the device.
+        lists: Per cache group, what `listed` gives, on the device.
+        tiles: What `cut` gives, on the device.
+        attend: The backend; reads nothing else of the spans.
+        note: Called with the name of every attention path that runs.
+    """
+
+    def __init__(
+        self,
+        store: PagedStore,
+        rows: int,
+        length: int,
+        context: int,
+        slots: Sequence[Tensor],
+        lists: Sequence[tuple[Tensor, Tensor]],
+        tiles: Tensor,
+        attend: Attend,
+        note: Callable[[str], None],
+    ) -> None:
+        spans = [Span((), row * length, length, context) for row in range(rows)]
+        super().__init__(store, spans, slots, attend, note)
+        every, device = range(rows), tiles.device
+        for index, (group, found) in enumerate(zip(store.groups, lists, strict=True)):
+            longest = context if group.kind == "full" else min(context, group.window)
+            self._listed[device, index, every] = (*found, longest)
+        self._tiles[device, every, length] = tiles
+
+
+def cut(spans: Sequence[Span], size: int) -> Tensor:
+    """What `StepInputs.tiles` gives, on the CPU."""
+    found = [
+        (span.offset - spans[0].offset + start, min(size, span.length - start), span.context)
+        for span in sorted(spans, key=lambda span: -span.context)  # what starts last is waited for
+        for start in reversed(range(0, span.length, size))
+    ]
+    return torch.tensor(found, dtype=torch.int32, device="cpu")
+
+
+def listed(spans: Sequence[Span], group: CacheGroup, index: int) -> tuple[Any, Any]:
     """Block tables, int32 `[spans, pages]`, and each token's (row, first visible token, end), int32 `[tokens, 3]`."""
     lengths = [span.length for span in spans]
     positions = numpy.concatenate([numpy.arange(s.context - s.length, s.context, dtype=numpy.int32) for s in spans])

@@ -9,14 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .equality import Equality, worst
+from .flash_attention import read_bandwidth
 from .measure import Run, cache_bytes, environment, generate, interleave, paired_ratio, summary
 from .workloads import Workload, ragged_prompts
 
-STOCK, NO_CACHE, OURS = "stock", "no cache", "llmopt"
+STOCK, NO_CACHE, OURS, GRAPHS = "stock", "no cache", "llmopt", "llmopt, graphs"
 WAYS: dict[str, dict[str, Any]] = {
     NO_CACHE: {"use_cache": False},
     STOCK: {},
     OURS: {"llmopt": "kv_cache"},
+    GRAPHS: {"llmopt": {"graphs": True}},
 }
 WORKLOADS = (
     Workload("batch-1", rows=1, new_tokens=128),
@@ -39,6 +41,7 @@ def bench(
     texts: Sequence[list[int]] | None = None,
     repeats: int = 5,
     seed: int = 0,
+    graphs: bool = False,
     on_run: Callable[[str, str], None] = lambda workload, way: None,
 ) -> dict[str, Any]:
     """Measure every workload in every way and compare the tokens of every run with stock's.
@@ -51,13 +54,17 @@ def bench(
         texts: Tokenized texts to cut prompts from; random ids if `None`.
         repeats: Timed runs of each way, interleaved, after one that is not timed.
         seed: Of the prompts.
+        graphs: Also replay steps from CUDA graphs, and on a GPU say how long reading the weights takes.
         on_run: Called with the workload's and the way's name after each run.
 
     Returns:
         The report, ready for JSON; `report["passed"]` says whether all tokens were the same and llmopt served its
         calls.
     """
-    results = [_workload(model, workload, texts, repeats, seed, on_run) for workload in workloads]
+    results = [
+        _workload(model, workload, ways_of(workload, graphs), texts, repeats, seed, on_run) for workload in workloads
+    ]
+    floor = {"floor_ms_per_step": _floor(model)} if graphs and model.device.type == "cuda" else {}
     return {
         "bench": "kv_cache",
         "schema": 1,
@@ -69,12 +76,22 @@ def bench(
         "baseline": STOCK,
         "workloads": results,
         "passed": all(result["passed"] for result in results),
+        **floor,
     }
 
 
-def ways_of(workload: Workload) -> dict[str, dict[str, Any]]:
+def ways_of(workload: Workload, graphs: bool = False) -> dict[str, dict[str, Any]]:
     """The ways a workload is run in, with their arguments of `generate`."""
-    return {name: way for name, way in WAYS.items() if name != NO_CACHE or workload.name in WITHOUT_CACHE}
+    left_out = {NO_CACHE: workload.name not in WITHOUT_CACHE, GRAPHS: not graphs}
+    return {name: way for name, way in WAYS.items() if not left_out.get(name)}
+
+
+def _floor(model: PreTrainedModel) -> float:
+    """Milliseconds that a GPU takes to read every weight that a step of one row reads, at the bandwidth it reaches."""
+    embeddings: Any = model.get_input_embeddings()
+    tied = model.get_output_embeddings().weight is embeddings.weight
+    read = [tensor for tensor in model.parameters() if tied or tensor is not embeddings.weight]
+    return 1e3 * sum(tensor.nbytes for tensor in read) / read_bandwidth()
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -91,6 +108,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 def _workload(
     model: PreTrainedModel,
     workload: Workload,
+    ways: Mapping[str, dict[str, Any]],
     texts: Sequence[list[int]] | None,
     repeats: int,
     seed: int,
@@ -99,7 +117,6 @@ def _workload(
     embeddings: Any = model.get_input_embeddings()
     prompts = ragged_prompts(workload, embeddings.weight.shape[0], texts, seed)
     inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
-    ways = ways_of(workload)
     arguments = {"max_new_tokens": workload.new_tokens, "do_sample": False, "eos_token_id": None}
     held = {}
     for name, way in ways.items():  # sets every way up, and shows what stock's cache holds in the end
@@ -148,9 +165,13 @@ def _objections(
     for name, repeats in runs.items():
         if any(run.output.shape[1] != length for run in repeats):
             reasons.append(f"{name} did not generate {workload.new_tokens} tokens")
-    stats = [run.stats for run in runs[OURS] if run.stats is not None]
+    stats = [run.stats for found in runs.values() for run in found if run.stats is not None]
     for reason in {s.reason for s in stats if s.served_by != "llmopt"}:
         reasons.append(f"transformers served the llmopt calls: {reason}")
+    for run in runs.get(GRAPHS, []):
+        if run.stats is not None and run.stats.graph_steps < workload.new_tokens // 2:
+            reasons.append(f"{run.stats.graph_steps} steps came from graphs: {run.stats.no_graphs or 'too few'}")
+            break
     return reasons
 
 
@@ -166,13 +187,15 @@ def _figures(runs: list[Run], held: int) -> dict[str, Any]:
         "pages": stats.pages if stats else None,
         "served_by": runs[-1].served_by,
         "attention": list(stats.attention) if stats else None,
+        "graph_steps": stats.graph_steps if stats else None,
     }
 
 
 def _ratios(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
     ratios = []
-    for baseline, way in ((NO_CACHE, STOCK), (NO_CACHE, OURS), (STOCK, OURS)):
-        if baseline in runs:
+    pairs = (NO_CACHE, STOCK), (NO_CACHE, OURS), (STOCK, OURS), (STOCK, GRAPHS), (OURS, GRAPHS)
+    for baseline, way in pairs:
+        if baseline in runs and way in runs:
             found = paired_ratio([run.seconds for run in runs[baseline]], [run.seconds for run in runs[way]])
             ratios.append(
                 {

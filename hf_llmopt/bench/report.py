@@ -61,6 +61,8 @@ def table(report: dict[str, Any]) -> Table:
         f"prompts: {report['prompts']}; medians of {report['repeats']} interleaved runs; × is the "
         "geometric mean of paired ratios with its 95 % interval; own: outside the model's forward pass"
     )
+    if "floor_ms_per_step" in report:
+        caption += f"; reading all weights takes {report['floor_ms_per_step']:.2f} ms"
     return Table(title, columns, rows, 2, caption)
 
 

@@ -111,6 +111,8 @@ class EngineLoop:
         self._passes: deque[tuple[list[Clock], int, list[Share], set[str]]] = deque()
         self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
+        if self.runner.graphs is not None and config.kv_cache.max_tokens is not None:
+            self._grow(self.store.limits())  # pages that are added later move all others, and end every graph
 
     def refresh(self) -> None:
         """Look at the model again: modules may have been exchanged, adapted or hooked since the last call.
@@ -342,10 +344,12 @@ class EngineLoop:
         if not spans:
             return
         paths: set[str] = set()
+        before = self.runner.replays
         results, clocks = self.runner.run(spans, paths.add)
+        replayed = self.runner.replays > before
         self._settle(spans)
         reached = {request.group: request.computed for request, _ in spans if request.group is not None}
-        shares = [Share(group, computed, self._held(group)) for group, computed in reached.items()]
+        shares = [Share(group, computed, self._held(group), replayed) for group, computed in reached.items()]
         self._passes.append((clocks, sum(length for _, length in spans), shares, paths))
         for request, logits in results:
             request.logits = logits

@@ -37,11 +37,13 @@ class Share:
         group: Whose tokens were computed.
         computed: How many tokens of its last request were computed then, in this pass and before.
         held: Pages it held then, per cache group.
+        replayed: The pass came from a graph.
     """
 
     group: Rows
     computed: int
     held: list[int]
+    replayed: bool = False
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..config import LLMOptConfig
 from ..fusion import Fusion
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, upload
+from .graphs import Batch, Graphs
 from .probe import input_device
 from .request import Request
 
@@ -29,10 +31,10 @@ class Runner:
     Args:
         model: Kept weakly: an engine must not keep a model alive.
         store: The pages.
-        config: Which backend reads them, and whether results may depend on the batch.
+        config: Which backend reads them, whether results may depend on the batch, and whether passes are replayed.
 
     Raises:
-        InvalidOption: The backend cannot run here.
+        InvalidOption: The backend cannot run here, or graphs cannot be recorded here.
         UnsupportedModel: `batch_invariant` is asked for and the model has products that are torch's own.
     """
 
@@ -50,6 +52,7 @@ class Runner:
         layers = config.attention.backend in ("auto", "cpu")
         self.fusion = Fusion(model, store.layers, layers, self._invariant) if device.type == "cpu" else None
         self._less: tuple[str, ...] = ()  # what the engine does without
+        self.graphs = Graphs(model, store, config) if config.graphs is True else None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -73,7 +76,19 @@ class Runner:
         self._configs = configs_of(self.model)
         self.device = input_device(self.model)
         self._lora.refresh(self.model)
+        if self.graphs is not None:
+            self.graphs.refresh(self.model)
         return self.fusion is not None and self.fusion.refresh(self.model)
+
+    @property
+    def replays(self) -> int:
+        """Passes that were replayed from graphs."""
+        return 0 if self.graphs is None else self.graphs.replays
+
+    @property
+    def no_graphs(self) -> str | None:
+        """Why none is replayed though graphs were asked for, or `None`."""
+        return None if self.graphs is None else self.graphs.why_not
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -130,40 +145,80 @@ class Runner:
                 kept.append(len(positions) - 1)
             if length == request.remaining:
                 needed.append((request, len(kept) - 1))
-        self.cache.columns = upload(self._columns(spans), device) if self.store.reads_columns else 0
-        inputs: dict[str, Any] = {"position_ids": _long(positions, device)[None]}
-        if embeds:
-            rows = [request.embeds[request.computed : request.computed + length] for request, length in spans]
-            inputs["inputs_embeds"] = torch.cat(rows)[None].to(device)
-        else:
-            inputs["input_ids"] = self._ids(spans)[None]
-        keep = None if len(kept) == len(positions) else _long(kept, device)
-        if keep is not None and self._keeps_logits:
-            inputs["logits_to_keep"] = keep if kept else keep.new_zeros(1)
-        slots = [upload(slots, device) for slots in self._slots(spans)]
-        step = StepInputs(self.store, placed, slots, self.attend, note, sys.maxsize if self._invariant else TILED)
-        fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
+        columns = self._columns(spans) if self.store.reads_columns else None
+        slots = self._slots(spans)
         names = [request.adapter for request, length in spans for _ in range(length)]
-        adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
-        with serving(self._configs, step), fused, adapted:
+        logits = None
+        if self.graphs is not None and self.graphs.store is self.store and not embeds and not any(names):
+            batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
             clock = Clock(device)
-            output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+            compute = partial(self._compute, model)
+            logits = self.graphs.run(batch, compute, partial(self._put_unknown, spans), note)
             clock.stop()
-            if step.ahead is not None:
-                step.ahead.close()
-        logits: Tensor = output.logits[0]
-        if keep is not None and not self._keeps_logits:
-            logits = logits[keep.to(logits.device)]
+        if logits is None:
+            if embeds:
+                rows = [request.embeds[request.computed : request.computed + length] for request, length in spans]
+                given = torch.cat(rows)[None].to(device)
+            else:
+                given = _long(self._ids(spans), device)
+                self._put_unknown(spans, given)
+            at = _long(positions, device)
+            keep = None if len(kept) == len(positions) else _long(kept or [0], device)
+            columns = None if columns is None else upload(columns, device)
+            tiled = sys.maxsize if self._invariant else TILED
+            step = StepInputs(self.store, placed, [upload(s, device) for s in slots], self.attend, note, tiled)
+            fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
+            adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
+            with fused, adapted:
+                clock = Clock(device)
+                logits = self._compute(model, given, at, keep, columns, step)
+                clock.stop()
+                if step.ahead is not None:
+                    step.ahead.close()
         lengths = dict(spans)
         for request, row in inside:
             if request.on_prompt is not None:
                 request.on_prompt(request.computed, logits[row : row + lengths[request]])
         return logits, needed, clock
 
-    def _ids(self, spans: Sequence[tuple[Request, int]]) -> Tensor:
-        """Token ids of the pass, `[tokens]`; those that the host does not know yet are put in on the device."""
-        ids = [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
-        found = _long(ids, self.device)
+    def _compute(
+        self,
+        model: PreTrainedModel,
+        given: Tensor,
+        positions: Tensor,
+        keep: Tensor | None,
+        columns: Tensor | None,
+        step: StepInputs,
+    ) -> Tensor:
+        """The model's pass; reads nothing but the tensors it is given.
+
+        Args:
+            model: The model.
+            given: Ids `[tokens]`, or embeddings `[1, tokens, hidden]`.
+            positions: `[tokens]`.
+            keep: Places of the tokens whose logits are wanted, `[kept]`; `None` for all.
+            columns: As in `SpanCache`.
+            step: What attention reads.
+
+        Returns:
+            `[kept, vocabulary]`.
+        """
+        inputs: dict[str, Any] = {"position_ids": positions[None]}
+        inputs["inputs_embeds" if given.is_floating_point() else "input_ids"] = given.view(1, *given.shape[-2:])
+        if keep is not None and self._keeps_logits:
+            inputs["logits_to_keep"] = keep
+        self.cache.columns = 0 if columns is None else columns
+        with serving(self._configs, step):
+            output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        logits: Tensor = output.logits[0]
+        return logits if keep is None or self._keeps_logits else logits[keep.to(logits.device)]
+
+    def _ids(self, spans: Sequence[tuple[Request, int]]) -> list[int]:
+        """Token ids of the pass; -1 for those that the host does not know yet."""
+        return [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
+
+    def _put_unknown(self, spans: Sequence[tuple[Request, int]], ids: Tensor) -> None:
+        """Write ids that the host does not know yet into those of the pass, `[tokens]`, on the device."""
         unknown: dict[int, tuple[Tensor, list[int], list[int]]] = {}  # by their source: where to, and from where
         end = 0
         for request, length in spans:
@@ -176,8 +231,7 @@ class Runner:
         for source, places, indices in unknown.values():
             known = source[_long(indices, source.device)].to(self.device, non_blocking=True)
             # -1 stands for scores that contain NaN: the row fails once the host knows, and the others must not
-            found[_long(places, self.device)] = known.clamp_min(0)
-        return found
+            ids[_long(places, self.device)] = known.clamp_min(0)
 
     def _slots(self, spans: Sequence[tuple[Request, int]]) -> list[Tensor]:
         """Per cache group, where each token of the pass is written, `[tokens]`."""

@@ -149,6 +149,7 @@ class Group:
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Count a step that computed some of these rows."""
         self.stats.steps += 1
+        self.stats.graph_steps += share.replayed
         self.stats.forward_seconds += seconds
         if sum(share.held) > self.stats.pages:
             self.stats.pages = sum(share.held)
@@ -249,3 +250,4 @@ class Group:
         self.stats.swaps = sum(request.swaps for request in self.requests)
         self.stats.attention = tuple(sorted(self._paths))
         self.stats.fused = self.engine.runner.fused
+        self.stats.no_graphs = self.engine.runner.no_graphs

@@ -73,7 +73,7 @@ class WeightsEpoch:
                 for tensor in tensors
                 if tensor.numel()
             ]
-        samples, modules = self._sample(tensors), _modules(model)
+        samples, modules = self._sample(tensors), running(model)
         if (seen, samples, modules) != (self._tensors, self._samples, self._modules):
             self._tensors, self._samples, self._modules = seen, samples, modules
             self.advance()
@@ -107,7 +107,7 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
         yield from _parts(getattr(tensor, name))
 
 
-def _modules(model: PreTrainedModel) -> tuple[object, ...]:
+def running(model: PreTrainedModel) -> tuple[object, ...]:
     """Which modules there are, their plain attributes, and what runs beside their classes' code."""
     of_all = (*torch_module._global_forward_hooks, 0, *torch_module._global_forward_pre_hooks)
     return of_all, *map(_mark, modules(model))
@@ -126,7 +126,7 @@ def _is_adapted(module: torch.nn.Module) -> bool:
     return hasattr(type(module), "_active_adapter")
 
 
-def _runs_more(module: torch.nn.Module) -> bool:
+def runs_more(module: torch.nn.Module) -> bool:
     """Whether more runs than the class's own code, and what accelerate does to move weights."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
@@ -167,7 +167,7 @@ def fingerprint(model: PreTrainedModel) -> bytes:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(repr((transformers.__version__, type(model).__name__, sorted(config.items()))).encode())
     for module in model.modules():
-        if _runs_more(module):  # what, no other process can know
+        if runs_more(module):  # what, no other process can know
             return urandom(16)
         digest.update(repr((type(module), module.extra_repr())).encode())
     named = chain(model.named_parameters(), model.named_buffers())

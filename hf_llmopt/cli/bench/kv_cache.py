@@ -36,6 +36,9 @@ def kv_cache(
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of the prompts and of random weights.")] = 0,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Also with CUDA graphs, beside the time that reading the weights takes.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few short prompts, to see that it works; no figure counts.")
     ] = False,
@@ -62,7 +65,7 @@ def kv_cache(
         kv.QUICK if quick else kv.WORKLOADS, workload, all_of_them=quick or (model == "demo" and not shape)
     )
     loaded, texts = load_or_build(model, shape, dtype, device, seed)
-    ways = sum(len(kv.ways_of(item)) for item in chosen)
+    ways = sum(len(kv.ways_of(item, graphs)) for item in chosen)
     with ui.progress("kv_cache", ways * (repeat + 1)) as on_run:
         report = kv.bench(
             loaded,
@@ -70,6 +73,7 @@ def kv_cache(
             texts=texts,
             repeats=repeat,
             seed=seed,
+            graphs=graphs,
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
     report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
