@@ -337,22 +337,22 @@ def test_where_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third way; one that replayed nothing says nothing about speed."""
-    monkeypatch.setitem(kv_cache.WAYS, kv_cache.GRAPHS, {"llmopt": config()})
+    """Every workload once more; one that replayed nothing says nothing about speed."""
+    monkeypatch.setattr(kv_cache, "REPLAYED", {"llmopt": config()})
     workload = Workload("batch-1", rows=1, new_tokens=4, shortest=8, longest=9)
     model = one_layer()
     report = kv_cache.bench(model, [workload], repeats=1, graphs=True)
-    assert report["passed"], report["workloads"]
-    (found,) = report["workloads"]
-    assert found["ways"]["llmopt, graphs"]["graph_steps"] == 3
-    assert [ratio["over"] for ratio in found["ratios"] if ratio["way"] == "llmopt, graphs"] == ["stock", "llmopt"]
+    eager, replayed = report["workloads"]
+    assert (eager["name"], replayed["name"], report["passed"]) == ("batch-1", "batch-1, graphs", True)
+    assert (eager["ways"]["llmopt"]["graph_steps"], replayed["ways"]["llmopt"]["graph_steps"]) == (0, 3)
+    assert [ratio["over"] for ratio in replayed["ratios"]] == ["stock"]
     report["floor_ms_per_step"] = 4.8
     assert "reading all weights takes 4.80 ms" in table(report).caption
     hook = model.model.norm.register_forward_hook(lambda *_: None)
     report = kv_cache.bench(model, [workload], repeats=1, graphs=True)
     hook.remove()
-    assert report["workloads"][0]["reasons"] == [
-        "0 steps came from graphs: a LlamaRMSNorm has a hook or a forward of its own"
+    assert report["workloads"][1]["reasons"] == [
+        "no step came from a graph: a LlamaRMSNorm has a hook or a forward of its own"
     ]
 
 
