@@ -60,7 +60,8 @@ class Problem(NamedTuple):
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as torch takes them, `[batch, heads, tokens, width]`."""
-        index = (self.seen.table.long()[..., None] * PAGE + torch.arange(PAGE, device=self.query.device)).flatten(1)
+        page = self.seen.page_size
+        index = (self.seen.table.long()[..., None] * page + torch.arange(page, device=self.query.device)).flatten(1)
         keys, values = (pages[index].transpose(1, 2) for pages in (self.seen.keys, self.seen.values))
         return self.query.unflatten(0, (self.batch, -1)).transpose(1, 2), keys, values
 
@@ -71,9 +72,10 @@ class Problem(NamedTuple):
         for token in chosen:
             row, first, end = self.seen.items[token].tolist()
             index = torch.arange(first, end, device=self.query.device)
-            slots = self.seen.table[row].long()[index // PAGE] * PAGE + index % PAGE
+            page = self.seen.page_size
+            slots = self.seen.table[row].long()[index // page] * page + index % page
             keys, values = (pages[slots].double().transpose(0, 1) for pages in (self.seen.keys, self.seen.values))
-            query = self.query[token].double().unflatten(0, (KV_HEADS, -1))
+            query = self.query[token].double().unflatten(0, (self.seen.shape.kv_heads, -1))
             weights = (query @ keys.transpose(1, 2) * self.seen.scaling).softmax(-1)
             exact = (weights @ values).flatten(0, 1)
             wrong += float((output[token].double() - exact).square().sum())
@@ -81,8 +83,16 @@ class Problem(NamedTuple):
         return float((wrong / total) ** 0.5)
 
 
-def problem(batch: int, context: int, span: int, generator: torch.Generator, runs: bool) -> Problem:
-    """Random queries, keys and values in bfloat16 on the generator's device.
+def problem(
+    batch: int,
+    context: int,
+    span: int,
+    generator: torch.Generator,
+    runs: bool,
+    heads: tuple[int, int, int] = (HEADS, KV_HEADS, WIDTH),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Problem:
+    """Random queries, keys and values on the generator's device.
 
     Args:
         batch: Requests.
@@ -90,20 +100,23 @@ def problem(batch: int, context: int, span: int, generator: torch.Generator, run
         span: How many of them are computed.
         generator: Of the numbers.
         runs: Each request's pages follow one another, instead of lying in random order.
+        heads: Query heads, key heads, and their width.
+        dtype: Of the numbers.
     """
+    count, kv_heads, width = heads
     device, pages = generator.device, batch * context // PAGE
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
     order = torch.arange if runs else partial(torch.randperm, generator=generator)
     table = order(pages, device=device).int().view(batch, -1)
     ends = torch.arange(context - span + 1, context + 1, device=device).repeat(batch)
     rows = torch.arange(batch, device=device).repeat_interleave(span)
     items = torch.stack([rows, torch.zeros_like(rows), ends], 1).int()
-    keys, values = (normal(pages * PAGE, KV_HEADS, WIDTH) for _ in range(2))
-    seen = Seen(keys, values, table, items, PAGE, context, WIDTH**-0.5)
-    return Problem(normal(batch * span, HEADS, WIDTH), seen, batch, context, span)
+    keys, values = (normal(pages * PAGE, kv_heads, width) for _ in range(2))
+    seen = Seen(keys, values, table, items, PAGE, context, width**-0.5)
+    return Problem(normal(batch * span, count, width), seen, batch, context, span)
 
 
 def read_bandwidth() -> float:

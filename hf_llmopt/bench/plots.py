@@ -18,40 +18,9 @@ def quantized_speed(found: Mapping[str, Any], width: int = 760) -> str:
         width: Of the picture, in pixels.
     """
     cases = [case for case in found["cases"] if case["new_tokens"] > 1 and case["ratios"]]
-    names = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
-    top = max((_high(case["ratios"][name]) for case in cases for name in names), default=1.0)
-    left, right, upper, lower = 50, width - 10, 20 + 18 * len(names), 330 + 18 * len(names)
-    places = {
-        case["rows"]: left + 30 + (right - left - 60) * i / max(1, len(cases) - 1) for i, case in enumerate(cases)
-    }
-
-    def y(times: float) -> float:
-        return lower - (lower - upper - 20) * times / top
-
-    parts = _begin(width, lower + 40)
-    for number, name in enumerate(names):
-        color = COLORS[(number + 1) % len(COLORS)]
-        parts.append(f'<rect x="{left}" y="{10 + 18 * number}" width="12" height="12" fill="{color}"/>')
-        parts.append(f'<text x="{left + 18}" y="{20 + 18 * number}">{name}</text>')
-    for times in range(math.floor(top) + 1):
-        parts.append(_line(left, y(times), right, y(times), "#dddddd" if times != 1 else "#777777"))
-        parts.append(f'<text x="{left - 6}" y="{y(times) + 4:.1f}" text-anchor="end">{times}</text>')
-    for rows, x in places.items():
-        parts.append(f'<text x="{x:.1f}" y="{lower + 16}" text-anchor="middle">{rows}</text>')
-    parts.append(
-        f'<text x="{left}" y="{lower + 34}">requests in a step; times as fast as stock, {found["shape"]}</text>'
-    )
-    for number, name in enumerate(names):
-        color = COLORS[(number + 1) % len(COLORS)]
-        points = [(places[case["rows"]], case["ratios"][name]) for case in cases]
-        parts += [
-            _line(x0, y(a["ratio"]), x1, y(b["ratio"]), color, 2) for (x0, a), (x1, b) in itertools.pairwise(points)
-        ]
-        for x, ratio in points:
-            parts.append(f'<circle cx="{x:.1f}" cy="{y(ratio["ratio"]):.1f}" r="3" fill="{color}"/>')
-            if ratio["low"] is not None:
-                parts.append(_line(x, y(ratio["low"]), x, y(ratio["high"]), color))
-    return "\n".join([*parts, "</svg>", ""])
+    names = dict.fromkeys(name for case in cases for name in case["ratios"])
+    lines = {name: [(case["rows"], case["ratios"][name]) for case in cases] for name in names}
+    return lines_of_ratios(lines, f"requests in a step; times as fast as stock, {found['shape']}", width)
 
 
 def quantized_quality(found: Mapping[str, Any], width: int = 760) -> str:
@@ -83,6 +52,60 @@ def quantized_quality(found: Mapping[str, Any], width: int = 760) -> str:
     for times in _ticks(math.exp(low), math.exp(high)):
         parts.append(f'<text x="{x(times):.1f}" y="{bottom + 14}" text-anchor="middle">{times:g}</text>')
     parts.append(f'<text x="{left}" y="{bottom + 32}">perplexity, times that of full precision</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def prompts(cases: Sequence[Mapping[str, Any]], width: int = 760) -> str:
+    """Times as fast as torch over the length of a prompt, a line for each number format and shape of heads.
+
+    Args:
+        cases: `"prompts"` of a report of `bench flash_attention` on the CPU.
+        width: Of the picture, in pixels.
+    """
+    lines: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for case in cases:
+        if case["span"] == case["context"]:
+            heads, kv_heads, size = case["heads"]
+            name = f"{case['dtype']}, {heads} heads over {kv_heads} of width {size}"
+            lines.setdefault(name, []).append((case["span"], case["ratio"]))
+    return lines_of_ratios(lines, "tokens of the prompt; times as fast as torch's attention on contiguous keys", width)
+
+
+def lines_of_ratios(lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]], below: str, width: int = 760) -> str:
+    """Ratios with their intervals, a line for each name; the places on the axis are equally far apart.
+
+    Args:
+        lines: By name: place, and `"ratio"`, `"low"` and `"high"`.
+        below: What the axes are.
+        width: Of the picture, in pixels.
+    """
+    top = max((_high(ratio) for line in lines.values() for _, ratio in line), default=1.0)
+    left, right, upper, lower = 50, width - 10, 20 + 18 * len(lines), 330 + 18 * len(lines)
+    steps = sorted({place for line in lines.values() for place, _ in line})
+    x = {place: left + 30 + (right - left - 60) * i / max(1, len(steps) - 1) for i, place in enumerate(steps)}
+
+    def y(times: float) -> float:
+        return lower - (lower - upper - 20) * times / top
+
+    parts = _begin(width, lower + 40)
+    for times in range(math.floor(top) + 1):
+        parts.append(_line(left, y(times), right, y(times), "#dddddd" if times != 1 else "#777777"))
+        parts.append(f'<text x="{left - 6}" y="{y(times) + 4:.1f}" text-anchor="end">{times}</text>')
+    for place in steps:
+        parts.append(f'<text x="{x[place]:.1f}" y="{lower + 16}" text-anchor="middle">{place:,}</text>')
+    parts.append(f'<text x="{left}" y="{lower + 34}">{below}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        color = COLORS[(number + 1) % len(COLORS)]
+        parts.append(f'<rect x="{left}" y="{10 + 18 * number}" width="12" height="12" fill="{color}"/>')
+        parts.append(f'<text x="{left + 18}" y="{20 + 18 * number}">{name}</text>')
+        points = [(x[place], ratio) for place, ratio in line]
+        parts += [
+            _line(x0, y(a["ratio"]), x1, y(b["ratio"]), color, 2) for (x0, a), (x1, b) in itertools.pairwise(points)
+        ]
+        for at, ratio in points:
+            parts.append(f'<circle cx="{at:.1f}" cy="{y(ratio["ratio"]):.1f}" r="3" fill="{color}"/>')
+            if ratio["low"] is not None:
+                parts.append(_line(at, y(ratio["low"]), at, y(ratio["high"]), color))
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -1,4 +1,4 @@
-"""`hf-llmopt bench flash_attention`: our kernels over pages against torch's attention, on a GPU."""
+"""`hf-llmopt bench flash_attention`: our kernels over pages against torch's attention, on a GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ import shlex
 import sys
 from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import ui
 from ..command import Json, UserError
 from ..texts import read_text
+from .shown import show
 
 
 def flash_attention(
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda|cpu", help="Where; by default on a CUDA device if there is one.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="On the CPU: prompts, memory or decode; may be repeated. All by default."),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="On the CPU: timed rounds of each way, interleaved.")] = 5,
     seed: Annotated[int, typer.Option(help="Of queries, keys and values.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small shapes, to see that it works; no figure counts.")
@@ -25,41 +34,56 @@ def flash_attention(
     saved: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Measure nothing: show the report in this file.")
     ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also draw a picture into this folder, SVG.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure prompts in operations a second and decoding in bytes a second; needs a CUDA device.
+    """Measure prompts and decoding against torch's attention, on the CPU the memory of prompts too.
 
-    Every figure stands beside the error against float64 of the same run. Exits with 1 if one is larger than torch's.
+    Every figure stands beside the error against float64, or the tokens, of the same run. Exits with 1 if an error is
+    larger than torch's, or tokens differ.
     """
     import torch
 
-    from hf_llmopt.bench import flash_attention as bench
-    from hf_llmopt.bench import report as reports
+    from hf_llmopt.bench import flash_attention as on_gpu
+    from hf_llmopt.bench import flash_attention_cpu as on_cpu
+    from hf_llmopt.bench import plots as drawings
+    from hf_llmopt.errors import unknown
+    from hf_llmopt.kernels import cpu
 
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"there is no folder {str(output.parent)!r} to write the report to")
+    for folder in (output.parent if output is not None else None, plots):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"there is no folder {str(folder)!r} to write to")
+    for what, given, known in (
+        ("device", [device] * bool(device), ("cuda", "cpu")),
+        ("part", only or [], on_cpu.PARTS),
+    ):
+        for name in given:
+            if name not in known:
+                raise unknown(what, str(name), known)
+    device = device or ("cuda" if torch.cuda.is_available() and not only else "cpu")
+    report: dict[str, Any]
     if saved is not None:
         report = loads(read_text(saved))
-    elif not torch.cuda.is_available():
-        raise UserError(
-            "this benchmark measures CUDA kernels and found no CUDA device; --report FILE shows a saved report"
-        )
-    else:
-        prefills = ((1, 1024, 1024), (1, 2048, 512)) if quick else bench.PREFILLS
-        decodes = ((2, 4096),) if quick else bench.DECODES
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("found no CUDA device; --device cpu measures the CPU, --report FILE shows a saved report")
+    elif device == "cuda":
+        prefills = ((1, 1024, 1024), (1, 2048, 512)) if quick else on_gpu.PREFILLS
+        decodes = ((2, 4096),) if quick else on_gpu.DECODES
         with ui.progress("flash_attention", len(prefills) + len(decodes)) as on_run:
-            report = bench.bench(prefills, decodes, seed, on_run)
+            report = on_gpu.bench(prefills, decodes, seed, on_run)
+    elif not cpu.available():
+        raise UserError(f"the C kernels cannot run: {cpu.why_not()}")
+    else:
+        parts, size = only or on_cpu.PARTS, on_cpu.QUICK if quick else on_cpu.Size()
+        with ui.progress("flash_attention", on_cpu.steps(parts, size)) as on_run:
+            report = on_cpu.bench(parts, size, repeat, seed, on_run)
+    if saved is None:
         report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
     if output is not None:
         ui.save(output, report)
-    if json:
-        ui.emit(report)
-    elif markdown:
-        ui.say("\n\n".join(map(reports.markdown, bench.tables(report))))
-    else:
-        for view in bench.tables(report):
-            ui.table(view.title, view.columns, view.rows, view.names, view.caption)
-    if not report["passed"]:
-        for line in bench.failures(report):
-            ui.fail(f"FAILED: {line}")
-        raise typer.Exit(1)
+    if plots is not None and report.get("prompts"):
+        (plots / "flash_attention-cpu.svg").write_text(drawings.prompts(report["prompts"]), "utf-8")
+    measured = on_gpu if "device" in report else on_cpu
+    show(report, measured.tables(report), measured.failures(report), json, markdown)

@@ -1,0 +1,97 @@
+"""The CPU part of `bench flash_attention`: its figures are what they say, and what is wrong fails it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_llmopt.bench import flash_attention_cpu as bench
+from hf_llmopt.bench import plots, report
+from hf_llmopt.cli import app
+from hf_llmopt.kernels import cpu
+
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="it measures the C kernels"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    said: list[str] = []
+    result = bench.bench(("prompts", "decode"), bench.QUICK, repeats=2, on_run=said.append)
+    assert len(said) == bench.steps(("prompts", "decode"), bench.QUICK)
+    return json.loads(json.dumps(result, allow_nan=False))
+
+
+def test_errors_and_tokens_stand_beside_times(found: dict[str, Any]) -> None:
+    assert found["passed"], bench.failures(found)
+    assert len(found["prompts"]) == 4
+    for case in found["prompts"]:
+        exact = torch.finfo(getattr(torch, case["dtype"])).eps
+        assert all(0 < error < 2 * exact for error in case["error"].values())
+        assert all(min(times["samples"]) > 0 for times in case["milliseconds"].values())
+    decode = found["decode"]
+    assert decode["equality"]["same"]
+    assert decode["equality"]["tokens"] == bench.QUICK.new_tokens
+    assert decode["ratio"]["ratio"] > 0
+
+
+def test_tables_and_picture(found: dict[str, Any]) -> None:
+    whole = {**found, "memory": [{"tokens": 512, "torch": 2**20, "llmopt": None}]}
+    tables = bench.tables(whole)
+    assert len(tables) == 3
+    for table in tables:
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        report.markdown(table)
+    drawing = ElementTree.fromstring(plots.prompts(found["prompts"]))
+    circles = [part for part in drawing if part.tag.endswith("circle")]
+    assert len(circles) == 2  # of whole prompts
+
+
+def test_what_is_wrong_fails(found: dict[str, Any]) -> None:
+    wrong = copy.deepcopy(found)
+    wrong["prompts"][0]["error"]["llmopt"] *= 2
+    wrong["memory"] = [{"tokens": n, "torch": n, "llmopt": n * n} for n in (10, 20)]
+    wrong["decode"]["reasons"] = ["other tokens than stock"]
+    lines = bench.failures(wrong)
+    assert [line.partition(":")[0] for line in lines] == [
+        "bfloat16, heads (4, 2, 16), 64 of 64 tokens", "memory", "decode",
+    ]  # fmt: skip
+    straight = {"memory": [{"tokens": n, "torch": n * n, "llmopt": 7 * n} for n in (10, 20)]}
+    assert not bench.failures(straight)
+
+
+def test_memory_of_a_prompt_is_seen() -> None:
+    risen = bench.peak(4096, True, True, 0)
+    if risen is not None:
+        assert risen > 4096 * 2 * 2 * 2 * 16 * 2  # its keys and values, of two layers
+
+
+def test_command(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    arguments = ["bench", "flash_attention", "--device", "cpu", "--quick", "--only", "prompts", "--repeat", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(path), "--plots", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(path.read_text("utf-8"))) >= {"prompts", "command", "environment"}
+    assert (tmp_path / "flash_attention-cpu.svg").read_text("utf-8").startswith("<svg")
+    shown = CliRunner().invoke(app, ["bench", "flash_attention", "--report", str(path), "--markdown"])
+    assert shown.exit_code == 0
+    assert "torch's error" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("--only", "promts"), "prompts"), (("--device", "gpu"), "cuda"), (("--output", "/nowhere/x.json"), "folder")],
+)
+def test_user_errors(arguments: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "flash_attention", *arguments])
+    assert result.exit_code != 0
+    assert says in f"{result.output} {result.exception}"
