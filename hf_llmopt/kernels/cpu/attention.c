@@ -150,13 +150,13 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
             codes[t] = rows[1] + kv_head * bytes[1];
             E *to = open_keys + t * key_room;
             if (a->form == FP8_PAGES)
-                FN(open_elements)(of_key, FP8_PAGES, a->key_dim, to);
+                FN(open_key)(of_key, FP8_PAGES, a->key_dim, to);
             else if (a->form == INT4_PAGES) {
-                FN(open_elements)(of_key, INT4_PAGES, a->key_dim, to);
+                FN(open_key)(of_key, INT4_PAGES, a->key_dim, to);
                 FN(open_floats)(codes[t], INT4_PAGES, a->value_dim, open_values + t * room);
                 wide[t] = open_values + t * room;
             } else
-                FN(open_elements)(of_key, INT8_PAGES, a->key_dim, to);
+                FN(open_key)(of_key, INT8_PAGES, a->key_dim, to);
             key[t] = to;
         }
         for (int t = count; t < full; t++) key[t] = key[0]; /* read, and weighted with 0 */
