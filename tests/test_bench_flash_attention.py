@@ -45,7 +45,7 @@ def test_errors_and_tokens_stand_beside_times(found: dict[str, Any]) -> None:
 
 
 def test_tables_and_picture(found: dict[str, Any]) -> None:
-    whole = {**found, "memory": [{"tokens": 512, "torch": 2**20, "llmopt": None}]}
+    whole = {**found, "memory": [{"tokens": 512, "bytes": 2**20}]}
     tables = bench.tables(whole)
     assert len(tables) == 3
     for table in tables:
@@ -59,18 +59,18 @@ def test_tables_and_picture(found: dict[str, Any]) -> None:
 def test_what_is_wrong_fails(found: dict[str, Any]) -> None:
     wrong = copy.deepcopy(found)
     wrong["prompts"][0]["error"]["llmopt"] *= 2
-    wrong["memory"] = [{"tokens": n, "torch": n, "llmopt": n * n} for n in (10, 20)]
+    wrong["memory"] = [{"tokens": n, "bytes": n * n} for n in (2**14, 2**15)]
     wrong["decode"]["reasons"] = ["other tokens than stock"]
     lines = bench.failures(wrong)
     assert [line.partition(":")[0] for line in lines] == [
         "bfloat16, heads (4, 2, 16), 64 of 64 tokens", "memory", "decode",
     ]  # fmt: skip
-    straight = {"memory": [{"tokens": n, "torch": n * n, "llmopt": 7 * n} for n in (10, 20)]}
+    straight = {"memory": [{"tokens": n, "bytes": 7000 * n} for n in (2**14, 2**15)]}
     assert not bench.failures(straight)
 
 
 def test_memory_of_a_prompt_is_seen() -> None:
-    risen = bench.peak(4096, True, True, 0)
+    risen = bench.peak(4096, True, 0)
     if risen is not None:
         assert risen > 4096 * 2 * 2 * 2 * 16 * 2  # its keys and values, of two layers
 
