@@ -109,6 +109,30 @@ def lines_of_ratios(lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]
     return "\n".join([*parts, "</svg>", ""])
 
 
+def page_formats(report: Mapping[str, Any], width: int = 760) -> str:
+    """Memory and time of a step with each page format, bars beside those of bfloat16.
+
+    Args:
+        report: Of `bench kv_cache --long`.
+        width: Of the picture, in pixels.
+    """
+    size, steps = report["speed"]["page_bytes"], report["speed"]["ms_per_step"]
+    first, names = next(iter(size)), list(size)
+    left, right, height = 90, width - 150, 46
+    parts = _begin(width, 50 + height * len(names))
+    for number, name in enumerate(names):
+        y = 16 + height * number
+        parts.append(f'<text x="8" y="{y + 22}">{name}</text>')
+        pairs = (("memory", size[name], size[first]), ("step", steps[name]["median"], steps[first]["median"]))
+        for place, (what, value, whole) in enumerate(pairs):
+            top, long = y + 18 * place, (right - left) * value / whole
+            parts.append(f'<rect x="{left}" y="{top}" width="{long:.1f}" height="15" fill="{COLORS[1 + place]}"/>')
+            parts.append(f'<text x="{left + long + 6:.1f}" y="{top + 12}">{what} {value / whole:.2f}</text>')
+    below = f"keys and values, and a decode step behind {report['speed']['context']:,} tokens, beside bfloat16"
+    parts.append(f'<text x="{left}" y="{height * len(names) + 38}">{below}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def _ticks(low: float, high: float) -> Sequence[float]:
     step = next(
         (step for step in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 8), 5.0

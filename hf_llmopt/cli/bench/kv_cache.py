@@ -32,6 +32,14 @@ def kv_cache(
             "tokens, also without a cache) for other models than the embedded one."
         ),
     ] = None,
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Instead: bfloat16, int8, fp8 and int4 pages at a context of 8,192 tokens: perplexity of the embedded "
+            "model, memory, error, speed of the shape 0.5b.",
+        ),
+    ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 5,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -47,6 +55,9 @@ def kv_cache(
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON report to this file.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --long: also draw a picture into this folder, SVG.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure ragged batches with the paged cache, with stock's cache and without a cache.
@@ -61,9 +72,15 @@ def kv_cache(
         raise typer.BadParameter(
             "a shape stands for a model with random weights; give --model or --shape, not both", param_hint="--shape"
         )
+    for folder in (output.parent if output is not None else None, plots):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"there is no folder {str(folder)!r} to write to")
+    if long:
+        if model is not None or shape is not None or workload:
+            raise UserError("--long has models and contexts of its own: leave out --model, --shape and --workload")
+        _long(repeat, seed, quick, markdown, output, plots, json)
+        return
     model = "demo" if model is None else model
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"there is no folder {str(output.parent)!r} to write the report to")
     chosen = _workloads(
         kv.QUICK if quick else kv.WORKLOADS, workload, all_of_them=quick or (model == "demo" and not shape)
     )
@@ -87,6 +104,29 @@ def kv_cache(
     if quick:
         ui.talk("--quick: a few short prompts, to see that it works; none of these figures counts")
     show(report, [reports.table(report)], reports.failures(report), json, markdown)
+
+
+def _long(
+    repeat: int, seed: int, quick: bool, markdown: bool, output: Path | None, plots: Path | None, json: bool
+) -> None:
+    from transformers.utils import logging
+
+    from hf_llmopt.bench import kv_cache_long as kv
+    from hf_llmopt.bench import plots as drawings
+    from hf_llmopt.kernels import cpu
+
+    if not cpu.available():
+        raise UserError(f"--long measures the C kernels, which cannot run: {cpu.why_not()}")
+    if not ui.talks():
+        logging.disable_progress_bar()
+    with ui.progress("kv_cache --long", kv.steps()) as on_run:
+        report = kv.bench(repeat, seed, quick, on_run)
+    report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
+    if output is not None:
+        ui.save(output, report)
+    if plots is not None:
+        (plots / "kv_cache-long.svg").write_text(drawings.page_formats(report), "utf-8")
+    show(report, kv.tables(report), kv.failures(report), json, markdown)
 
 
 def _workloads(known: tuple[Workload, ...], names: list[str] | None, all_of_them: bool) -> list[Workload]:
