@@ -14,7 +14,7 @@ from .errors import InvalidOption, unknown
 
 S = TypeVar("S", bound="Section")
 
-
+LEAST_KEPT = 64  # tokens that eviction leaves at least: with fewer, what is always kept would leave no choice
 WANTED = {int: "an int", float: "a number", str: "a string", tuple: "a tuple of names", object: "texts or token ids"}
 
 
@@ -78,7 +78,7 @@ def _alike(value: Any, choice: Any) -> bool:
 
 @dataclass(frozen=True)
 class KVCacheConfig(Section):
-    """Part 1, the paged KV cache. Exact, unless `dtype` says otherwise.
+    """Part 1, the paged KV cache. Exact, unless `dtype` or `eviction` say otherwise.
 
     Args:
         page_size: Tokens per page.
@@ -86,6 +86,14 @@ class KVCacheConfig(Section):
             bfloat16's bytes, at a small loss of quality; written so, and read so by the kernels.
         max_tokens: Most tokens the pages of one model may hold, `None` for as many as the memory allows.
         memory_fraction: Share of the memory that is free when pages are made which they may fill, in (0, 1].
+        eviction: Give up tokens in layers of full attention. `"sink"` (Xiao et al. 2023) keeps the first tokens and the
+            last ones, in constant memory however long a text becomes. The others give up part of the prompt, each key
+            head its own, once it is computed: `"snapkv"` (Li et al. 2024) keeps what its end attends to, `"h2o"` (Zhang
+            et al. 2023) what all of it attends to, `"kvzip"` (Kim et al. 2025) what is needed to repeat it, for a
+            second pass over the prompt.
+        keep_tokens: Most tokens that eviction keeps, of the text with `"sink"` (1024 by default), of the prompt with
+            the others; at least 64.
+        keep_ratio: Share of the prompt that is kept instead, in (0, 1]; a half by default. Not with `"sink"`.
 
     Example:
         >>> from hf_llmopt import KVCacheConfig
@@ -98,6 +106,33 @@ class KVCacheConfig(Section):
     dtype: str = _option("auto", choices=("auto", "int8", "fp8", "int4"))
     max_tokens: int | None = _option(None, kind=int, low=1)
     memory_fraction: float = _option(0.9, kind=float, low=0.01, high=1.0)
+    eviction: str | None = _option(None, choices=(None, "sink", "snapkv", "h2o", "kvzip"))
+    keep_tokens: int | None = _option(None, kind=int, low=LEAST_KEPT)
+    keep_ratio: float | None = _option(None, kind=float, low=0.01, high=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named = [name for name in ("keep_tokens", "keep_ratio") if getattr(self, name) is not None]
+        if named and self.eviction is None:
+            raise InvalidOption(
+                f"KVCacheConfig({named[0]}=...) says how much eviction keeps, and eviction=None evicts nothing. "
+                "Choose eviction='sink', 'snapkv', 'h2o' or 'kvzip'."
+            )
+        if len(named) == 2:
+            raise InvalidOption(
+                f"KVCacheConfig: keep_tokens={self.keep_tokens} and keep_ratio={self.keep_ratio} both say how much "
+                "eviction keeps. Give one."
+            )
+        if self.eviction == "sink" and self.keep_ratio is not None:
+            raise InvalidOption(
+                f"KVCacheConfig(keep_ratio={self.keep_ratio}): 'sink' keeps a number of tokens, however long the text "
+                "becomes. Give keep_tokens=..., or choose 'snapkv', 'h2o' or 'kvzip', which keep a share of the prompt."
+            )
+        if self.eviction == "sink" and (self.keep_tokens or 1024) < 3 * self.page_size:
+            raise InvalidOption(
+                f"KVCacheConfig: 'sink' keeps the first page, and two for the last tokens: with page_size="
+                f"{self.page_size} keep_tokens is at least {3 * self.page_size}, got {self.keep_tokens or 1024}."
+            )
 
 
 @dataclass(frozen=True)

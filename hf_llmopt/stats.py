@@ -15,6 +15,7 @@ class Stats:
         reason: Why transformers served the call, if it did.
         prompt_tokens: Unmasked prompt tokens of all rows, cached ones included.
         cached_tokens: Prompt tokens whose keys and values were found instead of computed.
+        evicted_tokens: Tokens whose keys and values the rows had lost to eviction in the end.
         generated_tokens: Tokens sampled for unfinished rows.
         steps: Forward passes this call took part in.
         seconds: Wall time from the call's start to its last token.
@@ -39,6 +40,7 @@ class Stats:
     reason: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    evicted_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -95,7 +97,8 @@ class Stats:
             f"({self.tokens_per_second:.1f} tokens/s), first after {self.time_to_first_token * 1e3:.1f} ms; "
             f"{self.steps} steps, {self.overhead_ms_per_step:.2f} ms each outside the model; "
             f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens reused; "
-            f"{self.pages} page(s) ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
+            + (f"{self.evicted_tokens} tokens evicted; " if self.evicted_tokens else "")
+            + f"{self.pages} page(s) ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
             + (f"; fused: {', '.join(self.fused)}" if self.fused else "")
             + (f"; {self.graph_steps} steps from CUDA graphs" if self.graph_steps else "")
             + (f"; no CUDA graphs: {self.no_graphs}" if self.no_graphs else "")

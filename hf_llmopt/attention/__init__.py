@@ -4,13 +4,16 @@ from .choice import backend
 from .gpu import replayable
 from .inputs import FixedInputs, Span, StepInputs, cut, listed
 from .interface import NAME, Step, configs_of, current_step, register, serving
+from .observe import Observer, Watch
 
 __all__ = [
     "NAME",
     "FixedInputs",
+    "Observer",
     "Span",
     "Step",
     "StepInputs",
+    "Watch",
     "backend",
     "configs_of",
     "current_step",

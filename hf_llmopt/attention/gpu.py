@@ -100,7 +100,7 @@ def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
     windowed = step.group(layer).kind != "full"
     if longest <= decode.TOKENS:
         step.note("triton-decode")
-        tiles = step.tiles(device, spans, longest)
+        tiles = step.tiles(layer, device, spans, longest)
         shape, split = decode.plan(tokens, seen, len(tiles), longest)
         return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
     group = tokens.shape[1] // seen.shape.kv_heads
@@ -109,10 +109,10 @@ def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
 
         if step.are_runs(layer, spans, hopper.KEYS):
             step.note("hopper-extend")
-            return hopper.extend(tokens, seen, step.tiles(device, spans, hopper.ROWS // group), windowed)[None]
+            return hopper.extend(tokens, seen, step.tiles(layer, device, spans, hopper.ROWS // group), windowed)[None]
     step.note("triton-extend")
     shape = extend.shape_for(tokens, seen)
-    return extend.extend(tokens, seen, step.tiles(device, spans, shape.rows // group), shape, windowed)[None]
+    return extend.extend(tokens, seen, step.tiles(layer, device, spans, shape.rows // group), shape, windowed)[None]
 
 
 def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
@@ -132,7 +132,8 @@ def _class_of(step: StepInputs, call: Call, spans: range) -> str:
     key = spans, spec, heads
     if key not in step.classes:  # made once a step for layers that are alike
         chosen = step.spans[spans.start : spans.stop]
-        counts = (len(chosen), sum(span.length for span in chosen), max(span.context for span in chosen))
+        group = step.store.group_of[call.layer]
+        counts = (len(chosen), sum(span.length for span in chosen), max(span.end(group) for span in chosen))
         widths = f"{heads}/{spec.kv_heads} {spec.key_dim}/{spec.value_dim}"
         rounded = " ".join(str(1 << (count - 1).bit_length()) for count in counts)
         numbers = spec.dtype if spec.form is None else f"{spec.dtype} {spec.form.name}"

@@ -34,6 +34,10 @@ class Span(NamedTuple):
     length: int
     context: int
 
+    def end(self, group: int) -> int:
+        """What the last token sees of the request's slots in a cache group: `context` less what was evicted."""
+        return self.context - self.tables[group].evicted
+
 
 @dataclass
 class DenseRows:
@@ -123,6 +127,7 @@ class StepInputs:
         attend: The backend.
         note: Called with the name of every attention path that runs.
         tiled: As in `Seen`.
+        watched: Whether the backend is to be called for every layer, with its queries.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class StepInputs:
         attend: Attend,
         note: Callable[[str], None],
         tiled: int = TILED,
+        watched: bool = False,
     ) -> None:
         self.store = store
         self.spans = spans
@@ -140,11 +146,12 @@ class StepInputs:
         self.attend = attend
         self.note = note
         self.tiled = tiled
+        self.watched = watched
         self.ahead: Any = None  # what joined layers keep for one another, theirs alone
         self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
         self._listed: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, int]] = {}
-        self._tiles: dict[tuple[torch.device, range, int], Tensor] = {}
+        self._tiles: dict[tuple[torch.device, int, range, int], Tensor] = {}
         self.classes: dict[Any, str] = {}  # names that a backend gives to what it has measured
         self._runs: dict[tuple[int, range, int], bool] = {}
 
@@ -221,16 +228,17 @@ class StepInputs:
         size = self.store.page_size
         return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled, spec.form, coded)
 
-    def tiles(self, device: torch.device, spans: range, size: int) -> Tensor:
+    def tiles(self, layer: int, device: torch.device, spans: range, size: int) -> Tensor:
         """Neighbouring spans cut into tiles, request by request, in each the tiles first that see most.
 
         Returns:
             First token, counted from the first span's, number of tokens, at most `size`, and the request's tokens,
             int32 `[tiles, 3]`.
         """
-        key = (device, spans, size)
+        index = self.store.group_of[layer]
+        key = (device, index, spans, size)
         if key not in self._tiles:
-            self._tiles[key] = upload(cut(self.spans[spans.start : spans.stop], size), device)
+            self._tiles[key] = upload(cut(self.spans[spans.start : spans.stop], size, index), device)
         return self._tiles[key]
 
     def are_runs(self, layer: int, spans: range, size: int) -> bool:
@@ -249,7 +257,7 @@ class StepInputs:
         """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""
         group, size = self.store.groups[index], self.store.page_size
         tables = [span.tables[index] for span in self.spans[: self.decodes]]
-        contexts = [span.context for span in self.spans[: self.decodes]]
+        contexts = [span.end(index) for span in self.spans[: self.decodes]]
         firsts = [group.first_visible(context - 1) for context in contexts]
         counts = [context - first for context, first in zip(contexts, firsts, strict=True)]
         starts = [
@@ -295,7 +303,7 @@ class FixedInputs(StepInputs):
         context: Most tokens that a request may have.
         slots: Per cache group, the slot of each token, `[tokens]` on the device.
         lists: Per cache group, what `listed` gives, on the device.
-        tiles: What `cut` gives, on the device.
+        tiles: Per cache group, what `cut` gives, on the device.
         attend: The backend; reads nothing else of the spans.
         note: Called with the name of every attention path that runs.
     """
@@ -308,24 +316,24 @@ class FixedInputs(StepInputs):
         context: int,
         slots: Sequence[Tensor],
         lists: Sequence[tuple[Tensor, Tensor]],
-        tiles: Tensor,
+        tiles: Sequence[Tensor],
         attend: Attend,
         note: Callable[[str], None],
     ) -> None:
         spans = [Span((), row * length, length, context) for row in range(rows)]
         super().__init__(store, spans, slots, attend, note)
-        every, device = range(rows), tiles.device
+        every, device = range(rows), tiles[0].device
         for index, (group, found) in enumerate(zip(store.groups, lists, strict=True)):
             longest = context if group.kind == "full" else min(context, group.window)
             self._listed[device, index, every] = (*found, longest)
-        self._tiles[device, every, length] = tiles
+            self._tiles[device, index, every, length] = tiles[index]
 
 
-def cut(spans: Sequence[Span], size: int) -> Tensor:
-    """What `StepInputs.tiles` gives, on the CPU."""
+def cut(spans: Sequence[Span], size: int, group: int) -> Tensor:
+    """What `StepInputs.tiles` gives for a cache group, on the CPU."""
     found = [
-        (span.offset - spans[0].offset + start, min(size, span.length - start), span.context)
-        for span in sorted(spans, key=lambda span: -span.context)  # what starts last is waited for
+        (span.offset - spans[0].offset + start, min(size, span.length - start), span.end(group))
+        for span in sorted(spans, key=lambda span: -span.end(group))  # what starts last is waited for
         for start in reversed(range(0, span.length, size))
     ]
     return torch.tensor(found, dtype=torch.int32, device="cpu")
@@ -333,8 +341,11 @@ def cut(spans: Sequence[Span], size: int) -> Tensor:
 
 def listed(spans: Sequence[Span], group: CacheGroup, index: int) -> tuple[Any, Any]:
     """Block tables, int32 `[spans, pages]`, and each token's (row, first visible token, end), int32 `[tokens, 3]`."""
-    lengths = [span.length for span in spans]
-    positions = numpy.concatenate([numpy.arange(s.context - s.length, s.context, dtype=numpy.int32) for s in spans])
+    lengths, ends = [span.length for span in spans], [span.end(index) for span in spans]
+    starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+    positions = numpy.concatenate(
+        [numpy.arange(start, end, dtype=numpy.int32) for start, end in zip(starts, ends, strict=True)]
+    )
     items = numpy.zeros((len(positions), 3), dtype=numpy.int32)
     items[:, 0] = numpy.repeat(numpy.arange(len(spans), dtype=numpy.int32), lengths)
     if group.kind != "full":

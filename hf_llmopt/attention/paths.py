@@ -104,28 +104,29 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
 
 def _extend(step: StepInputs, call: Call, span: Span) -> Tensor:
     layer, *tensors, scaling, softcap, sinks = call
-    group = step.group(layer)
+    group, index = step.group(layer), step.store.group_of[layer]
+    end = span.end(index)
     query, key, value = (t[:, :, span.offset : span.offset + span.length] for t in tensors)
-    start = span.context - span.length
+    start = end - span.length
     plain = call.is_plain
     rounded = step.store.layers[layer].form is not None  # pages do not hold quite what the span brings
     first = group.first_visible(start)
-    whole = group.first_visible(span.context - 1) == 0  # every query sees all tokens before it
+    whole = group.first_visible(end - 1) == 0  # every query sees all tokens before it
     if start == 0 and plain and whole and not rounded:
         step.note("prefill-sdpa")
         output = _attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
-    table = span.tables[step.store.group_of[layer]]
+    table = span.tables[index]
     if plain and whole and not rounded and query.device.type == "cpu" and query.shape[3] == value.shape[3]:
         step.note("extend-tiles")
         tiles = (_tile(step, layer, table, *tile) for tile in _tiles(table, step.store.page_size, start))
         return _cascade(query, key, value, tiles, scaling).transpose(1, 2)
     step.note("extend-sdpa" if plain else "extend-matmul")
     if start > 0 or rounded:
-        key, value = _tile(step, layer, table, first, span.context)
+        key, value = _tile(step, layer, table, first, end)
     parts = []
-    for tile in range(start, span.context, TILE):
-        stop = min(tile + TILE, span.context)
+    for tile in range(start, end, TILE):
+        stop = min(tile + TILE, end)
         low = group.first_visible(tile)
         queries = torch.arange(tile, stop, device=query.device)
         keys = torch.arange(low, stop, device=query.device)
@@ -150,7 +151,7 @@ def _tiles(table: BlockTable, page_size: int, end: int) -> Iterator[tuple[int, i
 
 
 def _tile(step: StepInputs, layer: int, table: BlockTable, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of tokens [start, stop), `[1, kv_heads, tokens, width]`: a view if they are a run of pages."""
+    """Keys and values of a request's slots [start, stop), `[1, kv_heads, slots, width]`: a view of a run of pages."""
     size = step.store.page_size
     where: Any = None
     if start >= table.run * size:

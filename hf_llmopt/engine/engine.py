@@ -24,6 +24,7 @@ from ..config import BatchingConfig, LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
+from .evict import Evictor
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
 from .proof import prove
@@ -87,7 +88,8 @@ class EngineLoop:
         self.lock = lock
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
-        self.runner = Runner(model, self.store, config)
+        self.evictor = Evictor(self.store, config.kv_cache) if config.kv_cache.eviction is not None else None
+        self.runner = Runner(model, self.store, config, self.evictor.scored if self.evictor is not None else None)
         prove(self.runner)
         self.prompts = PromptCache(model, self.store, config.prompt_cache) if config.prompt_cache else None
         self.scheduler = Scheduler(
@@ -138,7 +140,14 @@ class EngineLoop:
         if self.config.kv_cache.max_tokens is None:
             total = min(total, prompt + AHEAD)
         span = total if keeps_passed else min(total, self.config.batching.max_batch_tokens)
-        return [group.pages_for(total, size, span) for group in self.store.groups]
+        rooms = [group.pages_for(total, size, span) for group in self.store.groups]
+        if self.evictor is not None:
+            method = self.evictor.method
+            held = method.room(prompt, total, min(total, self.config.batching.max_batch_tokens))
+            for index in range(len(rooms)):
+                full = index in self.evictor.full
+                rooms[index] = 1 + (-(-held // size) if full else rooms[index] + min(prompt, method.replayed) // size)
+        return rooms
 
     def add(self, group: Rows) -> bool:
         """Admit a group: rows of a `generate` call start at once, others wait in the line for their turn.
@@ -182,6 +191,8 @@ class EngineLoop:
         if request.swapped is not None:
             for table, passed in zip(tables, request.swapped.passed, strict=True):
                 table.skip(passed * self.store.page_size)
+            for index in self.evictor.full if self.evictor is not None else ():
+                tables[index].evicted, tables[index].settled = request.evicted, request.computed
         return tables
 
     def _grow(self, pages: Sequence[int]) -> None:
@@ -308,6 +319,7 @@ class EngineLoop:
                     self._run(own)
                 except Exception as error:
                     self._fail(group.requests, error)
+        self._evict()
         self.account()
         self.steps += 1
         if self.on_step is not None:
@@ -408,6 +420,15 @@ class EngineLoop:
                 if group.kind != "full" and not request.keeps_passed:
                     # One token more than the next query needs, so that the last one can be computed again.
                     table.trim(group.first_visible(max(0, request.computed - 1)))
+
+    def _evict(self) -> None:
+        """Take away what requests must not hold longer."""
+        if self.evictor is None:
+            return
+        awaited = {request.parent for group in self.groups for request in group.requests if request.parent is not None}
+        running = [request for request in self.scheduler.running if request.tables and request.error is None]
+        for request, error in self.evictor.settle(running, awaited, self.runner, self._grow):
+            self._fail([request], error)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """The forward pass raised: its requests fail, and the engine serves the next."""

@@ -201,7 +201,7 @@ class Parts(NamedTuple):
         columns: `[tokens]`.
         kept: `[rows * kept]`.
         slots: Per cache group, `[tokens]`.
-        tiles: int32 `[rows, 3]`.
+        tiles: Per cache group, int32 `[rows, 3]`.
         tables: Per cache group, int32 `[rows, pages]`.
         items: Per cache group, int32 `[tokens, 3]`.
     """
@@ -211,7 +211,7 @@ class Parts(NamedTuple):
     columns: Tensor
     kept: Tensor
     slots: list[Tensor]
-    tiles: Tensor
+    tiles: list[Tensor]
     tables: list[Tensor]
     items: list[Tensor]
 
@@ -247,7 +247,7 @@ class Inputs:
 
         single = part(tokens), part(tokens), part(tokens), part(rows * kept)
         slots = [part(tokens) for _ in range(groups)]
-        tiles = part(rows, 3, dtype=torch.int32)
+        tiles = [part(rows, 3, dtype=torch.int32) for _ in range(groups)]
         tables = [part(rows, pages, dtype=torch.int32) for _ in range(groups)]
         items = [part(tokens, 3, dtype=torch.int32) for _ in range(groups)]
         return Parts(*single, slots, tiles, tables, items), used
@@ -266,11 +266,11 @@ class Inputs:
         parts.kept[: len(batch.kept)] = _host(batch.kept)
         if batch.columns is not None:
             parts.columns[:tokens] = batch.columns
-        parts.tiles[:rows] = cut(batch.spans, length)
-        for row in range(rows, self.key.rows):
-            parts.tiles[row] = _host((row * length, length, 1))
         for index, group in enumerate(self._store.groups):
             parts.slots[index][:tokens] = batch.slots[index]
+            parts.tiles[index][:rows] = cut(batch.spans, length, index)
+            for row in range(rows, self.key.rows):
+                parts.tiles[index][row] = _host((row * length, length, 1))
             table, items = map(torch.from_numpy, listed(batch.spans, group, index))
             width = min(table.shape[1], parts.tables[index].shape[1])  # pages may be held for tokens to come
             parts.tables[index][:rows, :width] = table[:, :width]

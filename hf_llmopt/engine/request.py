@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kv_cache.pool import BlockTable
 from ..prompt_cache import Prefix
+
+if TYPE_CHECKING:
+    from ..kv_cache.eviction import Selection
 
 UNKNOWN = -1  # stands in `Request.tokens` for a token that the host does not know yet
 _arrivals = count()
@@ -70,6 +73,9 @@ class Request:
         adapter: The LoRA adapter its tokens go through, `None` for what is active in the model.
         on_prompt: Called with the place of a prompt token and the logits `[tokens, vocabulary]` from there on, or
             `None` if nobody wants logits inside the prompt.
+        prompt: Tokens of its prompt, if some are to be evicted.
+        selection: What its prompt will lose to eviction; `None` if that is nothing, or done.
+        evicted: Tokens that its pages lack in groups of full attention.
         group: Who is told about logits, errors and figures; set when the request is added to an engine.
         computed: Tokens whose keys are in pages, or in `swapped`.
         swapped: Keys and values that lie in host memory until the request goes on, or `None`.
@@ -98,6 +104,9 @@ class Request:
     tenant: str = ""
     adapter: str | None = None
     on_prompt: Callable[[int, Any], None] | None = None
+    prompt: int = 0
+    selection: Selection | None = None
+    evicted: int = 0
     group: Rows | None = None
     computed: int = 0
     swapped: Any = None
@@ -129,6 +138,19 @@ class Request:
     def known(self) -> int:
         """Tokens that are computed, and that the host knows."""
         return min(self.computed, len(self.tokens) - (self.pending is not None))
+
+    @property
+    def findable(self) -> int:
+        """Leading tokens whose keys may be found: nobody wants logits inside them, nor to see how they attend."""
+        if self.on_prompt is not None:
+            return 0
+        last = len(self.tokens) - 1
+        return last if self.selection is None else min(last, self.selection.findable)
+
+    def ends_at(self, computed: int) -> int:
+        """How far pages must reach before `computed` tokens can be computed: how the end of a prompt is decided on."""
+        decides = self.selection is not None and computed >= self.prompt
+        return computed + self.selection.spare if decides and self.selection is not None else computed
 
     def append(self, token: int) -> None:
         """Add a sampled token, or say which one was expected; its key will be computed in the next step."""
@@ -163,6 +185,8 @@ class Request:
         """Give every page back and forget what was computed."""
         self.leave_pages()
         self.swapped = None
+        if self.selection is not None:
+            self.selection.restart()
         self.computed = self.proven = self.proves = 0
         self.logits = None
 

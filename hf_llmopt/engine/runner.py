@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import LoraLayers
-from ..attention import Span, StepInputs, backend, configs_of, serving
+from ..attention import Observer, Span, StepInputs, Watch, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..fusion import Fusion
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, upload
+from ..kv_cache.eviction import Scored
 from .graphs import Batch, Graphs
 from .probe import input_device
 from .request import Request
@@ -32,13 +33,16 @@ class Runner:
         model: Kept weakly: an engine must not keep a model alive.
         store: The pages.
         config: Which backend reads them, whether results may depend on the batch, and whether passes are replayed.
+        eviction: Who looks at how requests with a `selection` attend, if anybody does.
 
     Raises:
         InvalidOption: The backend cannot run here, or graphs cannot be recorded here.
         UnsupportedModel: `batch_invariant` is asked for and the model has products that are torch's own.
     """
 
-    def __init__(self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig, eviction: Scored | None = None
+    ) -> None:
         self._model = weakref.ref(model)
         self._configs = configs_of(model)
         self.device = input_device(model)
@@ -48,6 +52,7 @@ class Runner:
         device = store.layers[0].device
         self._lora = LoraLayers()
         self.attend = backend(config.attention.backend, device, config.batch_invariant)
+        self._eviction = eviction
         self._invariant = config.batch_invariant
         layers = config.attention.backend in ("auto", "cpu")
         self.fusion = Fusion(model, store.layers, layers, self._invariant) if device.type == "cpu" else None
@@ -147,9 +152,12 @@ class Runner:
                 needed.append((request, len(kept) - 1))
         columns = self._columns(spans) if self.store.reads_columns else None
         slots = self._slots(spans)
+        watches, attend = _watches(spans), self.attend
+        if watches and self._eviction is not None:
+            attend = Observer(attend, watches, self._eviction.fold)
         names = [request.adapter for request, length in spans for _ in range(length)]
         logits = None
-        if self.graphs is not None and self.graphs.store is self.store and not embeds and not any(names):
+        if self.graphs is not None and self.graphs.store is self.store and not (embeds or any(names) or watches):
             batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
             clock = Clock(device)
             compute = partial(self._compute, model)
@@ -166,7 +174,8 @@ class Runner:
             keep = None if len(kept) == len(positions) else _long(kept or [0], device)
             columns = None if columns is None else upload(columns, device)
             tiled = sys.maxsize if self._invariant else TILED
-            step = StepInputs(self.store, placed, [upload(s, device) for s in slots], self.attend, note, tiled)
+            on_device = [upload(s, device) for s in slots]
+            step = StepInputs(self.store, placed, on_device, attend, note, tiled, bool(watches))
             fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
             adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
             with fused, adapted:
@@ -240,7 +249,8 @@ class Runner:
         for group in range(len(self.store.groups)):
             slots: list[int] = []
             for request, length in spans:
-                pages, start = request.tables[group].pages, request.computed
+                table = request.tables[group]
+                pages, start = table.pages, request.computed - table.evicted
                 slots += [pages[i // size] * size + i % size for i in range(start, start + length)]
             per_group.append(torch.tensor(slots, device="cpu"))
         return per_group
@@ -249,6 +259,21 @@ class Runner:
         """Padded column of each token, minus its place in the pass, `[tokens]`."""
         columns = [r.left_padding + i for r, length in spans for i in range(r.computed, r.computed + length)]
         return torch.tensor(columns, device="cpu") - torch.arange(len(columns), device="cpu")
+
+
+def _watches(spans: Sequence[tuple[Request, int]]) -> list[Watch]:
+    """The queries of a pass that somebody looks at; they count as seen from now on."""
+    watches = []
+    for index, (request, length) in enumerate(spans):
+        selection, start = request.selection, request.computed
+        if selection is None:
+            continue
+        first = max(selection.looks.start, selection.scores.seen, start)
+        queries = range(first - start, min(selection.looks.stop, start + length) - start)
+        if queries:
+            watches.append(Watch(index, queries, selection.held, selection.scores.layers))
+            selection.scores.seen = start + queries.stop
+    return watches
 
 
 def _long(values: Sequence[int], device: torch.device) -> Tensor:

@@ -168,6 +168,7 @@ class Scheduler:
         if self.prompts is not None:
             self.prompts.withdraw(request)
         request.release()
+        request.evicted = 0
         if not request.preemptions:
             request.cached_tokens = 0
 
@@ -222,7 +223,7 @@ class Scheduler:
         """Pages that a waiting request needs for all of its tokens, per cache group, beside those that were found."""
         tables, start = request.tables or self._tables(request), request.computed
         return [
-            min(room, table.missing(start, len(request.tokens)))
+            min(room, table.missing(start, request.ends_at(len(request.tokens))))
             for room, table in zip(request.rooms, tables, strict=True)
         ]
 
@@ -263,7 +264,7 @@ class Scheduler:
             return False
         wanted = len(request.tokens) - 1
         passed = any(table.passed for table in parent.tables) and parent.computed > wanted + 1
-        if parent.finished or wanted <= 0 or passed:
+        if parent.finished or wanted <= 0 or passed or any(table.settled > wanted for table in parent.tables):
             request.parent = None
             return False
         if parent.computed < wanted or not parent.tables:
@@ -273,13 +274,16 @@ class Scheduler:
         for table in request.tables:
             table.crop(wanted)
         request.computed = request.cached_tokens = wanted
+        request.evicted = parent.evicted
+        if request.selection is not None and parent.selection is not None:
+            request.selection.join(parent.selection)
         return False
 
     def _reserve(self, request: Request, length: int, plan: Plan) -> bool:
         """Take the span's pages, from requests that rank behind if too few are free. `False` if that fails."""
-        start = request.computed
+        start, stop = request.computed, request.ends_at(request.computed + length)
         while True:
-            needs = [table.missing(start, start + length) for table in request.tables]
+            needs = [table.missing(start, stop) for table in request.tables]
             if any(need > pool.blank for need, pool in zip(needs, self.pools, strict=True)):
                 self._grow(needs)  # before kept pages are given up, and those of others
             if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
@@ -291,7 +295,7 @@ class Scheduler:
         for copies, table in zip(plan.copies, request.tables, strict=True):
             # All copies happen at once: what will be in a page that is itself copied to, its source has.
             sources = {target: source for source, target in copies}
-            copies += [(sources.get(source, source), target) for source, target in table.reserve(start, start + length)]
+            copies += [(sources.get(source, source), target) for source, target in table.reserve(start, stop)]
         return True
 
     def _behind(self, request: Request, plan: Plan) -> list[Request]:
@@ -312,9 +316,10 @@ class Scheduler:
     def _preempt(self, victim: Request, plan: Plan) -> None:
         # What it holds and one page more is what it needs to go on, however long it has become.
         victim.rooms = [max(room, table.held + 1) for room, table in zip(victim.rooms, victim.tables, strict=True)]
-        saved = self._saves(victim)
+        saved = victim.evicted > 0 or self._saves(victim)  # what was evicted would be there again
         if saved:
-            pages = [list(table.pages[: -(-victim.computed // table.page_size)]) for table in victim.tables]
+            ends = [-(-(victim.computed - table.evicted) // table.page_size) for table in victim.tables]
+            pages = [list(table.pages[:end]) for end, table in zip(ends, victim.tables, strict=True)]
             plan.saves.append((victim, pages))
             victim.swaps += 1
         if self.prompts is not None:

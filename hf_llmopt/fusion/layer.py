@@ -72,6 +72,7 @@ class Joined:
         turns = kwargs.get("position_embeddings")
         if (
             not isinstance(step, StepInputs)
+            or step.watched
             or len(args) != 1
             or args[0].shape[1] > limit
             or args[0].dtype is not self._dtype

@@ -246,6 +246,7 @@ class Group:
         self.done = True
         self.stats.seconds = perf_counter() - self.began
         self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)
+        self.stats.evicted_tokens = sum(request.evicted for request in self.requests)
         self.stats.preemptions = sum(request.preemptions for request in self.requests)
         self.stats.swaps = sum(request.swaps for request in self.requests)
         self.stats.attention = tuple(sorted(self._paths))

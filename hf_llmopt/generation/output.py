@@ -24,7 +24,7 @@ def import_cache(engine: EngineLoop, requests: Sequence[Request], cache: Cache, 
         cache: The caller's cache.
         mask: Which of its columns count, bool `[rows, length]`.
     """
-    if isinstance(cache, PagedCache) and cache.store is engine.store and torch.equal(cache.columns, mask):
+    if isinstance(cache, PagedCache) and goes_on(engine, cache, mask):
         for request, tables in zip(requests, cache.rows, strict=True):
             request.tables = [table.fork() for table in tables]
             for table, room in zip(request.tables, request.rooms, strict=True):
@@ -33,6 +33,11 @@ def import_cache(engine: EngineLoop, requests: Sequence[Request], cache: Cache, 
         _copy_in(engine, requests, cache, mask)
     for request, row in zip(requests, mask, strict=True):
         request.computed = request.cached_tokens = int(row.sum())
+
+
+def goes_on(engine: EngineLoop, cache: PagedCache, mask: Tensor) -> bool:
+    """Whether a call can take the cache's pages as they are: they are the engine's, and `mask` hides none of them."""
+    return cache.store is engine.store and torch.equal(cache.columns, mask)
 
 
 def _copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask: Tensor) -> None:

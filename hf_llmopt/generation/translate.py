@@ -23,7 +23,7 @@ from ..kv_cache import PagedCache
 from ..prompt_cache import Prefix
 from .active import Active, handle_of
 from .group import Group
-from .output import export_cache, import_cache, keeps_every_key, write_back
+from .output import export_cache, goes_on, import_cache, keeps_every_key, write_back
 from .row import Row
 from .support import position_limit, reason_against, rope_limit
 
@@ -73,7 +73,7 @@ def translate(
     try:
         engine = handle.engine_for(model, active.config)
     except UnsupportedModel as error:
-        if active.config.batch_invariant:
+        if active.config.batch_invariant or active.config.kv_cache.eviction is not None:
             raise  # stock would not keep the promise
         raise NotServed(str(error)) from error
     prompt = _Prompt(model, input_ids, generation_config, kwargs)
@@ -246,8 +246,22 @@ class _Prompt:
 def _check_cache(engine: EngineLoop, prompt: _Prompt) -> None:
     """Refuse a cache that another model or batch made."""
     past, layers = prompt.past, engine.store.layers
+    if past is not None and engine.evictor is not None and not isinstance(past, PagedCache):
+        raise InvalidRequest(
+            f"past_key_values is a {type(past).__name__}, which holds every token, and eviction would take some away. "
+            "Give the PagedCache that generate(llmopt=..., return_dict_in_generate=True) returned, or leave it out."
+        )
     if past is None or not prompt.past_length:
         return
+    if (
+        isinstance(past, PagedCache)
+        and past.evicted
+        and not goes_on(engine, past, prompt.mask[:, : prompt.past_length])
+    ):
+        raise InvalidRequest(
+            f"past_key_values has lost {past.evicted} tokens to eviction: only generate with the same llmopt= as made "
+            "it, on its rows and with their attention_mask, goes on from it. Compute the text again otherwise."
+        )
     if isinstance(past, PagedCache):
         shapes = [(len(past.rows), spec.kv_heads, spec.key_dim) for spec in past.store.layers]
     else:
@@ -315,6 +329,10 @@ def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generati
     if prompt.embeds is not None:
         embeds = prompt.embeds[row, real.to(prompt.embeds.device)]
         request.embeds = torch.cat([embeds.new_zeros(cached, embeds.shape[1]), embeds])
+    if engine.evictor is not None:
+        before = [table.evicted for table in prompt.past.rows[row]] if isinstance(prompt.past, PagedCache) else [0]
+        limit = position_limit(engine.runner.model)
+        engine.evictor.prepare(request, len(request.tokens) - masked_tail, max(before), cached, limit)
     return request
 
 

@@ -131,6 +131,11 @@ class PagedCache(Cache):
         """Pages the rows hold, all groups together; shared ones count once per row."""
         return sum(table.held for tables in self.rows for table in tables)
 
+    @property
+    def evicted(self) -> int:
+        """Tokens that were evicted from some layers, all rows together."""
+        return sum(max((table.evicted for table in tables), default=0) for tables in self.rows)
+
     def num_tokens(self, row: int) -> int:
         """Tokens of a row, padding not counted."""
         return int(self.columns[row].sum())
@@ -167,6 +172,7 @@ class PagedCache(Cache):
             raise InvalidRequest(f"This cache holds {spec.dtype}, the forward pass brings {key_states.dtype}.")
         if key_states.shape[0] != len(self.rows):
             raise InvalidRequest(f"This cache has {len(self.rows)} rows, the forward pass {key_states.shape[0]}.")
+        self._check_whole()
         if layer_idx not in self._pending:
             self._append(key_states.shape[2])
         for row, slots in enumerate(self._pending.pop(layer_idx)):
@@ -197,6 +203,7 @@ class PagedCache(Cache):
 
     def dense(self, layer_idx: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer from column `start` on, `[rows, kv_heads, columns, width]`, padding zero."""
+        self._check_whole()
         group = self.store.group_of[layer_idx]
         parts = []
         for row, tables in enumerate(self.rows):
@@ -210,11 +217,19 @@ class PagedCache(Cache):
             outputs.append(dense[:, start:].transpose(1, 2))
         return outputs[0], outputs[1]
 
+    def _check_whole(self) -> None:
+        if self.evicted:
+            raise InvalidRequest(
+                f"This cache has lost {self.evicted} tokens to eviction, and a forward pass outside the engine would "
+                "take the others for all: only generate with the same llmopt= goes on from it."
+            )
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` columns, as stock's caches do; 0 drops none.
 
         Raises:
-            InvalidRequest: It was asked for columns to keep, or a sliding window has passed what it would see again.
+            InvalidRequest: It was asked for columns to keep, or a sliding window has passed or eviction taken what
+                would be seen again.
         """
         if tokens_to_remove > 0:
             raise InvalidRequest(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}.")
@@ -222,6 +237,11 @@ class PagedCache(Cache):
         for row, tables in enumerate(self.rows):
             length = int(columns[row].sum())
             for group, table in zip(self.store.groups, tables, strict=True):
+                if 0 < length < table.settled:
+                    raise InvalidRequest(
+                        f"Row {row} cannot go back to {length} tokens: some of its first {table.settled} were evicted. "
+                        "Compute the text again."
+                    )
                 if group.first_visible(length) < table.passed * self.store.page_size:
                     raise InvalidRequest(
                         f"Row {row} cannot go back to {length} tokens: its window of {group.window} tokens has passed "

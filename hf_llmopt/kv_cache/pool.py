@@ -187,6 +187,8 @@ class PagePool:
 class BlockTable:
     """The pages of one request in one cache group, in token order.
 
+    Methods take the request's own token numbers, those of evicted tokens counted.
+
     Attributes:
         pool: Where the pages come from.
         page_size: Tokens per page.
@@ -194,6 +196,8 @@ class BlockTable:
         pages: Page ids; 0 where a sliding window has passed.
         passed: Leading entries of `pages` that are 0.
         run: Index from which on `pages` are consecutive ids.
+        evicted: Tokens that the pages lack: what is left of them, in its order, fills the slots from the first on.
+        settled: The tokens from this one on are all there; of those before some were evicted.
     """
 
     pool: PagePool
@@ -202,6 +206,8 @@ class BlockTable:
     pages: array[int] = field(default_factory=lambda: array("i"))
     passed: int = 0
     run: int = 0
+    evicted: int = 0
+    settled: int = 0
     _plans: list[range] = field(default_factory=list)
 
     @property
@@ -214,6 +220,7 @@ class BlockTable:
 
         From the first entry in that range that somebody else reads too, entries are replaced by copies.
         """
+        start, stop = start - self.evicted, stop - self.evicted
         written = range(start // self.page_size, len(self.pages))
         keep = next((i for i in written if self.pool.shared(self.pages[i])), len(self.pages))
         return keep, max(-(-stop // self.page_size), len(self.pages)) - keep
@@ -237,17 +244,20 @@ class BlockTable:
         after = self.pages[keep - 1] if keep and self.pages[keep - 1] else None
         # A request that outgrew its room goes on in runs half as long as what it has.
         taken, plan = self.pool.take(count, after, max(self.room - keep, count + keep // 2))
-        if plan:
-            self._plans.append(plan)
         replaced = self.pages[keep:]
         self.pool.release(replaced)
         del self.pages[keep:]
         self.run = min(self.run, keep)
-        for page in taken:
+        self._append(taken, plan)
+        return list(zip(replaced, taken, strict=False))
+
+    def _append(self, pages: Sequence[int], plan: range) -> None:
+        if plan:
+            self._plans.append(plan)
+        for page in pages:
             if self.pages and page != self.pages[-1] + 1:
                 self.run = len(self.pages)
             self.pages.append(page)
-        return list(zip(replaced, taken, strict=False))
 
     def skip(self, first_token: int) -> None:
         """Start an empty table behind pages that a sliding window has passed already."""
@@ -266,7 +276,9 @@ class BlockTable:
     def fork(self) -> BlockTable:
         """A second table over the same pages; the first to write to a page copies it."""
         self.pool.share(self.pages)
-        return BlockTable(self.pool, self.page_size, self.room, self.pages[:], self.passed, self.run)
+        return BlockTable(
+            self.pool, self.page_size, self.room, self.pages[:], self.passed, self.run, self.evicted, self.settled
+        )
 
     def trim(self, first_token: int) -> None:
         """Give back the pages that end before `first_token`: a sliding window has passed them."""
@@ -278,11 +290,42 @@ class BlockTable:
         self.run = max(self.run, min(self.passed, len(self.pages)))
 
     def crop(self, num_tokens: int) -> None:
-        """Keep the pages of the first `num_tokens` tokens only."""
-        keep = -(-num_tokens // self.page_size)
+        """Keep the pages of the first `num_tokens` tokens only: none, or `settled` at least."""
+        keep = max(0, -(-(num_tokens - self.evicted) // self.page_size))
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
         self.passed, self.run = min(self.passed, keep), min(self.run, keep)
+        if not num_tokens:
+            self.evicted = self.settled = 0
+
+    def drop(self, first: int, count: int) -> None:
+        """Evict the tokens of `count` pages from entry `first` on; what follows moves up."""
+        self.pool.release(self.pages[first : first + count])
+        del self.pages[first : first + count]
+        self.run = max(first, self.run - count)
+        self.evicted += count * self.page_size
+        self.settled = first * self.page_size + self.evicted
+
+    def lacks(self, kept: int) -> int:
+        """How many free pages too few there are for `repack`."""
+        back = sum(self.pool.refs(page) == 1 for page in self.pages)
+        return -(-kept // self.page_size) - back - self.pool.free
+
+    def repack(self, tokens: int, kept: int, settled: int) -> None:
+        """Exchange all pages for new ones with room for what is kept of the tokens; the caller fills them.
+
+        Args:
+            tokens: Tokens of the request so far.
+            kept: How many of them the pages will hold.
+            settled: From which token on none was evicted.
+
+        Raises:
+            OutOfPages: Not enough pages are free, as `lacks` had said; the table is empty.
+        """
+        self.clear()
+        count = -(-kept // self.page_size)
+        self._append(*self.pool.take(count, room=max(self.room, count)))
+        self.evicted, self.settled = tokens - kept, settled
 
     def own(self) -> list[int]:
         """Pages that nobody else reads."""

@@ -238,7 +238,7 @@ class PagedStore:
         return [slots[index] for index in self.groups[group].layers for slots in (self.keys, self.values)]
 
     def slots(self, table: BlockTable, start: int, stop: int) -> Tensor:
-        """Slots of tokens [start, stop), int64 on the CPU. Passed tokens lie in page 0."""
+        """Slots of tokens [start, stop), evicted ones not counted, int64 on the CPU. Passed tokens lie in page 0."""
         tokens = torch.arange(start, stop, device="cpu")
         pages = torch.tensor(table.pages, dtype=torch.int64, device="cpu")
         return pages[tokens // self.page_size] * self.page_size + tokens % self.page_size

@@ -83,7 +83,7 @@ class Computed(Protocol):
         proven: Tokens whose keys gave logits from which a token was sampled: they hold no NaN.
         cached_tokens: Prompt tokens that were found.
         preemptions: How often it lost its pages.
-        on_prompt: Who wants the logits of all prompt tokens, or `None`.
+        findable: How many leading tokens may be found.
         prefix: `None` if the request must not share.
     """
 
@@ -93,8 +93,10 @@ class Computed(Protocol):
     proven: int
     cached_tokens: int
     preemptions: int
-    on_prompt: Callable[..., None] | None
     prefix: Prefix | None
+
+    @property
+    def findable(self) -> int: ...  # noqa: D102 - above
 
     @property
     def known(self) -> int: ...  # noqa: D102 - above
@@ -197,8 +199,8 @@ class PromptCache:
     def find(self, request: Computed, settle: Callable[[], None]) -> None:
         """Give a request, of which nothing is computed, the pages that hold the beginning of its tokens.
 
-        The last token is always left to compute: its logits are wanted. Nothing is found where those of the whole
-        prompt are. Changes `tables`, `computed` and `cached_tokens`.
+        The last token is always left to compute: its logits are wanted. Changes `tables`, `computed` and
+        `cached_tokens`.
 
         Args:
             request: Its tables are empty.
@@ -211,8 +213,7 @@ class PromptCache:
             self.refresh()
         prefix.entered, prefix.name = 0, self.name(prefix.salt, prefix.adapter)
         prefix.switches = self._switches
-        limit = len(request.tokens) - 1 if request.on_prompt is None else 0
-        found = self.attach(prefix.name, request.tokens, limit, request.tables, settle)
+        found = self.attach(prefix.name, request.tokens, request.findable, request.tables, settle)
         if found:
             request.computed = found
             prefix.entered = found // self.store.page_size
@@ -381,7 +382,9 @@ class PromptCache:
     def enter(self, request: Computed) -> None:
         """Let others find the full pages that were computed since the last call."""
         prefix, full = request.prefix, request.known // self.store.page_size
-        if prefix is not None and prefix.name is not None and full > prefix.entered and self._is_current(prefix):
+        if prefix is None or prefix.name is None or not _is_whole(request):
+            return
+        if full > prefix.entered and self._is_current(prefix):
             prefix.claimed = [node for node in prefix.claimed if not _proven(node)]
             self._enter(request, prefix, full * self.store.page_size)
             prefix.entered = full
@@ -394,7 +397,7 @@ class PromptCache:
         self.stats.requests += 1
         self.stats.prompt_tokens += prefix.prompt
         self.stats.cached_tokens += request.cached_tokens
-        if self._is_current(prefix):
+        if self._is_current(prefix) and _is_whole(request):
             nodes = self._enter(request, prefix, request.proven)
             if self._disk is not None:
                 self._save(self._disk, nodes)
@@ -566,6 +569,11 @@ class PromptCache:
                 del self._roots[node.name]
             node.detach()
             node = node.parent
+
+
+def _is_whole(request: Computed) -> bool:
+    """Whether no token was evicted: later keys depend on which, and pages no longer hold what their place says."""
+    return not any(table.evicted for table in request.tables)
 
 
 def _proven(node: Node) -> bool:

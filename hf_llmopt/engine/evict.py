@@ -1,0 +1,181 @@
+"""When requests lose tokens: after every pass, or once at the end of their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from itertools import count, islice
+
+from ..config import KVCacheConfig
+from ..errors import InvalidOption, UnsupportedModel
+from ..kv_cache import PagedStore
+from ..kv_cache.eviction import Scored, Scores, Selection, compact, method, with_rest
+from .request import Request
+from .runner import Runner
+
+REPEATED = (
+    8  # tokens by which a piece of a prompt that is computed again begins early: what comes next follows from them
+)
+
+
+class Evictor:
+    """Takes tokens of groups with full attention away; those of windows are given back anyway.
+
+    Args:
+        store: The pages.
+        config: Which method.
+
+    Raises:
+        UnsupportedModel: No layer of the model has full attention.
+    """
+
+    def __init__(self, store: PagedStore, config: KVCacheConfig) -> None:
+        self.store = store
+        found = method(config)
+        assert found is not None
+        self.method = found
+        self.full = [index for index, group in enumerate(store.groups) if group.kind == "full"]
+        if not self.full:
+            kinds = ", ".join(sorted({f"{group.kind} of {group.window} tokens" for group in store.groups}))
+            raise UnsupportedModel(
+                f"KVCacheConfig(eviction={config.eviction!r}): no layer of this model has full attention ({kinds}), "
+                "and what windows have passed is given back without it. Leave eviction out."
+            )
+
+    @property
+    def scored(self) -> Scored | None:
+        """The method, if it looks at how a prompt attends."""
+        return self.method if isinstance(self.method, Scored) else None
+
+    def prepare(self, request: Request, prompt: int, evicted: int, past: int, positions: int | None) -> None:
+        """Let a request lose what its prompt must.
+
+        A method that computes the prompt a second time leaves one that goes on from `past_key_values` alone: it does
+        not know the tokens.
+
+        Args:
+            request: Not yet added to the engine.
+            prompt: Tokens of its prompt.
+            evicted: Those of them that are gone already.
+            past: Those of them whose keys come from the caller's cache.
+            positions: How many the model has, or `None`.
+
+        Raises:
+            InvalidOption: The method computes prompts a second time, which this one does not allow.
+        """
+        request.prompt, request.evicted = prompt, evicted
+        if not (past and self.method.replayed):
+            request.selection = self.method.selection(prompt, prompt - evicted)
+        if request.selection is not None and request.selection.spare:
+            needed = request.next_position + request.selection.spare
+            reason = "of inputs_embeds the tokens are not known" if request.embeds is not None else ""
+            if positions is not None and needed > positions:
+                reason = f"this one needs {needed} positions for that, of {positions} that the model has"
+            if reason:
+                raise InvalidOption(
+                    f"KVCacheConfig(eviction={self.method.config.eviction!r}) reads the prompt a second time, and "
+                    f"{reason}. Choose 'snapkv', 'h2o' or 'sink'."
+                )
+        if self.method.chunk is not None:
+            request.chunk = min(request.chunk or self.method.chunk, self.method.chunk)
+
+    def settle(
+        self,
+        running: Sequence[Request],
+        awaited: Collection[Request],
+        runner: Runner,
+        grow: Callable[[list[int]], None],
+    ) -> list[tuple[Request, Exception]]:
+        """Evict what has to go after a pass.
+
+        Args:
+            running: Requests that hold pages.
+            awaited: Those whose prompt others are about to share: at its very end it stays whole for a step.
+            runner: Computes prompts again, for methods that want it.
+            grow: Called with the free pages each pool should have.
+
+        Returns:
+            Requests for which that failed, and why.
+        """
+        failed: list[tuple[Request, Exception]] = []
+        done: dict[int, Request] = {}  # by their scores: requests with the same prompt share what is kept
+        for request in running:
+            if request.masked_tail or (request.computed == request.prompt and request in awaited):
+                continue
+            for index in self.full:
+                table = request.tables[index]
+                first, pages = self.method.excess(request.computed - table.evicted)
+                if pages:
+                    table.drop(first, pages)
+                    request.evicted = table.evicted
+            selection = request.selection
+            if selection is None or request.computed < request.prompt:
+                continue
+            try:
+                self._compact(request, selection, done, runner, grow)
+            except Exception as error:
+                failed.append((request, error))
+        return failed
+
+    def _compact(
+        self,
+        request: Request,
+        selection: Selection,
+        done: dict[int, Request],
+        runner: Runner,
+        grow: Callable[[list[int]], None],
+    ) -> None:
+        assert self.scored is not None
+        scores, rest = selection.scores, request.computed - selection.prompt
+        twin = done.get(id(scores))
+        if twin is not None and not rest and twin.computed == request.computed:
+            for index in self.full:
+                request.tables[index].clear()
+                request.tables[index] = twin.tables[index].fork()
+        else:
+            if self.method.replayed and not scores.layers:
+                self._replay(request, selection, runner, grow)
+            for index in self.full:
+                kept = {
+                    layer: with_rest(self.scored.choose(scores.layers[layer], selection.kept), selection.held, rest)
+                    for layer in self.store.groups[index].layers
+                }
+                table, total = request.tables[index], selection.kept + rest
+                if table.lacks(total) > 0:
+                    grow([max(0, table.lacks(total)) if group == index else 0 for group in range(len(request.tables))])
+                if table.lacks(total) > 0:
+                    return  # pages that others share do not come back: once those have ended
+                settled = selection.prompt - self.scored.recent
+                compact(self.store, index, table, request.computed, kept, settled)
+            done[id(scores)] = request
+        request.evicted = request.tables[self.full[0]].evicted
+        request.selection = None
+
+    def _replay(
+        self, request: Request, selection: Selection, runner: Runner, grow: Callable[[list[int]], None]
+    ) -> None:
+        """Compute the prompt once more behind itself, piece by piece, and look how it attends to what came first."""
+        end, tables, size = request.computed, request.tables, self.method.replayed
+        for start in range(0, selection.prompt, size - REPEATED):
+            tokens = request.tokens[max(0, start - REPEATED) : selection.prompt][:size]
+            stop = end + len(tokens)
+            piece = Request(
+                tokens=request.tokens[:end] + tokens,
+                positions=request.positions[:end] + list(islice(count(request.next_position), len(tokens))),
+                next_position=request.next_position + len(tokens),
+                rooms=[],
+                left_padding=request.left_padding,
+                adapter=request.adapter,
+                tables=tables,
+                computed=end,
+                selection=replace(selection, looks=range(end, stop), scores=Scores(selection.scores.layers)),
+            )
+            needs = [table.missing(end, stop) for table in tables]
+            if any(needs):  # where pages are shared
+                grow(needs)
+            for index, table in enumerate(tables):
+                if copies := table.reserve(end, stop):
+                    self.store.copy_pages(index, copies)
+            runner.run([(piece, len(tokens))], lambda path: None)
+        for table in tables:
+            table.crop(end)

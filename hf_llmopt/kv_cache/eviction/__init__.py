@@ -1,0 +1,21 @@
+"""Fewer tokens kept: which ones, a file per method."""
+
+from __future__ import annotations
+
+from ...config import KVCacheConfig
+from .compact import compact
+from .contract import Eviction, Scored, Scores, Selection, with_rest
+from .h2o import H2O
+from .kvzip import KVzip
+from .sink import Sink
+from .snapkv import SnapKV
+
+METHODS: dict[str, type[Eviction]] = {"sink": Sink, "snapkv": SnapKV, "h2o": H2O, "kvzip": KVzip}
+
+
+def method(config: KVCacheConfig) -> Eviction | None:
+    """The method a config asks for."""
+    return None if config.eviction is None else METHODS[config.eviction](config)
+
+
+__all__ = ["METHODS", "Eviction", "Scored", "Scores", "Selection", "compact", "method", "with_rest"]
