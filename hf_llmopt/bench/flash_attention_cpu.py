@@ -48,7 +48,7 @@ class Size(NamedTuple):
     )  # fmt: skip
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
     context: int = 16384
-    new_tokens: int = 33
+    new_tokens: int = 17
     miniature: bool = False
 
 
