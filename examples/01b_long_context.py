@@ -1,4 +1,4 @@
-"""Long contexts: pages of fewer bytes, what they cost in quality, and attention that reads them as they are."""
+"""Long contexts: pages of fewer bytes, what they cost in quality, and tokens that are given up."""
 
 import torch
 
@@ -43,3 +43,11 @@ for _ in range(2):
     stats = model.llmopt.stats
     print(f"{stats.cached_tokens} tokens were there, the first new one after {stats.time_to_first_token:.3f} s")
 assert model.llmopt.stats.cached_tokens > 0.9 * ids.shape[1]
+
+# 3. Eviction gives tokens up for good. "sink" keeps the first ones and the last ones: memory stays as it is.
+for eviction in ({"eviction": "snapkv", "keep_ratio": 0.5}, {"eviction": "sink", "keep_tokens": 128}):
+    model.generate(**inputs, **settings, llmopt={"kv_cache": eviction})
+    stats = model.llmopt.stats
+    assert stats.served_by == "llmopt"
+    assert stats.evicted_tokens >= ids.shape[1] // 2
+    print(f"{eviction['eviction']}: {stats.evicted_tokens} of {ids.shape[1] + 31} tokens given up")
