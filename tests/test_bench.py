@@ -12,8 +12,8 @@ import torch
 from architectures import build
 from typer.testing import CliRunner
 
-from hf_llmopt import bench
-from hf_llmopt.bench import continuous_batching, equality, kv_cache, measure, prompt_cache, report, workloads
+from hf_llmopt import bench, demo, errors
+from hf_llmopt.bench import continuous_batching, equality, eviction, kv_cache, measure, prompt_cache, report, workloads
 from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
@@ -414,3 +414,31 @@ def test_continuous_batching_refuses_to_compare_other_tokens(
     assert found["rates"] is None
     assert "other tokens" in continuous_batching.failures(found)[0]
     assert "FAILED" in str(continuous_batching.tables(found)[0].rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ eviction
+
+
+def test_eviction_needs_a_model_that_copies() -> None:
+    texts = [list(range(3, 100)) * 4, list(range(99, 2, -1)) * 4]
+    with pytest.raises(errors.InvalidText, match="none of 12 needles"):
+        eviction.bench(build("llama"), texts, methods=("snapkv",), ratios=(0.5,), rows=4, length=160, following=4)
+
+
+def test_eviction_tables() -> None:
+    found = json.loads((Path(__file__).parent.parent / "docs/results/kv_cache-eviction.json").read_text("utf-8"))
+    view = eviction.table(found)
+    assert len(view.rows) == len(found["cases"]) == 9
+    assert all(len(row) == len(view.columns) for row in view.rows)
+    assert eviction.failures({**found, "reasons": ["why"]}) == ["why"]
+
+
+def test_eviction_report() -> None:
+    model, tokenizer = demo.load()
+    texts = workloads.held_out_ids(tokenizer, 6)
+    sizes = {"rows": 3, "length": 128, "following": 8}
+    found = eviction.bench(model, texts, methods=("sink", "kvzip"), ratios=(0.5,), **sizes)
+    whole, sink, kvzip = found["cases"]
+    assert found["passed"]
+    assert (whole["after"], whole["evicted"], kvzip["evicted"]) == (1.0, 0, 3 * 64)
+    assert whole["held"] > max(sink["held"], kvzip["held"])

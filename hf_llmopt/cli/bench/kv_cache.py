@@ -40,6 +40,14 @@ def kv_cache(
             "model, memory, error, speed of the shape 0.5b.",
         ),
     ] = False,
+    eviction: Annotated[
+        bool,
+        typer.Option(
+            "--eviction",
+            help="With --long: instead of that, what eviction costs: recall and perplexity of the embedded model by "
+            "method and share that is kept.",
+        ),
+    ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 5,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -75,10 +83,15 @@ def kv_cache(
     for folder in (output.parent if output is not None else None, plots):
         if folder is not None and not folder.is_dir():
             raise UserError(f"there is no folder {str(folder)!r} to write to")
+    if eviction and not long:
+        raise UserError("--eviction is a part of --long: give both")
     if long:
         if model is not None or shape is not None or workload:
             raise UserError("--long has models and contexts of its own: leave out --model, --shape and --workload")
-        _long(repeat, seed, quick, markdown, output, plots, json)
+        if eviction:
+            _eviction(seed, quick, markdown, output, json)
+        else:
+            _long(repeat, seed, quick, markdown, output, plots, json)
         return
     model = "demo" if model is None else model
     chosen = _workloads(
@@ -127,6 +140,23 @@ def _long(
     if plots is not None:
         (plots / "kv_cache-long.svg").write_text(drawings.page_formats(report), "utf-8")
     show(report, kv.tables(report), kv.failures(report), json, markdown)
+
+
+def _eviction(seed: int, quick: bool, markdown: bool, output: Path | None, json: bool) -> None:
+    from hf_llmopt.bench import eviction
+
+    loaded, texts = load_or_build("demo", None, "float32", None, seed)
+    assert texts is not None
+    sizes: dict[str, Any] = {"rows": 4, "following": 16, "ratios": (0.25,)} if quick else {}
+    with ui.progress("kv_cache --long --eviction", eviction.cases(sizes.get("ratios", eviction.RATIOS))) as on_run:
+        report = eviction.bench(loaded, texts, seed=seed, on_run=on_run, **sizes)
+    report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
+    report["quick"] = quick
+    if output is not None:
+        ui.save(output, report)
+    if quick:
+        ui.talk("--quick: a few prompts, to see that it works; none of these figures counts")
+    show(report, [eviction.table(report)], eviction.failures(report), json, markdown)
 
 
 def _workloads(known: tuple[Workload, ...], names: list[str] | None, all_of_them: bool) -> list[Workload]:
