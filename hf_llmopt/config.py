@@ -94,6 +94,8 @@ class KVCacheConfig(Section):
         keep_tokens: Most tokens that eviction keeps, of the text with `"sink"` (1024 by default), of the prompt with
             the others; at least 64.
         keep_ratio: Share of the prompt that is kept instead, in (0, 1]; a half by default. Not with `"sink"`.
+        offload: Keep the pages of layers with full attention in host memory, for contexts larger than a GPU's memory:
+            a pass fetches those it reads, a layer ahead. Every step moves all keys of its requests over the bus.
 
     Example:
         >>> from hf_llmopt import KVCacheConfig
@@ -109,9 +111,15 @@ class KVCacheConfig(Section):
     eviction: str | None = _option(None, choices=(None, "sink", "snapkv", "h2o", "kvzip"))
     keep_tokens: int | None = _option(None, kind=int, low=LEAST_KEPT)
     keep_ratio: float | None = _option(None, kind=float, low=0.01, high=1.0)
+    offload: bool = _option(False, choices=(False, True))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.offload and self.eviction is not None:
+            raise InvalidOption(
+                f"KVCacheConfig: offload=True moves whole pages, eviction={self.eviction!r} rows between them. "
+                "Give one of the two."
+            )
         named = [name for name in ("keep_tokens", "keep_ratio") if getattr(self, name) is not None]
         if named and self.eviction is None:
             raise InvalidOption(

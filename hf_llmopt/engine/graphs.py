@@ -359,6 +359,8 @@ class Graphs:
         devices |= {tensor.device for module in every for tensor in _tensors(module)}
         if len(devices) > 1:
             return f"the model lies on {', '.join(sorted(map(str, devices)))}"
+        if any(layer.offloaded for layer in self.store.layers):
+            return "pages lie in host memory"
         if model.training:
             return "the model is in training mode"
         hooked = next((module for module in every if runs_more(module)), None)

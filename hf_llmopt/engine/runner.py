@@ -17,13 +17,16 @@ from transformers import PreTrainedModel
 from ..adapters import LoraLayers
 from ..attention import Observer, Span, StepInputs, Watch, backend, configs_of, serving
 from ..config import LLMOptConfig
+from ..errors import InvalidOption
 from ..fusion import Fusion
 from ..kernels.arguments import TILED
-from ..kv_cache import Clock, PagedStore, SpanCache, upload
+from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, upload
 from ..kv_cache.eviction import Scored
 from .graphs import Batch, Graphs
 from .probe import input_device
 from .request import Request
+
+OFFLOADED = {"cuda"}  # types of devices whose pages host memory can take
 
 
 class Runner:
@@ -54,10 +57,30 @@ class Runner:
         self.attend = backend(config.attention.backend, device, config.batch_invariant)
         self._eviction = eviction
         self._invariant = config.batch_invariant
-        layers = config.attention.backend in ("auto", "cpu")
+        self._streams: dict[torch.device, Streams] = {}
+        if config.kv_cache.offload:
+            self._streams = self._offloading(store)
+        layers = config.attention.backend in ("auto", "cpu") and not self._streams  # C writes pages by itself
         self.fusion = Fusion(model, store.layers, layers, self._invariant) if device.type == "cpu" else None
         self._less: tuple[str, ...] = ()  # what the engine does without
         self.graphs = Graphs(model, store, config) if config.graphs is True else None
+
+    def _offloading(self, store: PagedStore) -> dict[torch.device, Streams]:
+        """What copies pages to and from each device."""
+        devices = {layer.device for layer in store.layers if layer.offloaded}
+        if inside := sorted(str(device) for device in devices if device.type not in OFFLOADED):
+            raise InvalidOption(
+                f"KVCacheConfig(offload=True) moves pages from a GPU to host memory, and the model is on {inside[0]}: "
+                "there is nothing to offload. Move the model to a GPU, or leave offload out."
+            )
+        streams = {device: Streams(device) for device in devices}
+
+        def settle() -> None:
+            for stream in streams.values():
+                stream.settle()
+
+        store.settle = settle
+        return streams
 
     @property
     def model(self) -> PreTrainedModel:
@@ -174,8 +197,15 @@ class Runner:
             keep = None if len(kept) == len(positions) else _long(kept or [0], device)
             columns = None if columns is None else upload(columns, device)
             tiled = sys.maxsize if self._invariant else TILED
+            store = self.store
+            if any(layer.offloaded for layer in store.layers):
+                store = staged = Staged(store, [span.tables for span in placed], slots, self._streams)
+                placed = [
+                    span._replace(tables=tables) for span, tables in zip(placed, staged.tables_of_pass, strict=True)
+                ]
+                slots = staged.slots_of_pass
             on_device = [upload(s, device) for s in slots]
-            step = StepInputs(self.store, placed, on_device, attend, note, tiled, bool(watches))
+            step = StepInputs(store, placed, on_device, attend, note, tiled, bool(watches))
             fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
             adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
             with fused, adapted:

@@ -1,5 +1,6 @@
 """Part 1: keys and values in pages."""
 
+from .offload import Staged, Streams
 from .paged import PagedCache, SpanCache
 from .pool import BlockTable, PagePool
 from .store import CacheGroup, LayerSpec, PagedStore
@@ -16,6 +17,8 @@ __all__ = [
     "PagedCache",
     "PagedStore",
     "SpanCache",
+    "Staged",
+    "Streams",
     "Swapped",
     "upload",
 ]

@@ -207,7 +207,7 @@ class PagedCache(Cache):
         group = self.store.group_of[layer_idx]
         parts = []
         for row, tables in enumerate(self.rows):
-            index = self.store.slots(tables[group], 0, self.num_tokens(row)).to(self.store.layers[layer_idx].device)
+            index = self.store.slots(tables[group], 0, self.num_tokens(row)).to(self.store.layers[layer_idx].home)
             parts.append(self.store.read(layer_idx, partial(torch.index_select, dim=0, index=index)))
         outputs = []
         for found in zip(*parts, strict=True):

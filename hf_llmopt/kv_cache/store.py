@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -37,6 +38,7 @@ class LayerSpec:
         dtype: Number format.
         device: Where the layer lives.
         form: How pages hold it, if they are quantized.
+        offloaded: Pages lie in host memory.
     """
 
     kind: str
@@ -47,6 +49,12 @@ class LayerSpec:
     dtype: torch.dtype
     device: torch.device
     form: PageFormat | None = None
+    offloaded: bool = False
+
+    @property
+    def home(self) -> torch.device:
+        """Where pages lie."""
+        return torch.device("cpu") if self.offloaded else self.device
 
     @property
     def shape(self) -> Shape:
@@ -65,11 +73,12 @@ class LayerSpec:
 
         Zeros, because slots that no token was written to are read under a mask, and 0 * NaN would be NaN.
         """
+        options: Any = {"device": self.home, "pin_memory": self.offloaded and self.device.type == "cuda"}
         with torch.inference_mode(False):  # pages outlive the call that made them
             if self.form is not None:
                 rows = (count, 1, self.form.row_bytes(self.kv_heads, width))
-                return torch.zeros(rows, dtype=torch.uint8, device=self.device)
-            return torch.zeros(count, self.kv_heads, width, dtype=self.dtype, device=self.device)
+                return torch.zeros(rows, dtype=torch.uint8, **options)
+            return torch.zeros(count, self.kv_heads, width, dtype=self.dtype, **options)
 
 
 @dataclass
@@ -111,7 +120,7 @@ class PagedStore:
         self, layers: Sequence[LayerSpec], config: KVCacheConfig, dense: bool = True, reads_columns: bool = False
     ) -> None:
         form = PAGE_FORMATS.get(config.dtype)
-        self.layers = [replace(layer, form=form) for layer in layers]
+        self.layers = [replace(layer, form=form, offloaded=config.offload and layer.kind == "full") for layer in layers]
         self.dense = dense
         self.reads_columns = reads_columns
         self.config = config
@@ -135,6 +144,7 @@ class PagedStore:
                         f"KVCacheConfig(dtype='int4') puts two numbers into a byte, and keys or values of layer "
                         f"{index} are {odd[0]} wide. Use 'int8' or 'fp8'."
                     )
+        self.settle: Callable[[], None] = lambda: None  # waits until nobody copies pages to or from host memory
         self.keys = [layer.slots(layer.key_dim, self.page_size) for layer in self.layers]
         self.values = [layer.slots(layer.value_dim, self.page_size) for layer in self.layers]
 
@@ -163,7 +173,7 @@ class PagedStore:
                 limits.append(max(group.pool.num_pages, -(-self.config.max_tokens // self.page_size)))
                 continue
             share = self.page_bytes(index) / sum(self.page_bytes(other) for other in range(len(self.groups)))
-            free = min(free_bytes(self.layers[layer].device) for layer in group.layers)
+            free = min(free_bytes(self.layers[layer].home) for layer in group.layers)
             extra = int(free * self.config.memory_fraction * share) // self.page_bytes(index)
             limits.append(group.pool.num_pages + extra)
         return limits
@@ -184,6 +194,7 @@ class PagedStore:
                 self._grow(index, min(limit, pool.num_pages + max(count, pool.num_pages // 2)))
 
     def _grow(self, group: int, num_pages: int) -> None:
+        self.settle()
         try:
             for index in self.groups[group].layers:
                 layer = self.layers[index]
@@ -203,6 +214,7 @@ class PagedStore:
 
     def copy_pages(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in all layers of a group."""
+        self.settle()
         source, target = zip(*pairs, strict=True)
         for index in self.groups[group].layers:
             for slots in (self.keys[index], self.values[index]):
@@ -211,12 +223,14 @@ class PagedStore:
 
     def wipe(self, group: int, pages: Sequence[int]) -> None:
         """Zero pages that a request leaves unfinished: they may hold NaN, which masks do not stop."""
+        self.settle()
         for index in self.groups[group].layers:
             for slots in (self.keys[index], self.values[index]):
                 slots.view(-1, self.page_size, *slots.shape[1:])[list(pages)] = 0
 
     def read_pages(self, group: int, pages: Sequence[int], tokens: int) -> Tensor:
         """The first `tokens` slots of pages in all layers of a group, as bytes: uint8 `[pages, bytes]` on the CPU."""
+        self.settle()
         parts = []
         for slots in self._tensors(group):
             paged = slots.view(-1, self.page_size, *slots.shape[1:])[list(pages), :tokens]
@@ -225,6 +239,7 @@ class PagedStore:
 
     def write_pages(self, group: int, pages: Sequence[int], tokens: int, rows: Tensor) -> None:
         """Fill the first `tokens` slots of each page with what `read_pages` returned."""
+        self.settle()
         start = 0
         for slots in self._tensors(group):
             shape = (len(pages), tokens, *slots.shape[1:])
@@ -250,8 +265,9 @@ class PagedStore:
             fits = keys.device.type == "cpu" and cpu.available() and max(keys.shape[2], values.shape[2]) <= cpu.MAX_DIM
             pack = cpu.pack_rows if fits and keys.dtype in cpu.DTYPES else reference.pack_rows
             keys, values = pack(keys, form, form.rotates), pack(values, form)
-        self.keys[layer].index_copy_(0, slots, keys)
-        self.values[layer].index_copy_(0, slots, values)
+        self.settle()
+        for own, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            own.index_copy_(0, slots.to(own.device), new.to(own.device))
 
     def read(self, layer: int, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of some slots, as the model made them but for rounding.
@@ -263,7 +279,9 @@ class PagedStore:
         Returns:
             `[..., kv_heads, key_dim]` and `[..., kv_heads, value_dim]`.
         """
-        keys, values, spec = take(self.keys[layer]), take(self.values[layer]), self.layers[layer]
+        self.settle()
+        spec = self.layers[layer]
+        keys, values = (take(own[layer]).to(spec.device) for own in (self.keys, self.values))
         if spec.form is None:
             return keys, values
         return (

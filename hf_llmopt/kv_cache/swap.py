@@ -23,11 +23,14 @@ class Swapped:
 
     def __init__(self, store: PagedStore, pages: Sequence[Sequence[int]]) -> None:
         self.passed = [sum(page == 0 for page in group) for group in pages]
+        store.settle()
         self._layers: list[tuple[Tensor, Tensor]] = []
         for layer, group in enumerate(store.group_of):
             held = [page for page in pages[group] if page]
             keys, values = (_pages(store, slots[layer])[held] for slots in (store.keys, store.values))
             self._layers.append((_to_host(keys), _to_host(values)))
+        for device in {layer.device for layer in store.layers if layer.device.type == "cuda"}:
+            torch.cuda.current_stream(device).synchronize()  # once for all layers
 
     @property
     def nbytes(self) -> int:
@@ -41,11 +44,12 @@ class Swapped:
             store: The store it was copied from.
             pages: The request's pages now, per cache group; at least as many as were saved.
         """
+        store.settle()
         for layer, (group, saved) in enumerate(zip(store.group_of, self._layers, strict=True)):
             for slots, tensor in zip((store.keys, store.values), saved, strict=True):
                 first = self.passed[group]
                 held = list(pages[group][first : first + len(tensor)])
-                _pages(store, slots[layer])[held] = tensor.to(slots[layer].device)
+                _pages(store, slots[layer])[held] = tensor.to(slots[layer].device, non_blocking=True)
 
 
 def _pages(store: PagedStore, slots: Tensor) -> Tensor:
@@ -56,4 +60,4 @@ def _pages(store: PagedStore, slots: Tensor) -> Tensor:
 def _to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
