@@ -180,6 +180,14 @@ def test_pieces_of_a_prompt() -> None:
     check(model, inputs, llmopt, 7, max_new_tokens=2)  # but for the first, up to 6, and what is left, 2 tokens
 
 
+def test_logits_that_wait_for_other_rows() -> None:
+    """Two rows take turns with one graph: the first one's logits are read after the second one's replay."""
+    inputs = {name: tensor[[0, 2], :4] for name, tensor in ragged().items()}
+    model = one_layer()
+    model.generate(**inputs, **KW, llmopt=config(batching={"max_batch_tokens": 1}))
+    check(model, inputs, config(batching={"max_batch_tokens": 1}), 16)
+
+
 def test_quantized_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lossy, so compared with the same pages read by torch; C's packing of rows cannot be recorded."""
     monkeypatch.setattr(cpu, "available", lambda: False)
