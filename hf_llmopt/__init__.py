@@ -14,7 +14,7 @@ import os
 
 from . import errors
 from .batching import BatchingPipeline, Engine, RequestHandle, generate_batch
-from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig, QuantizationConfig
+from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig, QuantizationConfig, SpeculativeConfig
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
 from .kv_cache import PagedCache

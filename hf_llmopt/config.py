@@ -234,6 +234,26 @@ class PromptCacheConfig(Section):
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig(Section):
+    """Part 5, speculative decoding: guesses are computed along with the last token, and kept if they are right. Exact.
+
+    Args:
+        method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"auto"`: that.
+        num_tokens: Guesses of a request in each step; `None` for as many as pay, none among them: by what passes of
+            different lengths take here, and how often guesses were right.
+
+    Example:
+        >>> from hf_llmopt import SpeculativeConfig
+        >>> SpeculativeConfig(num_tokens=4)
+        SpeculativeConfig(num_tokens=4)
+    """
+
+    main: ClassVar[str | None] = "method"
+    method: str = _option("auto", choices=("auto", "suffix"))
+    num_tokens: int | None = _option(None, kind=int, low=1, high=64)
+
+
+@dataclass(frozen=True)
 class QuantizationConfig(Section):
     """Part 3, quantization: another number format for the weights of products. Lossy.
 
@@ -321,6 +341,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_cache": ("kv_cache", {}),
     "prompt_cache": ("prompt_cache", {}),
     "continuous_batching": ("batching", {}),
+    "speculative": ("speculative", {}),
     "int8": ("quantization", {"method": "int8"}),
     "int4": ("quantization", {"method": "int4"}),
     "fp8": ("quantization", {"method": "fp8"}),
@@ -333,9 +354,10 @@ SECTIONS: dict[str, type[Section]] = {
     "prompt_cache": PromptCacheConfig,
     "attention": AttentionConfig,
     "batching": BatchingConfig,
+    "speculative": SpeculativeConfig,
     "quantization": QuantizationConfig,
 }
-OPTIONAL = ("prompt_cache", "quantization")  # sections that `None` and `False` switch off
+OPTIONAL = ("prompt_cache", "quantization", "speculative")  # sections that `None` and `False` switch off
 
 
 @dataclass(frozen=True)
@@ -349,6 +371,7 @@ class LLMOptConfig:
         batching: How steps are filled, see `BatchingConfig`.
         quantization: Another number format for weights, see `QuantizationConfig`; `None` and `False` for none. Only
             where a model is loaded or optimized.
+        speculative: Speculative decoding, see `SpeculativeConfig`; `None` and `False` for none.
         graphs: Replay passes over spans of up to 16 tokens from CUDA graphs. `True` does where it can, and `Stats` say
             where not; it is refused where no graph can be recorded. `"auto"` is `False` for now: what graphs gain has
             not been measured yet.
@@ -372,6 +395,7 @@ class LLMOptConfig:
     attention: AttentionConfig = AttentionConfig()
     batching: BatchingConfig = BatchingConfig(continuous=False)
     quantization: QuantizationConfig | None = None
+    speculative: SpeculativeConfig | None = None
     graphs: bool | str = "auto"
     batch_invariant: bool = False
     strict: bool = False

@@ -25,6 +25,9 @@ class Stats:
         page_bytes: Bytes of those pages.
         preemptions: How often a row gave its pages to others.
         swaps: How often its keys were saved in host memory meanwhile, instead of computed again.
+        drafted_tokens: Guesses that were computed.
+        accepted_tokens: Those that were right.
+        undrafted: Why nothing was guessed though that was asked for, or `None`.
         attention: Names of the attention paths that ran.
         fused: Modules that C kernels stood in for, and those that were recognised and stayed eager.
         graph_steps: Steps whose pass was replayed from a CUDA graph.
@@ -50,6 +53,9 @@ class Stats:
     page_bytes: int = 0
     preemptions: int = 0
     swaps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    undrafted: str | None = None
     attention: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     graph_steps: int = 0

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from time import perf_counter
 
 import psutil
@@ -24,10 +25,11 @@ from ..config import BatchingConfig, LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
+from ..speculative import Speculator, SuffixDrafter
 from .evict import Evictor
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
-from .proof import prove
+from .proof import pass_seconds, prove
 from .request import Request, Rows, Share
 from .runner import Runner
 from .scheduler import Plan, Scheduler
@@ -104,8 +106,13 @@ class EngineLoop:
             self.prompts,
         )
         self.costs = Costs()
+        speculative = config.speculative
+        self.speculator = None if speculative is None else Speculator(
+            SuffixDrafter(), partial(pass_seconds, self.runner), speculative.num_tokens
+        )
         overlap = config.batching.overlap
         self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
+        self.overlaps &= self.speculator is None  # drafts follow tokens that are known
         self.swapped_bytes = 0  # of host memory
         self.on_step: Callable[[Plan, float], None] | None = None  # called with each plan and when its step began
         self.groups: dict[Rows, None] = {}  # in order of arrival
@@ -275,6 +282,7 @@ class EngineLoop:
 
     def finish(self, request: Request) -> None:
         """A request needs no further token: its pages go back."""
+        request.retract()
         if self.prompts is not None and request in self.scheduler.running:
             self.prompts.finish(request)
         self.scheduler.remove(request)
@@ -302,6 +310,8 @@ class EngineLoop:
         self.store.reclaim()
         if self.prompts is not None:
             self.prompts.begin_step()
+        if self.speculator is not None:
+            self._draft(self.speculator)
         plan = self.scheduler.schedule()
         began = perf_counter()
         self._move_pages(plan)
@@ -326,6 +336,17 @@ class EngineLoop:
             self.on_step(plan, began)
         self.lock.notify_all()
         return True
+
+    def _draft(self, speculator: Speculator) -> None:
+        """Guess what follows the last tokens of requests, which the next step computes."""
+        wanted = [
+            (request, request.most_drafts())
+            for request in self.scheduler.running
+            if request.most_drafts is not None and request.remaining == 1 and request.computed and request.error is None
+        ]
+        if wanted:
+            requests, limits = zip(*wanted, strict=True)
+            speculator.draft(requests, limits)
 
     def _move_pages(self, plan: Plan) -> None:
         """What must happen to pages before anything else is written to them."""
@@ -364,7 +385,7 @@ class EngineLoop:
         shares = [Share(group, computed, self._held(group), replayed) for group, computed in reached.items()]
         self._passes.append((clocks, sum(length for _, length in spans), shares, paths))
         for request, logits in results:
-            request.logits = logits
+            request.logits, *request.later = logits
             if request.group is not None:
                 request.group.notice()
 
@@ -419,7 +440,7 @@ class EngineLoop:
             for group, table in zip(self.store.groups, request.tables, strict=True):
                 if group.kind != "full" and not request.keeps_passed:
                     # One token more than the next query needs, so that the last one can be computed again.
-                    table.trim(group.first_visible(max(0, request.computed - 1)))
+                    table.trim(group.first_visible(max(0, request.known - 1)))
 
     def _evict(self) -> None:
         """Take away what requests must not hold longer."""

@@ -6,13 +6,17 @@ miss something. So a few tokens run through both: once as transformers runs them
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import KVCacheConfig
 from ..errors import LLMOptError, UnsupportedModel
-from ..kv_cache import PagedStore
+from ..kv_cache import BlockTable, PagedStore
 from ..quantization.linear import QuantizedHead, QuantizedLinear
 from .probe import input_device, input_weight
 from .request import Request
@@ -67,28 +71,54 @@ def _own_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
     return whole[PROMPT - 1 :], _distance(whole[:PROMPT], shorter)
 
 
-@torch.no_grad()
-def _over_pages(runner: Runner, tokens: list[int]) -> Tensor:
-    """The same logits from the engine, over pages of their own."""
+@contextmanager
+def _with_pages(runner: Runner, tokens: int) -> Iterator[list[BlockTable]]:
+    """Let a runner work over pages of their own for a while; yields the tables of a request that may get `tokens`."""
     store = runner.store
     runner.store = PagedStore(store.layers, KVCacheConfig(page_size=4), store.dense, store.reads_columns)
     try:
-        rooms = [group.pages_for(len(tokens), 4, len(tokens)) for group in runner.store.groups]
+        rooms = [group.pages_for(tokens, 4, tokens) for group in runner.store.groups]
         runner.store.provide(rooms)
-        request = Request(tokens[:PROMPT], list(range(PROMPT)), PROMPT, rooms, tables=runner.store.tables(rooms))
+        yield runner.store.tables(rooms)
+    finally:
+        runner.store = store
+
+
+@torch.no_grad()
+def pass_seconds(runner: Runner, tokens: int) -> float:
+    """What a pass takes that computes a token of a request and `tokens - 1` drafts behind it, the faster of two."""
+    times = []
+    total = PROMPT + tokens
+    with _with_pages(runner, total) as tables:
+        request = Request([0] * total, list(range(total)), total, [], tables=tables, drafted=tokens - 1)
+        for table in tables:
+            table.reserve(0, total)
+        request.computed = PROMPT
+        for _ in range(2):
+            began = perf_counter()
+            runner.run([(request, tokens)], lambda path: None)
+            if runner.device.type == "cuda":
+                torch.cuda.synchronize(runner.device)
+            times.append(perf_counter() - began)
+    return min(times)
+
+
+@torch.no_grad()
+def _over_pages(runner: Runner, tokens: list[int]) -> Tensor:
+    """The same logits from the engine, over pages of their own."""
+    with _with_pages(runner, len(tokens)) as tables:
+        request = Request(tokens[:PROMPT], list(range(PROMPT)), PROMPT, [], tables=tables)
         rows = []
         for token in [*tokens[PROMPT:], None]:
             start, stop = request.computed, len(request.tokens)
             for table in request.tables:
                 table.reserve(start, stop)
             ((_, logits),), _ = runner.run([(request, stop - start)], lambda path: None)
-            rows.append(logits)
+            rows.append(logits[-1])
             request.computed = stop
             if token is not None:
                 request.append(token)
         return torch.stack(rows).float()
-    finally:
-        runner.store = store
 
 
 def _distance(found: Tensor, truth: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,7 +80,12 @@ class Request:
         computed: Tokens whose keys are in pages, or in `swapped`.
         swapped: Keys and values that lie in host memory until the request goes on, or `None`.
         tables: Block tables, one per cache group; none before it starts.
-        logits: Row `[vocabulary]` once all tokens are computed, else `None`.
+        drafted: How many of the last tokens are drafts: guesses, which the model's own choices confirm or not.
+        logits: Row `[vocabulary]` behind the last token that is no draft, once it is computed, else `None`.
+        later: Rows `[vocabulary]` behind the drafts, which count as far as the drafts are confirmed.
+        most_drafts: How many drafts can be of use, asked for before each step; `None` where nothing is drafted.
+        drafted_tokens: Drafts that were computed.
+        accepted_tokens: Those that were right.
         pending: Where the last token lies on the device, tokens and index, while the host does not know it; else
             `None`.
         proven: Tokens that were computed when the last known token was sampled: none of their keys is NaN.
@@ -111,12 +116,17 @@ class Request:
     computed: int = 0
     swapped: Any = None
     tables: list[BlockTable] = field(default_factory=list)
+    drafted: int = 0
     logits: Any = None
+    later: list[Any] = field(default_factory=list)
     pending: tuple[Any, int] | None = None
     proven: int = 0
     prefix: Prefix | None = None
     error: BaseException | None = None
     finished: bool = False
+    most_drafts: Callable[[], int] | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
     swaps: int = 0
@@ -130,6 +140,11 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether all tokens that are still to be computed but one are drafts."""
+        return self.remaining == 1 + self.drafted
+
+    @property
     def pages_held(self) -> int:
         """Pages of all groups."""
         return sum(table.held for table in self.tables)
@@ -137,7 +152,22 @@ class Request:
     @property
     def known(self) -> int:
         """Tokens that are computed, and that the host knows."""
-        return min(self.computed, len(self.tokens) - (self.pending is not None))
+        return min(self.computed, len(self.tokens) - max(self.drafted, self.pending is not None))
+
+    def draft(self, tokens: Sequence[int]) -> None:
+        """Guess the tokens that follow: they are computed together with the last one."""
+        for token in tokens:
+            self._add(token)
+        self.drafted = len(tokens)
+
+    def retract(self) -> None:
+        """Forget all drafts that are not confirmed, and what was computed of them."""
+        if self.drafted:
+            del self.tokens[-self.drafted :], self.positions[-self.drafted :]
+            self.next_position -= self.drafted
+            self.computed = min(self.computed, len(self.tokens))
+            self.drafted = 0
+        self.later.clear()
 
     @property
     def findable(self) -> int:
@@ -153,7 +183,17 @@ class Request:
         return computed + self.selection.spare if decides and self.selection is not None else computed
 
     def append(self, token: int) -> None:
-        """Add a sampled token, or say which one was expected; its key will be computed in the next step."""
+        """Add a sampled token, confirm a draft, or say which token was expected.
+
+        The key of a new token will be computed in the next step. That of a confirmed draft is there, and so are the
+        logits behind it.
+        """
+        if self.later and self.tokens[-self.drafted] == token:
+            self.proven = len(self.tokens) - self.drafted
+            self.drafted -= 1
+            self.logits = self.later.pop(0)
+            return
+        self.retract()
         if self.pending is None:
             self._add(token)
         self.tokens[-1], self.proven, self.pending = token, self.proves, None
@@ -173,6 +213,8 @@ class Request:
     def next_span(self, budget: int) -> int:
         """How many tokens the next span may have within `budget`."""
         length = min(self.remaining, budget)
+        if self.decodes:
+            return length
         if self.chunk is not None:
             length = min(length, self.chunk)
         if self.embeds is not None and self.computed < len(self.embeds):
@@ -183,6 +225,7 @@ class Request:
 
     def release(self) -> None:
         """Give every page back and forget what was computed."""
+        self.retract()
         self.leave_pages()
         self.swapped = None
         if self.selection is not None:

@@ -133,7 +133,8 @@ class Runner:
             note: Called with the names of the attention paths that ran.
 
         Returns:
-            The last logits `[vocabulary]` of each request that has caught up, and the clocks of the model's passes.
+            The logits of each request that has caught up, `[1 + drafts, vocabulary]`, and the clocks of the model's
+            passes.
         """
         model = self.model
         # Embeddings cannot share an input tensor with ids: spans of a prompt given as embeddings run in their own pass.
@@ -144,7 +145,7 @@ class Runner:
         for part in (by_ids, by_embeds):
             if part:
                 logits, needed, clock = self._forward(model, part, note, part is by_embeds)
-                results += [(request, logits[row]) for request, row in needed]
+                results += [(request, logits[row - request.drafted : row + 1]) for request, row in needed]
                 clocks.append(clock)
         return results, clocks
 
@@ -168,6 +169,8 @@ class Runner:
             if request.on_prompt is not None:
                 inside.append((request, len(kept)))
                 kept += range(len(positions), len(positions) + length - 1)
+            elif request.decodes:
+                kept += range(len(positions), len(positions) + request.drafted)
             positions += request.positions[start:stop]
             if request.on_prompt is not None or length == request.remaining:
                 kept.append(len(positions) - 1)

@@ -7,6 +7,7 @@ same tokens and leaves the generator in the same state, and later lets a row use
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,31 @@ def greedy(scores: Tensor) -> Tensor:
 def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The noise of one step, `Exp(1)` in the shape of `like`, as `torch.multinomial` draws it."""
     return torch.empty_like(like, memory_format=torch.contiguous_format).exponential_(1, generator=generator)
+
+
+class Tape:
+    """The noise that stock draws for the rows of a call, step after step, for rows that do not keep in step.
+
+    Args:
+        rows: Of the call.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._steps: deque[Tensor] = deque()  # [rows, vocabulary] each
+        self._first = 0  # step of the first of them
+
+    def read(self, row: int, step: int, like: Tensor) -> Tensor:
+        """What a row uses in a step, `[1, vocabulary]`; `like` has that shape."""
+        while self._first + len(self._steps) <= step:
+            self._steps.append(draw(like.new_empty(self._rows, like.shape[1])))
+        return self._steps[step - self._first][row : row + 1]
+
+    def passed(self, step: int) -> None:
+        """No row will use the noise of an earlier step again."""
+        while self._steps and self._first < step:
+            self._steps.popleft()
+            self._first += 1
 
 
 def sample(scores: Tensor, noise: Tensor) -> Tensor:

@@ -120,17 +120,20 @@ class Scheduler:
             self._make_way(plan)
         ready = [request for request in self.running if request.remaining and request.error is None]
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
-        ready.sort(key=lambda request: (not request.protected, request.remaining > 1, self.line.rank(request)))
-        owed = sum(request.remaining == 1 for request in ready)  # a long prompt must not stall those who decode
+        ready.sort(key=lambda request: (not request.protected, not request.decodes, self.line.rank(request)))
+        owed = sum(request.remaining for request in ready if request.decodes)  # a long prompt must not stall these
         self._find([request for request in ready if not request.computed], plan)
         short = False  # somebody who runs lacks pages
         for request in ready:
             if budget <= 0:
                 break
-            owed -= request.remaining == 1
+            if request.decodes:
+                owed -= request.remaining
+                if request.remaining > budget or not self._free_for(request):
+                    request.retract()  # drafts are computed where there is room, and take it from nobody
             if request in plan.preempted or self._awaits_parent(request):
                 continue
-            length = request.next_span(budget if request.remaining == 1 else max(1, budget - owed))
+            length = request.next_span(budget if request.decodes else max(1, budget - owed))
             if self._reserve(request, length, plan):
                 budget -= self._plan_span(request, length, plan)
             else:
@@ -279,15 +282,19 @@ class Scheduler:
             request.selection.join(parent.selection)
         return False
 
+    def _free_for(self, request: Request, length: int | None = None) -> bool:
+        """Whether pages for a request's next tokens are free, all tokens by default."""
+        start = request.computed
+        stop = request.ends_at(len(request.tokens) if length is None else start + length)
+        needs = [table.missing(start, stop) for table in request.tables]
+        if any(need > pool.blank for need, pool in zip(needs, self.pools, strict=True)):
+            self._grow(needs)  # before kept pages are given up, and those of others
+        return all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True))
+
     def _reserve(self, request: Request, length: int, plan: Plan) -> bool:
         """Take the span's pages, from requests that rank behind if too few are free. `False` if that fails."""
         start, stop = request.computed, request.ends_at(request.computed + length)
-        while True:
-            needs = [table.missing(start, stop) for table in request.tables]
-            if any(need > pool.blank for need, pool in zip(needs, self.pools, strict=True)):
-                self._grow(needs)  # before kept pages are given up, and those of others
-            if all(need <= pool.free for need, pool in zip(needs, self.pools, strict=True)):
-                break
+        while not self._free_for(request, length):
             victim = self._victim(request, plan)
             if victim is None:
                 return False
@@ -314,6 +321,7 @@ class Scheduler:
         return max(self._behind(request, plan), key=self.line.rank, default=None)
 
     def _preempt(self, victim: Request, plan: Plan) -> None:
+        victim.retract()
         # What it holds and one page more is what it needs to go on, however long it has become.
         victim.rooms = [max(room, table.held + 1) for room, table in zip(victim.rooms, victim.tables, strict=True)]
         saved = victim.evicted > 0 or self._saves(victim)  # what was evicted would be there again

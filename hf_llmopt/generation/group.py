@@ -8,7 +8,8 @@ user passed see exactly what stock's loop would show them, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from time import perf_counter
 from typing import Any
@@ -89,18 +90,24 @@ class Group:
         Raises:
             LLMOptError: The call failed; its pages were given back.
         """
+        with self.running():
+            while not self.done:
+                with self.engine.lock:
+                    while not self.ready():
+                        if not self.engine.step():
+                            self.engine.lock.wait(0.05)
+                self.advance()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Join the engine, and leave it in the end, whatever happens."""
         lock = self.engine.lock
         try:
             with lock:
                 self.engine.refresh()
                 while not self.start():
                     lock.wait(0.05)
-            while not self.done:
-                with lock:
-                    while not self.ready():
-                        if not self.engine.step():
-                            lock.wait(0.05)
-                self.advance()
+            yield
         finally:
             with lock:
                 self.engine.remove(self)
@@ -212,16 +219,10 @@ class Group:
 
     def _accept(self, tokens: list[int], unfinished: list[int]) -> None:
         if not any(unfinished):
-            self._close()
             for request, token in zip(self.requests, tokens, strict=True):
                 if not request.finished:
                     request.append(token)
-            if self.on_done is not None:
-                self.on_done()
-            self.on_start = self.on_done = None  # they refer back to the group, which must not outlive the call
-            for request in self.requests:
-                self.engine.finish(request)
-            self.engine.remove(self)
+            self._finish_all()
             return
         for request, token, flag in zip(self.requests, tokens, unfinished, strict=True):
             if request.finished:
@@ -230,16 +231,29 @@ class Group:
                 request.append(token)
                 self.engine.finish(request)
                 continue
-            if request.pending is None and self._at_limit(request):
-                raise PromptTooLong(
-                    f"The model has {self.position_limit} positions and all are used after "
-                    f"{self.stats.generated_tokens} new tokens. Lower max_new_tokens or shorten the prompt."
-                )
+            self._check_limit(request)
             request.append(token)
         self.live = [request for request in self.requests if not request.finished]
 
+    def _check_limit(self, request: Request) -> None:
+        if request.pending is None and self._at_limit(request):
+            raise PromptTooLong(
+                f"The model has {self.position_limit} positions and all are used after "
+                f"{self.stats.generated_tokens} new tokens. Lower max_new_tokens or shorten the prompt."
+            )
+
     def _at_limit(self, request: Request) -> bool:
-        return self.position_limit is not None and request.next_position >= self.position_limit
+        return self.position_limit is not None and request.next_position - request.drafted >= self.position_limit
+
+    def _finish_all(self) -> None:
+        """Every row has its last token: figures, the caller's cache, and the pages go back."""
+        self._close()
+        if self.on_done is not None:
+            self.on_done()
+        self.on_start = self.on_done = None  # they refer back to the group, which must not outlive the call
+        for request in self.requests:
+            self.engine.finish(request)
+        self.engine.remove(self)
 
     def _close(self) -> None:
         self.engine.account()
@@ -249,6 +263,8 @@ class Group:
         self.stats.evicted_tokens = sum(request.evicted for request in self.requests)
         self.stats.preemptions = sum(request.preemptions for request in self.requests)
         self.stats.swaps = sum(request.swaps for request in self.requests)
+        self.stats.drafted_tokens = sum(request.drafted_tokens for request in self.requests)
+        self.stats.accepted_tokens = sum(request.accepted_tokens for request in self.requests)
         self.stats.attention = tuple(sorted(self._paths))
         self.stats.fused = self.engine.runner.fused
         self.stats.no_graphs = self.engine.runner.no_graphs

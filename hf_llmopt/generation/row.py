@@ -125,6 +125,9 @@ class Row(Group):
         self.wished: list[Shaped] = []  # come before all processors
         self.stages: list[Shaped] = [stage for stage in shaped[first:] if stage is not None]
         self.called = type(self.processors)(self.processors[:first])
+        self._longest: int = self.criteria.max_length  # type: ignore[assignment]  # `translate` saw that there is one
+        if self.engine.speculator is not None:
+            self.request.most_drafts = self.most_drafts
         self._max_length: int | None = None
         self._eos: set[int] = set()
         self._criteria = type(self.criteria)()
@@ -157,6 +160,18 @@ class Row(Group):
         if wishes.frequency_penalty or wishes.presence_penalty:
             self.wished.append(count_penalty(wishes.frequency_penalty, wishes.presence_penalty))
 
+    @property
+    def shows(self) -> bool:
+        """Whether anybody wants to see scores or log-probabilities."""
+        return self.wishes.logprobs is not None or self.scores is not None or self.logits is not None
+
+    def show(self, logits: Tensor, scores: Tensor) -> None:
+        """Keep the model's logits and the scores they became, both `[1, vocabulary]`, for who wants them."""
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
     def notice(self) -> None:
         """Logits arrived, or the request failed."""
         self.on_notice(self)
@@ -178,6 +193,17 @@ class Row(Group):
         """Whether nothing can be computed behind the next token, whichever it is, or must not be."""
         longest = self._max_length is not None and self.length + 1 >= self._max_length
         return longest or self._at_limit(self.request) or self.on_done is not None
+
+    def most_drafts(self) -> int:
+        """How many tokens behind the next one can count."""
+        most = self._longest - self.length - 1
+        if self.position_limit is not None:
+            most = min(most, self.position_limit - self.request.next_position)
+        return max(0, most)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Of the row's next token, in the shape of its scores."""
+        return draw(like, self.generator)
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Count a step; one that may have been in vain counts once it is known that the request goes on."""
@@ -203,6 +229,8 @@ class Row(Group):
             if self.request.finished:  # cancelled meanwhile
                 return
             self._accept([token], [not ended])
+            if not self.done and self.request.logits is not None:
+                self.notice()  # the token was a draft: what follows from it is computed already
             unread, self._unread = self._unread, []
             for step in () if self.done else unread:
                 self.account(*step)
@@ -295,7 +323,7 @@ def choose(rows: Sequence[Row], logits: Sequence[Tensor]) -> Chosen:
     plain: list[int] = []
     shaped: list[int] = []
     for index, row in enumerate(rows):
-        simple = not (row.do_sample or row.called or row.stages or row.wished or row.wishes.logprobs is not None)
+        simple = not (row.do_sample or row.called or row.stages or row.wished or row.shows)
         (plain if simple else shaped).append(index)
     if plain:
         chosen.add(plain, pick(stack([logits[index] for index in plain])))
@@ -331,11 +359,13 @@ def _shaped(rows: Sequence[Row], places: Sequence[int], logits: Tensor, chosen: 
                 errors[place] = error
     scores = _applied([row.stages for row in rows], rows, places, scores, errors)
     alive = [index for index, place in enumerate(places) if errors[place] is None]
+    for index in alive:
+        rows[index].show(logits[index : index + 1], scores[index : index + 1])
     for drawing in (False, True):
         part = [index for index in alive if rows[index].do_sample is drawing]
         if part:
             own = scores if len(part) == len(rows) else scores[part]
-            noise = torch.cat([draw(own[:1], rows[index].generator) for index in part]) if drawing else None
+            noise = torch.cat([rows[index].noise(own[:1]) for index in part]) if drawing else None
             tokens = pick(own, noise)
             own_places = [places[index] for index in part]
             chosen.add(own_places, tokens)

@@ -22,6 +22,7 @@ from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, Toke
 from ..kv_cache import PagedCache
 from ..prompt_cache import Prefix
 from .active import Active, handle_of
+from .ahead import AheadGroup, why_not
 from .group import Group
 from .output import export_cache, goes_on, import_cache, keeps_every_key, write_back
 from .row import Row
@@ -103,9 +104,29 @@ def translate(
     ]
     if active.submitted:
         _check_rows(groups, prompt, generation_config)
+    elif engine.speculator is not None:
+        groups = [_ahead(groups[0], generation_config)]
     for group in groups:
         _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submitted)
     return groups
+
+
+def _ahead(group: Group, generation_config: GenerationConfig) -> Group:
+    """The same call with rows that draft, if they may go ahead of one another."""
+    group.stats.undrafted = why_not(group)
+    if group.stats.undrafted is not None:
+        return group
+    return AheadGroup(
+        group.engine,
+        group.requests,
+        group.input_ids,
+        group.processors,
+        group.criteria,
+        generation_config,
+        group.streamer,
+        group.keep_running,
+        group.position_limit,
+    )
 
 
 def _check_rows(groups: Sequence[Group], prompt: _Prompt, generation_config: GenerationConfig) -> None:
