@@ -14,7 +14,15 @@ import os
 
 from . import errors
 from .batching import BatchingPipeline, Engine, RequestHandle, generate_batch
-from .config import AttentionConfig, BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig, QuantizationConfig, SpeculativeConfig
+from .config import (
+    AttentionConfig,
+    BatchingConfig,
+    KVCacheConfig,
+    LLMOptConfig,
+    PromptCacheConfig,
+    QuantizationConfig,
+    SpeculativeConfig,
+)
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
 from .kv_cache import PagedCache
@@ -38,6 +46,7 @@ __all__ = [
     "QuantizationReport",
     "QuantizedLinear",
     "RequestHandle",
+    "SpeculativeConfig",
     "Stats",
     "errors",
     "generate_batch",

@@ -238,7 +238,9 @@ class SpeculativeConfig(Section):
     """Part 5, speculative decoding: guesses are computed along with the last token, and kept if they are right. Exact.
 
     Args:
-        method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"auto"`: that.
+        method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"draft_model"`: a
+            smaller model. `"auto"`: the draft model if there is one, else `"suffix"`.
+        draft_model: A model with the same vocabulary on the same device, or its name.
         num_tokens: Guesses of a request in each step; `None` for as many as pay, none among them: by what passes of
             different lengths take here, and how often guesses were right.
 
@@ -249,8 +251,26 @@ class SpeculativeConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("auto", choices=("auto", "suffix"))
+    method: str = _option("auto", choices=("auto", "suffix", "draft_model"))
+    draft_model: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     num_tokens: int | None = _option(None, kind=int, low=1, high=64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.effective_method == "draft_model") != (self.draft_model is not None):
+            raise InvalidOption(
+                f"SpeculativeConfig(method={self.method!r}, draft_model={type(self.draft_model).__name__}): method "
+                "'draft_model' needs draft_model=, a model or its name, and no other method takes one."
+            )
+        if not (self.draft_model is None or isinstance(self.draft_model, str) or hasattr(self.draft_model, "forward")):
+            raise InvalidOption(f"draft_model is a model or its name, got {type(self.draft_model).__name__}.")
+
+    @property
+    def effective_method(self) -> str:
+        """The method that `"auto"` stands for."""
+        if self.method != "auto":
+            return self.method
+        return "suffix" if self.draft_model is None else "draft_model"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from typing import Any
 
 from transformers import PreTrainedModel, TextGenerationPipeline, modeling_utils, pipelines
@@ -19,7 +20,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import attention, quantization
 from .batching import BatchingPipeline
-from .config import LLMOptConfig
+from .config import LLMOptConfig, SpeculativeConfig
 from .errors import InstallConflict, InvalidOption, NotServed, UnsupportedModel
 from .generation import ACTIVE, Active, Prepared, handle_of, require_model, translate
 from .stats import Stats
@@ -42,7 +43,7 @@ def install() -> None:
         (PreTrainedModel, "from_pretrained", _from_pretrained),
         (GenerationMixin, "generate", _generate),
         (GenerationMixin, "_sample", _sample),
-        (GenerationMixin, "_assisted_decoding", _not_served("assisted decoding (assistant_model, prompt lookup)")),
+        (GenerationMixin, "_assisted_decoding", _assisted_decoding),
         (GenerationMixin, "_beam_search", _not_served("beam search")),
         (modeling_utils, "get_hf_quantizer", quantization.answering),
     ):
@@ -205,22 +206,63 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         active = ACTIVE.get()
         if active is None or active.model is not self:
             return original(self, *args, **kwargs)
-        try:
-            groups = translate(active, *args, **kwargs)
-        except NotServed as reason:
-            _fall_through(active, str(reason))
-            return original(self, *args, **kwargs)
-        active.settled = True
-        if active.submitted:
-            raise Prepared(groups)
-        (group,) = groups
-        try:
-            group.run()
-        finally:
-            handle_of(self).stats = group.stats
-        return group.output()
+        return _serve(active, partial(original, self), *args, **kwargs)
 
     return _sample
+
+
+def _serve(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the sampling loop returns, from the engine, or from `stock` where that cannot serve."""
+    try:
+        groups = translate(active, *args, **kwargs)
+    except NotServed as reason:
+        _fall_through(active, str(reason))
+        return stock(*args, **kwargs)
+    active.settled = True
+    if active.submitted:
+        raise Prepared(groups)
+    (group,) = groups
+    try:
+        group.run()
+    finally:
+        handle_of(active.model).stats = group.stats
+    return group.output()
+
+
+def _assisted_decoding(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        active = ACTIVE.get()
+        if active is None or active.model is not self:
+            return original(self, *args, **kwargs)
+        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        inputs = call.pop("model_kwargs", {})
+        call = {name: value for name, value in call.items() if name in _SAMPLED or value is not None}
+        assistant, lookup = call.get("assistant_model"), call["generation_config"].prompt_lookup_num_tokens
+        if assistant is None and lookup is None:
+            _fall_through(active, "assisted decoding with the model's own heads or layers is not served")
+        elif call.get("assistant_tokenizer") is not None:
+            _fall_through(active, "an assistant_model with another tokenizer is not served")
+        else:
+            method = SpeculativeConfig("suffix") if assistant is None else SpeculativeConfig(draft_model=assistant)
+            active.config = replace(active.config, speculative=method)
+            inputs["tokenizer"] = call.get("tokenizer")
+            plain = {name: call[name] for name in _SAMPLED if name in call}
+            return _serve(active, lambda **_: original(self, *args, **kwargs), **plain, **inputs)
+        return original(self, *args, **kwargs)
+
+    return _assisted_decoding
+
+
+# What the sampling loop takes by name; the rest are the model's inputs.
+_SAMPLED = (
+    "input_ids",
+    "logits_processor",
+    "stopping_criteria",
+    "generation_config",
+    "synced_gpus",
+    "streamer",
+)
 
 
 def _not_served(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -21,11 +21,11 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from ..config import BatchingConfig, LLMOptConfig
+from ..config import BatchingConfig, LLMOptConfig, SpeculativeConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
-from ..speculative import Speculator, SuffixDrafter
+from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter
 from .evict import Evictor
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
@@ -33,6 +33,7 @@ from .proof import pass_seconds, prove
 from .request import Request, Rows, Share
 from .runner import Runner
 from .scheduler import Plan, Scheduler
+from .second import SecondModel, second_model
 
 AHEAD = 1024  # new tokens that pages are set aside for when a request is admitted
 
@@ -106,10 +107,7 @@ class EngineLoop:
             self.prompts,
         )
         self.costs = Costs()
-        speculative = config.speculative
-        self.speculator = None if speculative is None else Speculator(
-            SuffixDrafter(), partial(pass_seconds, self.runner), speculative.num_tokens
-        )
+        self.speculator = None if config.speculative is None else self._speculator(model, config.speculative)
         overlap = config.batching.overlap
         self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
         self.overlaps &= self.speculator is None  # drafts follow tokens that are known
@@ -122,6 +120,14 @@ class EngineLoop:
         self.steps = 0
         if self.runner.graphs is not None and config.kv_cache.max_tokens is not None:
             self._grow(self.store.limits())  # pages that are added later move all others, and end every graph
+
+    def _speculator(self, model: PreTrainedModel, config: SpeculativeConfig) -> Speculator:
+        drafter: Drafter = SuffixDrafter()
+        if config.effective_method == "draft_model":
+            second = second_model(config.draft_model, model)
+            own = LLMOptConfig(kv_cache=self.config.kv_cache, attention=self.config.attention)
+            drafter = DraftModelDrafter(SecondModel(EngineLoop(second, own, threading.Condition())))
+        return Speculator(drafter, partial(pass_seconds, self.runner), config.num_tokens)
 
     def refresh(self) -> None:
         """Look at the model again: modules may have been exchanged, adapted or hooked since the last call.
@@ -276,7 +282,10 @@ class EngineLoop:
         for request in group.requests:
             if not request.finished:
                 self._abandon(request)
-            request.group = request.on_prompt = None  # they refer back to the group
+            # They refer back to the group.
+            request.group = request.on_prompt = request.most_drafts = request.guess = None
+            if self.speculator is not None:
+                self.speculator.forget(request)
         self.groups.pop(group, None)
         self.lock.notify_all()
 
@@ -345,8 +354,7 @@ class EngineLoop:
             if request.most_drafts is not None and request.remaining == 1 and request.computed and request.error is None
         ]
         if wanted:
-            requests, limits = zip(*wanted, strict=True)
-            speculator.draft(requests, limits)
+            speculator.draft([request for request, _ in wanted], [limit for _, limit in wanted])
 
     def _move_pages(self, plan: Plan) -> None:
         """What must happen to pages before anything else is written to them."""

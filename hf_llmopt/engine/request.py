@@ -84,6 +84,8 @@ class Request:
         logits: Row `[vocabulary]` behind the last token that is no draft, once it is computed, else `None`.
         later: Rows `[vocabulary]` behind the drafts, which count as far as the drafts are confirmed.
         most_drafts: How many drafts can be of use, asked for before each step; `None` where nothing is drafted.
+        guess: The token that it would choose with these logits, so many tokens behind its next one, and how likely its
+            choice is; for drafters.
         drafted_tokens: Drafts that were computed.
         accepted_tokens: Those that were right.
         pending: Where the last token lies on the device, tokens and index, while the host does not know it; else
@@ -125,6 +127,7 @@ class Request:
     error: BaseException | None = None
     finished: bool = False
     most_drafts: Callable[[], int] | None = None
+    guess: Any = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     cached_tokens: int = 0

@@ -37,28 +37,41 @@ def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 class Tape:
-    """The noise that stock draws for the rows of a call, step after step, for rows that do not keep in step.
+    """The noise that stock draws for the rows of a call, step after step, for rows that look ahead.
 
     Args:
         rows: Of the call.
+        generator: Draws it; `None` for the default one of the scores' device.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, generator: torch.Generator | None = None) -> None:
         self._rows = rows
-        self._steps: deque[Tensor] = deque()  # [rows, vocabulary] each
+        self._generator = generator
+        self._steps: deque[tuple[Tensor, Tensor]] = deque()  # the generator's state before each, [rows, vocabulary]
         self._first = 0  # step of the first of them
 
     def read(self, row: int, step: int, like: Tensor) -> Tensor:
         """What a row uses in a step, `[1, vocabulary]`; `like` has that shape."""
+        if self._generator is None:
+            index = like.device.index
+            self._generator = torch.cuda.default_generators[index] if like.is_cuda else torch.default_generator
         while self._first + len(self._steps) <= step:
-            self._steps.append(draw(like.new_empty(self._rows, like.shape[1])))
-        return self._steps[step - self._first][row : row + 1]
+            state = self._generator.get_state()
+            self._steps.append((state, draw(like.new_empty(self._rows, like.shape[1]), self._generator)))
+        return self._steps[step - self._first][1][row : row + 1]
 
     def passed(self, step: int) -> None:
         """No row will use the noise of an earlier step again."""
         while self._steps and self._first < step:
             self._steps.popleft()
             self._first += 1
+
+    def rewind(self, step: int) -> None:
+        """Leave the generator as if this step and those behind it had not been drawn."""
+        self.passed(step)
+        if self._steps and self._generator is not None:
+            self._generator.set_state(self._steps[0][0])
+            self._steps.clear()
 
 
 def sample(scores: Tensor, noise: Tensor) -> Tensor:

@@ -129,10 +129,10 @@ class Scheduler:
                 break
             if request.decodes:
                 owed -= request.remaining
-                if request.remaining > budget or not self._free_for(request):
-                    request.retract()  # drafts are computed where there is room, and take it from nobody
             if request in plan.preempted or self._awaits_parent(request):
                 continue
+            if request.drafted and (request.remaining > budget or not self._free_for(request)):
+                request.retract()  # drafts are computed where there is room, and take it from nobody
             length = request.next_span(budget if request.decodes else max(1, budget - owed))
             if self._reserve(request, length, plan):
                 budget -= self._plan_span(request, length, plan)

@@ -1,4 +1,4 @@
-"""The rows of a `generate` call, each going its own way: where drafts are confirmed, a row gains several tokens at once.
+"""The rows of a `generate` call, each going its own way: where drafts are right, a row gains several tokens at once.
 
 Rows do not wait for one another, and still get the tokens they would get in step: a row's step t uses the noise that
 stock draws for it there (`Tape`). What is shown both rows at once, an object of the user's say, cannot be served so.
@@ -14,11 +14,11 @@ from transformers import generation
 
 from ..engine.sampling import Tape
 from .group import Group
-from .row import STAGES, Row, choose
+from .row import Row, choose, stage_of
 
 LEAD = 32  # steps by which a row may be ahead of another: their noise is kept
 
-# transformers' own that look at each row for itself and keep nothing between steps, beside those of `STAGES`.
+# transformers' own that look at each row for itself and keep nothing between steps, beside those that have a stage in `warp.py`.
 ROW_WISE = tuple(
     getattr(generation, name)
     for name in (
@@ -46,11 +46,27 @@ def why_not(group: Group) -> str | None:
         return None
     if group.keep_running:
         return "finished rows of this call go on, because somebody could see it; rows stay in step"
-    together = [type(item).__name__ for item in group.processors if type(item) not in {*STAGES, *ROW_WISE}]
+    alone = [item for item in group.processors if stage_of(item) is not None or type(item) in ROW_WISE]
+    alone += [item for item in group.processors if _ignores_padding(item)]
+    together = [type(item).__name__ for item in group.processors if item not in alone]
     together += [type(item).__name__ for item in group.users_objects() if type(item).__name__ not in together]
     if together:
         return f"{', '.join(together)} may look at all rows of a step together"
     return None
+
+
+def _ignores_padding(processor: Any) -> bool:
+    """Whether it is a repetition penalty that was told how much of each row is padding."""
+    ours = type(processor) is generation.RepetitionPenaltyLogitsProcessor
+    return ours and isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
+
+
+def _of_row(processor: Any, index: int) -> Any:
+    """The processor for one row."""
+    if not _ignores_padding(processor):
+        return processor
+    padding = processor.prompt_ignore_length[index : index + 1]
+    return generation.RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding)
 
 
 class AheadGroup(Group):
@@ -99,6 +115,7 @@ class AheadGroup(Group):
 
     def _end(self) -> None:
         length = max(len(row.tokens) for row in self.rows)
+        self.tape.rewind(length)
         new = torch.full((len(self.rows), length), 0 if self.pad is None else int(self.pad), device="cpu")
         for row, own in zip(self.rows, new, strict=True):
             own[: len(row.tokens)] = torch.tensor(row.tokens)
@@ -112,14 +129,24 @@ class AheadGroup(Group):
 class _OwnWay(Row):
     """A row of such a call."""
 
-    def __init__(self, call: AheadGroup, index: int, engine: Any, requests: Any, input_ids: Tensor, *args: Any) -> None:
-        super().__init__(engine, [requests[index]], input_ids[index : index + 1], *args)
+    def __init__(
+        self,
+        call: AheadGroup,
+        index: int,
+        engine: Any,
+        requests: Any,
+        input_ids: Tensor,
+        processors: Any,
+        *args: Any,
+    ) -> None:
+        own = type(processors)(_of_row(processor, index) for processor in processors)
+        super().__init__(engine, [requests[index]], input_ids[index : index + 1], own, *args)
         self._call_of = call
         self._index = index
 
-    def noise(self, like: Tensor) -> Tensor:
-        """Of the row's next step, `[1, vocabulary]`."""
-        return self._call_of.tape.read(self._index, len(self.tokens), like)
+    def noise(self, like: Tensor, ahead: int = 0) -> Tensor:
+        """Of the row's next step, or one so many steps behind it, `[1, vocabulary]`."""
+        return self._call_of.tape.read(self._index, len(self.tokens) + ahead, like)
 
     def most_drafts(self) -> int:
         """As many as can count before the row ends, none where it is far ahead of the others."""

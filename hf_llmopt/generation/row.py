@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
 from ..engine import Share
-from ..engine.sampling import draw, invalid, pick
+from ..engine.sampling import Tape, invalid, pick
 from ..errors import CallbackFailed, InvalidRequest
 from ..kv_cache import Download
 from .group import Group
@@ -111,7 +111,7 @@ class Row(Group):
         (self.request,) = self.requests
         self.tokens: list[int] = []
         self.wishes = Wishes()
-        self.generator = torch.default_generator
+        self.tape = Tape(1)
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.on_notice: Callable[[Row], None] = lambda row: None
@@ -127,7 +127,7 @@ class Row(Group):
         self.called = type(self.processors)(self.processors[:first])
         self._longest: int = self.criteria.max_length  # type: ignore[assignment]  # `translate` saw that there is one
         if self.engine.speculator is not None:
-            self.request.most_drafts = self.most_drafts
+            self.request.most_drafts, self.request.guess = self.most_drafts, self.guess
         self._max_length: int | None = None
         self._eos: set[int] = set()
         self._criteria = type(self.criteria)()
@@ -146,7 +146,7 @@ class Row(Group):
             wishes: Applies to this row.
             generator: Source of its noise.
         """
-        self.wishes, self.generator = wishes, generator
+        self.wishes, self.tape = wishes, Tape(1, generator)
         self.request.priority, self.request.tenant = wishes.priority, wishes.tenant
         self.request.adapter = wishes.adapter
         if self.request.prefix is not None:
@@ -201,9 +201,19 @@ class Row(Group):
             most = min(most, self.position_limit - self.request.next_position)
         return max(0, most)
 
-    def noise(self, like: Tensor) -> Tensor:
-        """Of the row's next token, in the shape of its scores."""
-        return draw(like, self.generator)
+    def noise(self, like: Tensor, ahead: int = 0) -> Tensor:
+        """Of the row's next token, or one so many tokens behind it, in the shape of its scores `[1, vocabulary]`."""
+        return self.tape.read(0, len(self.tokens) + ahead, like)
+
+    def guess(self, logits: Tensor, ahead: int) -> tuple[int, float]:
+        """The token that the row would choose with these logits `[vocabulary]`, so many tokens behind its next one.
+
+        Returns:
+            The token, and its probability.
+        """
+        scores = apply([([*self.wished, *self.stages], self)], logits[None].float())
+        token = pick(scores, self.noise(scores, ahead) if self.do_sample else None)
+        return int(token), float(scores.softmax(-1)[0, token])
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Count a step; one that may have been in vain counts once it is known that the request goes on."""
@@ -217,6 +227,7 @@ class Row(Group):
         if logprob is not None:
             self.logprobs.append(logprob)
         self.tokens.append(token)
+        self.tape.passed(len(self.tokens))
         self.stats.generated_tokens += 1
         if not self.stats.time_to_first_token:
             self.stats.time_to_first_token = perf_counter() - self.began

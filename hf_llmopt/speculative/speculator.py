@@ -8,9 +8,8 @@ from itertools import accumulate
 from operator import mul
 from time import perf_counter
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
-from .drafter import Draft, Drafter
+from .drafter import Draft, Drafter, Odds, Text, place
 from .length import Costs, choose_lengths
 
 LONGEST = 16  # drafts of a request in a step
@@ -19,10 +18,9 @@ PRIOR = 2.0  # how many drafts that first guess weighs as much as
 MEMORY = 200.0  # drafts that are remembered for each grounds
 
 
-class Request(Protocol):
+class Request(Text, Protocol):
     """What is drafted for; the engine's `Request`."""
 
-    tokens: list[int]
     drafted_tokens: int
     accepted_tokens: int
 
@@ -54,7 +52,7 @@ class Speculator:
         self.num_tokens = num_tokens
         self._measure = measure
         self._costs: Costs | None = None
-        self._open: WeakKeyDictionary[Request, _Open] = WeakKeyDictionary()
+        self._open: dict[Request, _Open] = {}
         self._record: dict[Any, tuple[float, float]] = {}  # by grounds: drafts that were right, all drafts
         self._tokens, self._began = 0, 0.0  # of the last step
 
@@ -69,20 +67,30 @@ class Speculator:
         for request in requests:
             self._settle(request)
         most = LONGEST if self.num_tokens is None else self.num_tokens
-        drafts = self.drafter.propose(requests, [min(most, limit) for limit in limits])
+        limits = [min(most, limit) for limit in limits]
+        rows = len(requests)
         if self.num_tokens is None:
             if self._costs is None:
                 self._costs = Costs(self._measure)
             elif goes_on:
                 self._costs.observe(self._tokens, perf_counter() - self._began)
+            costs = self._costs
+            more, each = costs(rows + 1) - costs(rows), costs(rows) / rows  # seconds of a draft, and of a token
+            drafts = self.drafter.propose(requests, limits, Odds(self._chance, lambda seconds: (seconds + more) / each))
             chances = [list(accumulate(map(self._chance, draft.grounds), mul)) for draft in drafts]
-            lengths = choose_lengths(chances, self._costs)
+            lengths = choose_lengths(chances, costs)
         else:
+            drafts = self.drafter.propose(requests, limits, Odds(self._chance, lambda seconds: 0.0))
             lengths = [len(draft.tokens) for draft in drafts]
         for request, draft, length in zip(requests, drafts, lengths, strict=True):
             self._open[request] = _Open(draft, length, len(request.tokens))
             request.draft(draft.tokens[:length])
-        self._tokens, self._began = len(requests) + sum(lengths), perf_counter()
+        self._tokens, self._began = rows + sum(lengths), perf_counter()
+
+    def forget(self, request: Request) -> None:
+        """A request has ended; harmless if nothing was drafted for it."""
+        self._settle(request)
+        self.drafter.forget(request)
 
     def _chance(self, grounds: Any) -> float:
         right, tried = self._record.get(grounds, (0.0, 0.0))
@@ -94,8 +102,9 @@ class Speculator:
         if known is None:
             return
         right = 0
-        for token, guess, grounds in zip(request.tokens[known.start :], *known.draft, strict=False):
+        for index, (token, guess, grounds) in enumerate(zip(request.tokens[known.start :], *known.draft, strict=False)):
             self._learn(grounds, token == guess)  # of a guess that was not computed too
+            self._learn(place(index), token == guess)
             if token != guess:
                 break
             right += 1

@@ -8,9 +8,8 @@ among several places what followed most often; the guess goes on through its own
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
-from .drafter import Draft, Text
+from .drafter import Draft, Odds, Text
 
 ORDERS = (12, 6, 3, 2, 1)  # tokens of a match that are looked up, the longest first
 PLACES = 8  # the most recent ones of a match
@@ -47,17 +46,22 @@ class SuffixDrafter:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> text = SimpleNamespace(tokens=[7, 1, 2, 3, 7, 1])
-        >>> SuffixDrafter().propose([text], [3])[0].tokens
+        >>> class Text(SimpleNamespace):
+        ...     __hash__ = object.__hash__
+        >>> SuffixDrafter().propose([Text(tokens=[7, 1, 2, 3, 7, 1])], [3])[0].tokens
         [2, 3, 7]
     """
 
     def __init__(self) -> None:
-        self._indices: WeakKeyDictionary[Text, _Index] = WeakKeyDictionary()
+        self._indices: dict[Text, _Index] = {}
 
-    def propose(self, texts: Sequence[Text], limits: Sequence[int]) -> list[Draft]:
+    def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds | None = None) -> list[Draft]:
         """Guess, for each text up to `limit` tokens."""
         return [self._propose(text, limit) for text, limit in zip(texts, limits, strict=True)]
+
+    def forget(self, text: Text) -> None:
+        """The text has ended."""
+        self._indices.pop(text, None)
 
     def _propose(self, text: Text, limit: int) -> Draft:
         index = self._indices.setdefault(text, _Index())

@@ -1,0 +1,103 @@
+"""Guesses of a smaller model with the same vocabulary (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023).
+
+The published rule accepts a guess x ~ q with probability min(1, p(x) / q(x)), and draws what is rejected anew. Here the
+guess is what the model's own choice would be if its scores were the smaller model's: the same processors, the same
+noise. Where both find the same token the guess was right. The tokens are those of plain sampling, seed for seed, and a
+model that drafts for itself is always right; how often different models agree so is at least
+(1 - d) / (1 + d), d the total variation distance of p and q (Daliri et al. 2025, arXiv 2408.07978, theorem 3), and at
+most 1 - d, which the published rule reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Protocol
+
+from torch import Tensor
+
+from .drafter import Draft, Odds, Text, place
+
+FORGET = 0.1  # weight of a new measurement
+AGAIN = 16  # steps after which a text that was not worth a guess gets one
+BINS = 10  # of the smaller model's own confidence
+
+
+class Second(Protocol):
+    """The smaller model, which follows texts in pages of its own; `engine/second.py`."""
+
+    def follow(self, texts: Sequence[Text]) -> None:
+        """Know the tokens of these texts, and nothing behind them."""
+        ...
+
+    def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
+        """Behind all tokens of each text, `[vocabulary]`; `None` where there is no room for the text."""
+        ...
+
+    def append(self, text: Text, token: int) -> None:
+        """A guess follows."""
+        ...
+
+    def forget(self, text: Text) -> None:
+        """The text has ended."""
+        ...
+
+
+class DraftModelDrafter:
+    """Guesses with a smaller model.
+
+    Args:
+        second: The model.
+    """
+
+    def __init__(self, second: Second) -> None:
+        self._second = second
+        self._seconds = 0.0  # of a pass
+        self._waits: dict[Text, int] = {}  # steps since a text was last guessed for
+
+    def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds) -> list[Draft]:
+        """Guess, for each text up to `limit` tokens, as long as the next guess is worth a pass."""
+        drafts = [Draft([], []) for _ in texts]
+        chances = [1.0] * len(texts)
+        going = [index for index, limit in enumerate(limits) if limit > 0]
+        while going:
+            going = [index for index in going if self._pays(texts[index], drafts[index], chances[index], odds)]
+            if not going:
+                break
+            began = perf_counter()
+            if not drafts[going[0]].tokens:
+                self._second.follow([texts[index] for index in going])
+            found = self._second.logits([texts[index] for index in going])
+            each = (perf_counter() - began) / len(going)
+            if drafts[going[0]].tokens:  # the first pass of a step reads more than one token of a text
+                self._seconds = each if not self._seconds else self._seconds + FORGET * (each - self._seconds)
+            for index, logits in zip(list(going), found, strict=True):
+                draft, text = drafts[index], texts[index]
+                if logits is None:
+                    going.remove(index)
+                    continue
+                token, confidence = text.guess(logits, len(draft.tokens))
+                grounds = min(len(draft.tokens), 3), min(BINS - 1, int(BINS * confidence))
+                draft.tokens.append(token)
+                draft.grounds.append(grounds)
+                chances[index] *= odds.chance(grounds)
+                if len(draft.tokens) == limits[index]:
+                    going.remove(index)
+                else:
+                    self._second.append(text, token)
+        return drafts
+
+    def _pays(self, text: Text, draft: Draft, survival: float, odds: Odds) -> bool:
+        """Whether the next guess is worth its pass, by how often guesses at its place were right so far."""
+        if survival * odds.chance(place(len(draft.tokens))) > odds.worth(self._seconds):
+            self._waits[text] = 0
+            return True
+        if draft.tokens:
+            return False
+        self._waits[text] = self._waits.get(text, 0) + 1
+        return self._waits[text] % AGAIN == 0
+
+    def forget(self, text: Text) -> None:
+        """The text has ended."""
+        self._waits.pop(text, None)
+        self._second.forget(text)

@@ -1,0 +1,417 @@
+"""Speculative decoding: the tokens of plain decoding, whatever is guessed, and figures that say what the guesses did."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from architectures import build
+from transformers import StoppingCriteria, StoppingCriteriaList, pipeline
+
+import hf_llmopt
+from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
+from hf_llmopt.engine.sampling import Tape
+from hf_llmopt.errors import InvalidOption
+from hf_llmopt.speculative import Costs, Draft, SuffixDrafter, choose_lengths
+from hf_llmopt.speculative.drafter import Odds, Text
+
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
+PENALTIES = {"do_sample": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5}
+NEW = 24
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Oracle:
+    """Knows what will come, and says so a given share of the time."""
+
+    def __init__(self, ends: Sequence[list[int]], right: float) -> None:
+        self.ends, self.right, self.random = ends, right, random.Random(0)
+
+    def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds) -> list[Draft]:
+        drafts = []
+        for text, limit in zip(texts, limits, strict=True):
+            end = next((end for end in self.ends if end[: len(text.tokens)] == text.tokens), [])
+            tokens = [
+                token if self.random.random() < self.right else (token + 1) % 64
+                for token in end[len(text.tokens) : len(text.tokens) + limit]
+            ]
+            drafts.append(Draft(tokens, ["oracle"] * len(tokens)))
+        return drafts
+
+    def forget(self, text: Text) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+def prompts(rows: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Ragged, padded on the left, and full of repetitions."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 20, (rows, 6), generator=generator).repeat(1, 3)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 2 * row % 9] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def generate(model, inputs, llmopt, **kwargs):
+    """The sequences, and a random number drawn afterwards."""
+    torch.manual_seed(11)
+    output = model.generate(**inputs, llmopt=llmopt, max_new_tokens=NEW, pad_token_id=0, **kwargs)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences.tolist(), float(torch.rand(()))
+
+
+def speculating(num_tokens=4, **options):
+    return {"speculative": {"num_tokens": num_tokens, **options}}
+
+
+def drafted(model):
+    stats = model.llmopt.stats
+    assert stats.served_by == "llmopt" and stats.undrafted is None, stats
+    return stats
+
+
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED, PENALTIES], ids=["greedy", "sampled", "penalties"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+def test_the_tokens_are_those_of_stock_and_so_is_the_generator(architecture, rows, arguments):
+    model, inputs = build(architecture), prompts(rows)
+    expected = generate(model, inputs, None, **arguments)
+    assert generate(model, inputs, speculating(), **arguments) == expected
+    assert drafted(model).drafted_tokens > 0
+
+
+@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_guesses_that_are_partly_right(model, monkeypatch, right, arguments):
+    inputs = prompts(4)
+    expected = generate(model, inputs, None, **arguments)
+    starts = inputs["attention_mask"].argmax(1).tolist()
+    ends = [row[start:] for row, start in zip(expected[0], starts, strict=True)]
+    monkeypatch.setattr("hf_llmopt.engine.engine.SuffixDrafter", lambda: Oracle(ends, right))
+    model.llmopt.release() if hasattr(model, "llmopt") else None
+    assert generate(model, inputs, speculating(3), **arguments) == expected
+    stats = drafted(model)
+    model.llmopt.release()
+    assert stats.drafted_tokens > 0
+    if right == 0:
+        assert stats.accepted_tokens == 0
+    if right == 1:
+        assert stats.accepted_tokens == stats.drafted_tokens
+        assert stats.steps <= 1 + -(-NEW // 4) + 1, "four tokens a step"
+    if right == 0.7:
+        assert 0.2 < stats.accepted_tokens / stats.drafted_tokens < 0.9
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED, {"do_sample": True, "temperature": 3.0}])
+def test_a_model_that_drafts_for_itself_is_always_right(model, rows, arguments):
+    inputs = prompts(rows)
+    expected = generate(model, inputs, None, **arguments)
+    assert generate(model, inputs, speculating(draft_model=model), **arguments) == expected
+    stats = drafted(model)
+    assert stats.accepted_tokens == stats.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_another_model_drafts(architecture, arguments):
+    model, inputs = build(architecture), prompts(3)
+    draft = build("llama", seed=5)
+    expected = generate(model, inputs, None, **arguments)
+    config = speculating(draft_model=draft)
+    assert generate(model, inputs, config, **arguments) == expected
+    assert drafted(model).drafted_tokens > 0
+    engine = model.llmopt.engine
+    assert engine.store.pages_used == 0
+    assert engine.speculator.drafter._second._loop.store.pages_used == 0, "the draft's pages go back too"
+
+
+def test_assistant_models_and_prompt_lookup_choose_the_drafter(model):
+    inputs = prompts(2)
+    expected = generate(model, inputs, None, **GREEDY)
+    for arguments in ({"assistant_model": build("llama", seed=5)}, {"prompt_lookup_num_tokens": 3}):
+        found = generate(model, inputs, True, **GREEDY, **arguments)  # stock refuses two rows
+        assert found == expected
+        assert drafted(model).drafted_tokens > 0
+
+
+def test_an_end_inside_a_draft_ends_the_row(model):
+    inputs = prompts(3)
+    (plain, _) = generate(model, inputs, None, **GREEDY)
+    eos = plain[0][18 + 5]
+    expected = generate(model, inputs, None, **GREEDY, eos_token_id=eos)
+    assert expected[0] != plain
+    assert generate(model, inputs, speculating(), **GREEDY, eos_token_id=eos) == expected
+    drafted(model)
+
+
+class StopAt(StoppingCriteria):
+    """A user's criterion, which counts how often it is asked."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.asked = length, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked.append(input_ids.shape[1])
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_a_users_criterion_sees_every_token_and_stops_inside_a_draft(model):
+    inputs = prompts(1)
+    seen = []
+    for llmopt in (None, speculating()):
+        criterion = StopAt(18 + 7)
+        seen.append((generate(model, inputs, llmopt, **GREEDY, stopping_criteria=[criterion]), criterion.asked))
+    assert seen[0] == seen[1]
+    assert drafted(model).drafted_tokens > 0
+
+
+def test_rows_that_must_stay_in_step_do_and_say_why(model):
+    inputs, criterion = prompts(2), StopAt(18 + 7)
+    expected = generate(model, inputs, None, **GREEDY, stopping_criteria=[criterion])
+    assert generate(model, inputs, speculating(), **GREEDY, stopping_criteria=[criterion]) == expected
+    assert model.llmopt.stats.drafted_tokens == 0
+    assert "stay in step" in model.llmopt.stats.undrafted
+
+
+def test_scores_and_the_cache_are_those_of_stock(model):
+    inputs = prompts(1)
+    found = []
+    for llmopt in (None, speculating()):
+        torch.manual_seed(0)
+        found.append(
+            model.generate(
+                **inputs,
+                **SAMPLED,
+                max_new_tokens=NEW,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_scores=True,
+                output_logits=True,
+                llmopt=llmopt,
+            )
+        )
+    stock, ours = found
+    assert torch.equal(stock.sequences, ours.sequences)
+    for name in ("scores", "logits"):
+        for a, b in zip(getattr(stock, name), getattr(ours, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert ours.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
+    longer = torch.cat([ours.sequences, torch.tensor([[5, 6]])], dim=1)
+    ends = [
+        model.generate(longer, past_key_values=output.past_key_values, do_sample=False, max_new_tokens=8, llmopt=llmopt)
+        for output, llmopt in ((stock, None), (ours, speculating()))
+    ]
+    assert torch.equal(*ends)
+
+
+def test_submitted_requests_draft_and_share_steps(model):
+    config = LLMOptConfig(speculative=SpeculativeConfig(num_tokens=3), prompt_cache=True)
+    inputs = prompts(5, seed=3)
+    rows = [ids[mask == 1] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    with Engine(model, True) as plain:
+        handles = [plain.submit(row, max_new_tokens=NEW, seed=i, **SAMPLED) for i, row in enumerate(rows)]
+        expected = [handle.result() for handle in handles]
+    with Engine(model, config) as engine:
+        for _ in range(2):  # the second time prompts are found
+            handles = [engine.submit(row, max_new_tokens=NEW, seed=i, **SAMPLED) for i, row in enumerate(rows)]
+            assert [handle.result() for handle in handles] == expected
+            assert sum(handle.stats.drafted_tokens for handle in handles) > 0
+        assert any(handle.stats.cached_tokens for handle in handles)
+
+
+def test_preempted_requests_draft(model):
+    config = {
+        "speculative": {"num_tokens": 3},
+        "kv_cache": {"max_tokens": 96, "page_size": 4},
+        "batching": {"max_batch_tokens": 16},
+    }
+    rows = list(prompts(4)["input_ids"])
+    with Engine(model, True) as plain:
+        expected = [plain.submit(row, max_new_tokens=NEW, **GREEDY).result() for row in rows]
+    with Engine(model, config) as engine:
+        handles = [engine.submit(row, max_new_tokens=NEW, **GREEDY) for row in rows]
+        assert [handle.result() for handle in handles] == expected
+        assert sum(handle.stats.drafted_tokens for handle in handles) > 0
+        assert sum(handle.stats.preemptions for handle in handles) > 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_pages(model, dtype):
+    inputs, pages = prompts(2), {"kv_cache": {"dtype": dtype}}
+    expected = generate(model, inputs, pages, **GREEDY)
+    assert generate(model, inputs, {**pages, **speculating()}, **GREEDY) == expected
+    assert drafted(model).drafted_tokens > 0
+
+
+def test_the_pipeline_drafts():
+    model, tokenizer = demo.load()
+    text = "import os\nimport sys\nimport os\nimport sys\n"
+    outputs = []
+    for llmopt in ("kv_cache", "speculative", "speculative,continuous_batching"):
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, llmopt=llmopt)
+        outputs.append(pipe(text, max_new_tokens=12, do_sample=False)[0]["generated_text"])
+        assert ("speculative" in llmopt) == (model.llmopt.stats.drafted_tokens > 0)
+        if hasattr(pipe, "close"):
+            pipe.close()
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def _joint(model, llmopt, count, draws, **kwargs):
+    """How often each pair of first tokens came, `draws` rows of one call."""
+    ids = torch.tensor([[3, 1, 3, 1, 3]]).expand(draws, -1)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, llmopt=llmopt, do_sample=True, **kwargs
+    )
+    return Counter(map(tuple, output[:, 5:].tolist()))
+
+
+def _chi_squared(model, found, count, temperature, top_k):
+    """Against the exact joint distribution: the statistic, and how many outcomes are likely enough to count."""
+    total, probabilities = sum(found.values()), {(): 1.0}
+    for _ in range(count):
+        longer = {}
+        for tokens, probability in probabilities.items():
+            logits = model(torch.tensor([[3, 1, 3, 1, 3, *tokens]])).logits[0, -1].double() / temperature
+            logits[logits < logits.topk(top_k).values[-1]] = -float("inf")
+            for token, share in enumerate(logits.softmax(-1).tolist()):
+                if share:
+                    longer[(*tokens, token)] = probability * share
+        probabilities = longer
+    likely = [tokens for tokens, probability in probabilities.items() if probability * total >= 5]
+    statistic = sum((found[t] - probabilities[t] * total) ** 2 / (probabilities[t] * total) for t in likely)
+    removed = not set(found) <= set(probabilities)  # by top-k
+    return float("inf") if removed else statistic, len(likely)
+
+
+def _tiny():
+    return build("llama", vocab_size=8)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.8])
+@pytest.mark.parametrize("drafter", ["suffix", "draft_model"])
+@torch.no_grad()
+def test_the_joint_distribution_is_the_models(drafter, temperature):
+    model, options = _tiny(), {"temperature": temperature, "top_k": 5}
+    draft = {"draft_model": build("llama", vocab_size=8, seed=3)} if drafter == "draft_model" else {}
+    torch.manual_seed(0)
+    found = _joint(model, speculating(2, **draft), 3, 1500, **options)
+    assert drafted(model).drafted_tokens > 0
+    statistic, likely = _chi_squared(model, found, 3, temperature, 5)
+    # Of k outcomes the statistic has mean k and variance 2k: six deviations are a chance of about 1e-9.
+    assert statistic < likely + 6 * (2 * likely) ** 0.5
+
+
+@pytest.mark.parametrize("mistake", ["noise of the step before", "guesses count whatever the model says"])
+@torch.no_grad()
+def test_the_test_of_the_distribution_finds_mistakes(monkeypatch, mistake):
+    model, options = _tiny(), {"temperature": 1.0, "top_k": 5}
+    if mistake == "noise of the step before":
+        read = Tape.read
+        monkeypatch.setattr(Tape, "read", lambda self, row, step, like: read(self, row, step // 2 * 2, like))
+    else:
+        from hf_llmopt.engine.request import Request
+
+        append = Request.append
+
+        def trusting(self, token):
+            append(self, self.tokens[-self.drafted] if self.later else token)
+
+        monkeypatch.setattr(Request, "append", trusting)
+        from hf_llmopt.generation.row import Row
+
+        accept = Row.accept
+        monkeypatch.setattr(
+            Row,
+            "accept",
+            lambda self, token, logprob=None: accept(
+                self, self.request.tokens[-self.request.drafted] if self.request.later else token, logprob
+            ),
+        )
+    torch.manual_seed(0)
+    found = _joint(model, speculating(2), 3, 1500, **options)
+    statistic, likely = _chi_squared(model, found, 3, 1.0, 5)
+    assert statistic > likely + 6 * (2 * likely) ** 0.5
+
+
+def test_where_guesses_never_help_none_are_computed():
+    """Random tokens: the length comes down to 0, but for a try now and then."""
+    model, _ = demo.load()
+    ids = torch.randint(0, model.config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(1))
+    costs = Costs(lambda tokens: 1.0 + 0.2 * tokens)
+    model.generate(ids, llmopt="speculative", max_new_tokens=2, do_sample=False)
+    speculator = model.llmopt.engine.speculator
+    speculator._costs = costs
+    speculator._record.clear()
+    model.generate(ids, llmopt="speculative", max_new_tokens=100, do_sample=True, temperature=5.0)
+    assert model.llmopt.stats.drafted_tokens <= 25
+
+
+def test_lengths_maximise_tokens_per_second():
+    cost = Costs(lambda tokens: 1.0 + 0.05 * tokens)
+    generator = random.Random(4)
+    for _ in range(50):
+        chances = []
+        for _ in range(generator.randint(1, 3)):
+            row, chance = [], 1.0
+            for _ in range(generator.randint(0, 4)):
+                chance *= generator.random()
+                row.append(chance)
+            chances.append(row)
+        lengths = choose_lengths(chances, cost)
+
+        def rate(lengths, chances=chances):
+            tokens = len(chances) + sum(sum(row[:n]) for row, n in zip(chances, lengths, strict=True))
+            return tokens / cost(len(chances) + sum(lengths))
+
+        options = [[]]
+        for row in chances:
+            options = [[*before, n] for before in options for n in range(len(row) + 1)]
+        assert rate(lengths) == pytest.approx(max(map(rate, options)))
+
+
+def test_the_suffix_drafter_takes_the_longest_match_the_most_frequent_and_follows_loops():
+    class Words:
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+    propose = SuffixDrafter().propose
+    assert propose([Words([1, 2, 9, 5, 2, 7, 1, 2])], [1])[0].tokens == [9], "1 2 is longer than 2"
+    assert propose([Words([2, 7, 2, 8, 2, 8, 2])], [1])[0].tokens == [8], "twice beats once"
+    assert propose([Words([4, 5, 4, 5, 4])], [6])[0].tokens == [5, 4, 5, 4, 5, 4]
+    assert propose([Words([1, 2, 3])], [4])[0].tokens == []
+
+
+def test_bad_options_are_refused(model):
+    with pytest.raises(InvalidOption, match="needs draft_model="):
+        SpeculativeConfig("draft_model")
+    with pytest.raises(InvalidOption, match="no other method takes one"):
+        SpeculativeConfig("suffix", draft_model=model)
+    with pytest.raises(InvalidOption, match="'suffix'"):
+        SpeculativeConfig("sufix")
+    with pytest.raises(InvalidOption, match="a model or its name"):
+        SpeculativeConfig(draft_model=3)
+    with pytest.raises(InvalidOption, match="num_tokens"):
+        SpeculativeConfig(num_tokens=0)
+    other = build("llama", vocab_size=32)
+    with pytest.raises(InvalidOption, match="knows 32 tokens"):
+        model.generate(**prompts(), llmopt={"speculative": {"draft_model": other}}, max_new_tokens=2)
+
+
+def test_optimize_and_lists_of_names(model):
+    hf_llmopt.optimize(model, llmopt=["prompt_cache", "speculative"])
+    try:
+        expected = generate(model, prompts(), False, **GREEDY)
+        assert generate(model, prompts(), None, **GREEDY) == expected
+        assert model.llmopt.stats.served_by == "llmopt"
+    finally:
+        hf_llmopt.optimize(model, llmopt=False)
