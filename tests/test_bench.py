@@ -12,8 +12,7 @@ import torch
 from architectures import build
 from typer.testing import CliRunner
 
-from hf_llmopt import bench, demo, errors
-from hf_llmopt.bench import continuous_batching, equality, eviction, kv_cache, measure, prompt_cache, report, workloads
+from hf_llmopt.bench import bench, continuous_batching, demo, equality, errors, eviction, from, hf_llmopt, import, kv_cache, measure, prompt_cache, report, speculative, workloads
 from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
@@ -349,6 +348,32 @@ def test_prompt_cache_refuses_other_tokens(tiny: torch.nn.Module, monkeypatch: p
     assert not found["passed"]
     assert found["workloads"][0]["ratios"] == []
     assert "FAILED" in prompt_cache.table(found).rows[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- speculative
+
+
+def test_speculative(tiny: torch.nn.Module) -> None:
+    seen: list[tuple[str, str]] = []
+    texts = [list(range(3, 40)) * 2]
+    found = speculative.bench(
+        tiny, tiny, speculative.QUICK, texts=texts, repeats=2, on_run=lambda *run: seen.append(run)
+    )
+    assert found["passed"], [workload["reasons"] for workload in found["workloads"]]
+    assert len(seen) == sum(3 * len(speculative.ways_of(workload, tiny)) for workload in speculative.QUICK)
+    for workload in found["workloads"]:
+        assert workload["ways"]["plain"]["steps"] == workload["new_tokens"]
+        assert all(workload["equality"][way]["same"] for way in workload["ways"])
+        assert set(workload["ways"]["suffix"]["over"]) == {"plain"}, "stock drafts for one row only"
+    shown = speculative.table(json.loads(json.dumps(found)))
+    assert [row[1] for row in shown.rows[:4]] == ["stock", "plain", "suffix", "draft model"]
+
+
+def test_speculative_refuses_other_tokens(tiny: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.generation.row.pick", lambda scores, noise=None: scores.argmin(-1))
+    found = speculative.bench(tiny, None, speculative.QUICK[2:], texts=[list(range(3, 40))], repeats=1)
+    assert not found["passed"]
+    assert found["workloads"][0]["ways"]["suffix"]["over"] == {}
 
 
 # -------------------------------------------------------------------------------------------------- continuous_batching

@@ -1,4 +1,4 @@
-"""Speculative decoding: the tokens of plain decoding, whatever is guessed, and figures that say what the guesses did."""
+"""Speculative decoding: the tokens of plain decoding, whatever is guessed, and figures of what the guesses did."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from architectures import build
-from transformers import StoppingCriteria, StoppingCriteriaList, pipeline
+from transformers import StoppingCriteria, pipeline
 
 import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
@@ -75,7 +75,7 @@ def speculating(num_tokens=4, **options):
 
 def drafted(model):
     stats = model.llmopt.stats
-    assert stats.served_by == "llmopt" and stats.undrafted is None, stats
+    assert (stats.served_by, stats.undrafted) == ("llmopt", None)
     return stats
 
 

@@ -18,7 +18,8 @@ from .row import Row, choose, stage_of
 
 LEAD = 32  # steps by which a row may be ahead of another: their noise is kept
 
-# transformers' own that look at each row for itself and keep nothing between steps, beside those that have a stage in `warp.py`.
+# transformers' own, beside those that have a stage in `warp.py`, that look at each row for itself and keep nothing
+# between steps.
 ROW_WISE = tuple(
     getattr(generation, name)
     for name in (

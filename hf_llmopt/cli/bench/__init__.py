@@ -11,6 +11,7 @@ from .flash_attention import flash_attention
 from .kv_cache import kv_cache
 from .prompt_cache import prompt_cache
 from .quantization import quantization
+from .speculative import speculative
 
 app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
 app.command("kv_cache", cls=ModelCommand)(kv_cache)
@@ -18,6 +19,7 @@ app.command("prompt_cache", cls=ModelCommand)(prompt_cache)
 app.command("continuous_batching", cls=ModelCommand)(continuous_batching)
 app.command("quantization", cls=ModelCommand)(quantization)
 app.command("flash_attention", cls=ModelCommand)(flash_attention)
+app.command("speculative", cls=ModelCommand)(speculative)
 app.command("cpu", cls=ModelCommand)(cpu)
 
 
