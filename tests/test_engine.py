@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 
 import hf_llmopt
 from hf_llmopt import Engine, errors
+from hf_llmopt.kernels import cpu
 
 KW = {"pad_token_id": 0, "eos_token_id": None}
 
@@ -252,3 +253,19 @@ def test_memory_that_runs_out_fails_the_newest_call(model, monkeypatch: pytest.M
     assert served.llmopt.engine.store.pages_used == 0
     ours = served.generate(ids, max_new_tokens=8, llmopt=config, **KW)
     assert torch.equal(ours, served.generate(ids, max_new_tokens=8, **KW))
+
+
+@pytest.mark.skipif("avx512" not in cpu.levels(), reason="needs longer vectors to be told from shorter ones")
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_long_spans_are_torchs_where_vectors_are_short(level: str) -> None:
+    """Prompts, prompts behind cached ones and decodes in one step, with a window too."""
+    for name in ("llama", "gemma3_text"):
+        served = build(name)
+        prompts = [torch.randint(3, 100, (length,)).tolist() for length in (3, 60, 120)]
+        expected = [stock(served, ids, 8) for ids in prompts]
+        with cpu.using(level), Engine(served, {"batching": {"max_batch_tokens": 96}}) as engine:
+            handles = [engine.submit(ids, max_new_tokens=8, **KW) for ids in prompts]
+            assert [handle.result() for handle in handles] == expected
+            paths = set().union(*(handle.stats.attention for handle in handles))
+        assert ("flash" in paths) == (level == "avx512")
+        assert "cpu" in paths

@@ -20,6 +20,7 @@ from ..kernels import cpu, reference
 from ..kv_cache import BlockTable, upload
 from .inputs import Call, Span, StepInputs
 
+SHORT_VECTORS = ("portable", "avx2")  # levels at which torch computes long spans several times as fast as our tiles
 TILE = 256  # queries that share one mask
 COPIED = 1024  # keys that are copied at a time where pages are no run
 _flags = threading.Lock()
@@ -33,15 +34,20 @@ def reference_paged(step: StepInputs, call: Call) -> Tensor:
 
 
 def cpu_paged(step: StepInputs, call: Call) -> Tensor:
-    """The C kernels, which read pages where they lie."""
+    """The C kernels, which read pages where they lie; torch's for long spans where vectors are short."""
     if call.key.dtype not in cpu.DTYPES or max(call.query.shape[3], call.value.shape[3]) > cpu.MAX_DIM:
+        return sdpa(step, call)
+    every = len(step.spans)
+    ours = every if cpu.used() not in SHORT_VECTORS else step.leading(step.tiled - 1)
+    if ours == 0:
         return sdpa(step, call)
     if step.spans[0].length < step.tiled:
         step.note("cpu")
-    if step.spans[-1].length >= step.tiled:
+    if step.spans[ours - 1].length >= step.tiled:
         step.note("flash")
-    seen = step.seen(call.layer, call.scaling, call.softcap, call.sinks)
-    return cpu.attention(call.query[0].transpose(0, 1), seen)[None]
+    seen = step.seen(call.layer, call.scaling, call.softcap, call.sinks, None if ours == every else range(ours))
+    found = cpu.attention(call.query[0, :, : len(seen.items)].transpose(0, 1), seen)[None]
+    return found if ours == every else torch.cat([found, sdpa(step, call, range(ours, every))], dim=1)
 
 
 def sdpa(step: StepInputs, call: Call, spans: range | None = None) -> Tensor:
