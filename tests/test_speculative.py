@@ -144,6 +144,13 @@ def test_assistant_models_and_prompt_lookup_choose_the_drafter(model):
         assert drafted(model).drafted_tokens > 0
 
 
+def test_rows_without_an_end_of_their_own_draft(model):
+    inputs = prompts(3)
+    expected = generate(model, inputs, None, **GREEDY, eos_token_id=None)
+    assert generate(model, inputs, speculating(), **GREEDY, eos_token_id=None) == expected
+    assert drafted(model).drafted_tokens > 0
+
+
 def test_an_end_inside_a_draft_ends_the_row(model):
     inputs = prompts(3)
     (plain, _) = generate(model, inputs, None, **GREEDY)

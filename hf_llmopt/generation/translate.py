@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from ..engine import EngineLoop, Request, input_weight
 from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, TokenOutOfRange, UnsupportedModel
@@ -389,7 +395,8 @@ def _keeps_running(
     if generation_config.return_dict_in_generate or prompt.past is not None:
         return True
     if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
-        return True  # stock pads finished rows only if there is an EOS criterion
+        # Stock pads finished rows only if there is an EOS criterion. By their length all rows finish together.
+        return not all(type(criterion) is MaxLengthCriteria for criterion in criteria)
     ours = all(type(item).__module__.startswith("transformers.") for item in (*processors, *criteria))
     guided = generation_config.guidance_scale not in (None, 1)
     return not ours or guided
