@@ -135,6 +135,20 @@ def test_another_model_drafts(architecture, arguments):
     assert engine.speculator.drafter._second._loop.store.pages_used == 0, "the draft's pages go back too"
 
 
+def test_a_draft_model_that_fails_harms_nobody(model, monkeypatch):
+    inputs = prompts(2)
+    expected = generate(model, inputs, None, **GREEDY)
+    draft = build("llama", seed=5)
+    config = speculating(draft_model=draft)
+    assert generate(model, inputs, config, **GREEDY) == expected
+    draft.model.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    assert generate(model, inputs, config, **GREEDY) == expected
+    assert drafted(model).drafted_tokens == 0
+    monkeypatch.setattr("hf_llmopt.speculative.suffix.SuffixDrafter.propose", lambda *args: 1 / 0)
+    with pytest.warns(UserWarning, match="nothing is guessed any more: ZeroDivisionError"):
+        assert generate(model, inputs, speculating(7), **GREEDY) == expected
+
+
 def test_assistant_models_and_prompt_lookup_choose_the_drafter(model):
     inputs = prompts(2)
     expected = generate(model, inputs, None, **GREEDY)

@@ -11,6 +11,7 @@ engine only computes tokens that requests have and whose keys are missing.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -353,8 +354,15 @@ class EngineLoop:
             for request in self.scheduler.running
             if request.most_drafts is not None and request.remaining == 1 and request.computed and request.error is None
         ]
-        if wanted:
+        if not wanted:
+            return
+        try:
             speculator.draft([request for request, _ in wanted], [limit for _, limit in wanted])
+        except Exception as error:  # of the draft model, say: whoever generates can do without
+            self.speculator = None
+            for request, _ in wanted:
+                request.retract()
+            warnings.warn(f"llmopt: nothing is guessed any more: {type(error).__name__}: {error}", stacklevel=2)
 
     def _move_pages(self, plan: Plan) -> None:
         """What must happen to pages before anything else is written to them."""

@@ -76,9 +76,9 @@ class SecondModel:
         with self._loop.lock:
             for text in texts:
                 twin = self._twins.get(text)
-                if twin is None or twin.requests[0].error is not None:
+                if twin is None:
                     self._begin(text)
-                else:
+                elif twin.requests[0].error is None:
                     self._go_on(text, twin)
 
     def _begin(self, text: Text) -> None:
@@ -109,7 +109,7 @@ class SecondModel:
         twin.known = len(text.tokens)
 
     def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
-        """Behind all tokens of each text, `[vocabulary]`; `None` where there is no room for the text."""
+        """Behind all tokens of each text, `[vocabulary]`; `None` where the model failed, or has no room for the text."""
         requests = [self._twins[text].requests[0] for text in texts]
         with self._loop.lock:
             while any(request.logits is None and request.error is None for request in requests):

@@ -31,7 +31,7 @@ class Second(Protocol):
         ...
 
     def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
-        """Behind all tokens of each text, `[vocabulary]`; `None` where there is no room for the text."""
+        """Behind all tokens of each text, `[vocabulary]`; `None` where nothing more will come."""
         ...
 
     def append(self, text: Text, token: int) -> None:
