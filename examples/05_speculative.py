@@ -32,8 +32,8 @@ for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 0.7}):
         tokens[name] = model.generate(**prompt, max_new_tokens=NEW_TOKENS, llmopt=way, **sampling)
         seconds = time.perf_counter() - start
         assert torch.equal(tokens[name], tokens["stock"]), f"{name} gives other tokens"
-        stats = model.llmopt.stats
-        guesses = (
-            f"{stats.accepted_tokens} of {stats.drafted_tokens} guesses right, {stats.steps} passes" if way else ""
-        )
+        guesses = ""
+        if way:
+            stats = model.llmopt.stats
+            guesses = f"{stats.accepted_tokens} of {stats.drafted_tokens} guesses right, {stats.steps} passes"
         print(f"{name:12} {seconds:6.3f} s  same tokens  {guesses}")

@@ -244,8 +244,9 @@ def _assisted_decoding(original: Callable[..., Any]) -> Callable[..., Any]:
         elif call.get("assistant_tokenizer") is not None:
             _fall_through(active, "an assistant_model with another tokenizer is not served")
         else:
-            method = SpeculativeConfig("suffix") if assistant is None else SpeculativeConfig(draft_model=assistant)
-            active.config = replace(active.config, speculative=method)
+            method = "suffix" if assistant is None else "draft_model"
+            asked = replace(active.config.speculative or SpeculativeConfig(), method=method, draft_model=assistant)
+            active.config = replace(active.config, speculative=asked)
             inputs["tokenizer"] = call.get("tokenizer")
             plain = {name: call[name] for name in _SAMPLED if name in call}
             return _serve(active, lambda **_: original(self, *args, **kwargs), **plain, **inputs)

@@ -106,6 +106,8 @@ class Stats:
             + (f"{self.evicted_tokens} tokens evicted; " if self.evicted_tokens else "")
             + f"{self.pages} page(s) ({self.page_bytes / 2**20:.2f} MiB); attention: {', '.join(self.attention)}"
             + (f"; fused: {', '.join(self.fused)}" if self.fused else "")
+            + (f"; {self.accepted_tokens} of {self.drafted_tokens} guesses right" if self.drafted_tokens else "")
+            + (f"; nothing guessed: {self.undrafted}" if self.undrafted else "")
             + (f"; {self.graph_steps} steps from CUDA graphs" if self.graph_steps else "")
             + (f"; no CUDA graphs: {self.no_graphs}" if self.no_graphs else "")
         )

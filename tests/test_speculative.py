@@ -135,6 +135,16 @@ def test_another_model_drafts(architecture, arguments):
     assert engine.speculator.drafter._second._loop.store.pages_used == 0, "the draft's pages go back too"
 
 
+def test_a_draft_model_by_name_and_a_length_beside_it(model, tmp_path):
+    build("llama", seed=5).save_pretrained(tmp_path)
+    expected = generate(model, prompts(), None, **GREEDY)
+    assert generate(model, prompts(), speculating(draft_model=str(tmp_path)), **GREEDY) == expected
+    assert drafted(model).drafted_tokens > 0
+    by_text = {"prompt_lookup_num_tokens": 3}
+    assert generate(model, prompts(), {"speculative": {"num_tokens": 2}}, **GREEDY, **by_text) == expected
+    assert model.llmopt.engine.config.speculative == SpeculativeConfig("suffix", num_tokens=2)
+
+
 def test_a_draft_model_that_fails_harms_nobody(model, monkeypatch):
     inputs = prompts(2)
     expected = generate(model, inputs, None, **GREEDY)
@@ -201,7 +211,8 @@ def test_rows_that_must_stay_in_step_do_and_say_why(model):
     expected = generate(model, inputs, None, **GREEDY, stopping_criteria=[criterion])
     assert generate(model, inputs, speculating(), **GREEDY, stopping_criteria=[criterion]) == expected
     assert model.llmopt.stats.drafted_tokens == 0
-    assert "stay in step" in model.llmopt.stats.undrafted
+    assert "criterion of yours" in model.llmopt.stats.undrafted
+    assert "nothing guessed" in str(model.llmopt.stats)
 
 
 def test_scores_and_the_cache_are_those_of_stock(model):

@@ -127,7 +127,7 @@ class EngineLoop:
         if config.effective_method == "draft_model":
             second = second_model(config.draft_model, model)
             own = LLMOptConfig(kv_cache=self.config.kv_cache, attention=self.config.attention)
-            drafter = DraftModelDrafter(SecondModel(EngineLoop(second, own, threading.Condition())))
+            drafter = DraftModelDrafter(SecondModel(second, EngineLoop(second, own, threading.Condition())))
         return Speculator(drafter, partial(pass_seconds, self.runner), config.num_tokens)
 
     def refresh(self) -> None:

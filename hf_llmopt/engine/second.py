@@ -64,10 +64,12 @@ class SecondModel:
     """Follows texts.
 
     Args:
-        loop: The second model's engine, which nobody else uses.
+        model: The second model; one that was loaded by its name is nobody else's.
+        loop: Its engine, which nobody else uses.
     """
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, model: PreTrainedModel, loop: EngineLoop) -> None:
+        self._model = model  # the engine holds it weakly
         self._loop = loop
         self._twins: dict[Text, _Twin] = {}
 
@@ -109,7 +111,7 @@ class SecondModel:
         twin.known = len(text.tokens)
 
     def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
-        """Behind all tokens of each text, `[vocabulary]`; `None` where the model failed, or has no room for the text."""
+        """Behind all tokens of each text, `[vocabulary]`; `None` where the model failed, or has no room for it."""
         requests = [self._twins[text].requests[0] for text in texts]
         with self._loop.lock:
             while any(request.logits is None and request.error is None for request in requests):

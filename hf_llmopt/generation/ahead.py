@@ -46,7 +46,10 @@ def why_not(group: Group) -> str | None:
     if len(group.requests) == 1:
         return None
     if group.keep_running:
-        return "finished rows of this call go on, because somebody could see it; rows stay in step"
+        return (
+            "return_dict_in_generate, past_key_values, guidance, or a processor or criterion of yours could see rows "
+            "of a step together; a row by itself may draft"
+        )
     alone = [item for item in group.processors if stage_of(item) is not None or type(item) in ROW_WISE]
     alone += [item for item in group.processors if _ignores_padding(item)]
     together = [type(item).__name__ for item in group.processors if item not in alone]
