@@ -331,6 +331,8 @@ class QuantizationConfig(Section):
         super().__post_init__()
         if self.method in EIGHT_BITS and self.bits not in (None, 8):
             raise InvalidOption(f"QuantizationConfig: {self.method!r} has 8 bits, got bits={self.bits}.")
+        if self.method == "int4" and self.bits == 8:
+            raise InvalidOption("QuantizationConfig: 'int4' has 2, 3 or 4 bits, got bits=8. Use 'int8'.")
         if self.method == "fp8" and (self.group_size not in (None, -1) or self.symmetric is False):
             raise InvalidOption(
                 "QuantizationConfig: 'fp8' casts with one scale for all inputs of an output and no zeros, got "

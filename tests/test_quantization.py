@@ -102,6 +102,14 @@ def test_what_is_saved_after_running_is_loaded_bit_for_bit(folder, tmp_path, met
     assert tokens == greedy(again)
 
 
+def test_a_shard_that_is_missing_is_named(folder, tmp_path):
+    load(folder, "int4").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(InvalidCheckpoint, match=shard.name):
+        load(tmp_path, True)
+
+
 def test_files_name_a_standard_format_and_nothing_of_ours(folder, tmp_path):
     expected = {"int4": "gptq", "int8": "compressed-tensors", "fp8": "compressed-tensors"}
     for method, standard in expected.items():
@@ -295,6 +303,8 @@ def test_errors_come_before_work_is_lost(folder, tmp_path):
     assert greedy(model, llmopt="int4")
     with pytest.raises(InvalidOption, match="'int8' has 8 bits"):
         QuantizationConfig("int8", bits=4)
+    with pytest.raises(InvalidOption, match="'int4' has 2, 3 or 4 bits"):
+        QuantizationConfig("int4", bits=8)
     for options in ({"group_size": 128}, {"symmetric": False}):
         with pytest.raises(InvalidOption, match="'fp8' casts with one scale"):
             QuantizationConfig("fp8", **options)

@@ -89,8 +89,8 @@ class Quantizer(HfQuantizer):
                 try:
                     with safe_open(file, "pt") as tensors:
                         shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-                except SafetensorError as error:
-                    raise InvalidCheckpoint(f"{file} cannot be read: {error}.") from error
+                except (SafetensorError, OSError) as error:  # torn, or one of several that is missing
+                    raise InvalidCheckpoint(f"{file} cannot be read: {error}. Download or save it again.") from error
         modules = {name.rpartition(".")[0] for name in shapes}
         # What transformers renames while it loads is found incomplete afterwards, if it is.
         known = {name: scheme for name, scheme in schemes.items() if name in modules}
