@@ -102,6 +102,17 @@ def test_what_is_saved_after_running_is_loaded_bit_for_bit(folder, tmp_path, met
     assert tokens == greedy(again)
 
 
+def test_an_equal_config_asks_for_what_is_there():
+    """GPTQ with zeros is stored as AWQ, which the model must not be told apart by."""
+    model, calibration = build("llama"), torch.randint(3, 100, (4, 64))
+
+    def asked():
+        return config("gptq", symmetric=False, group_size=32, calibration=calibration, length=64)
+
+    hf_llmopt.optimize(model, llmopt=asked())
+    assert greedy(model, llmopt=asked()) == greedy(model)
+
+
 def test_a_shard_that_is_missing_is_named(folder, tmp_path):
     load(folder, "int4").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -80,7 +80,7 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
                 raise
             warnings.warn(f"llmopt: transformers loads the weights: {reason}", UserWarning, stacklevel=2)
         return None
-    if wanted is not None and (why := _contradiction(recipe, wanted)) is not None:
+    if wanted is not None and (why := _contradiction(recipe, wanted, wanted.method)) is not None:
         raise UnsupportedQuantization(f"{why} {_already(entry)}")
     return Quantizer(WeightConfig(recipe), wanted or QuantizationConfig(), pre_quantized=True)
 
@@ -95,7 +95,9 @@ def has(model: PreTrainedModel, asked: QuantizationConfig) -> bool:
         return True
     told = {"bits", "group_size", "symmetric"}  # by the recipe
     counts = {"head_bits", "activations"} if quantizer.pre_quantized else {o.name for o in fields(asked)} - told
-    return _contradiction(quantizer.quantization_config.recipe, asked) is None and all(
+    # What was quantized here knows its method; the files' format alone does not tell: GPTQ with zeros is stored as AWQ.
+    method = asked.method if quantizer.pre_quantized else None
+    return _contradiction(quantizer.quantization_config.recipe, asked, method) is None and all(
         getattr(asked, name) is getattr(held, name)
         or (name != "calibration" and getattr(asked, name) == getattr(held, name))
         for name in counts
@@ -103,8 +105,8 @@ def has(model: PreTrainedModel, asked: QuantizationConfig) -> bool:
     )
 
 
-def _contradiction(recipe: Recipe, asked: QuantizationConfig) -> str | None:
-    """What of that which is named is not so in the files, or `None`."""
+def _contradiction(recipe: Recipe, asked: QuantizationConfig, method: str | None) -> str | None:
+    """What of that which is named, and of the method if it is to be told by the files, is not so; or `None`."""
     for _, scheme in recipe.groups:
         integer = scheme.format not in ("float-quantized", "fp8")
         fits = {
@@ -115,8 +117,8 @@ def _contradiction(recipe: Recipe, asked: QuantizationConfig) -> str | None:
             "awq": integer and (recipe.method != "gptq" or asked.symmetric is True),
             "smoothquant": scheme.format == "int-quantized" and scheme.bits == 8,
         }
-        if asked.method is not None and not fits[asked.method]:
-            return f"method={asked.method!r} contradicts the files' {scheme.format!r} of {scheme.bits} bits."
+        if method is not None and not fits[method]:
+            return f"method={method!r} contradicts the files' {scheme.format!r} of {scheme.bits} bits."
         for name in ("bits", "group_size", "symmetric"):
             if asked.names(name) and getattr(asked, name) != getattr(scheme, name):
                 return f"{name}={getattr(asked, name)} contradicts the files' {getattr(scheme, name)}."
