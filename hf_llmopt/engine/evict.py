@@ -13,9 +13,8 @@ from ..kv_cache.eviction import Scored, Scores, Selection, compact, method, with
 from .request import Request
 from .runner import Runner
 
-REPEATED = (
-    8  # tokens by which a piece of a prompt that is computed again begins early: what comes next follows from them
-)
+# Tokens by which a piece of a prompt that is computed again begins early: what comes next follows from them.
+REPEATED = 8
 
 
 class Evictor:
