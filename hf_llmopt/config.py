@@ -431,6 +431,11 @@ class LLMOptConfig:
             object.__setattr__(self, "batching", replace(self.batching, continuous=True))
         if not any(_alike(self.graphs, choice) and self.graphs == choice for choice in ("auto", False, True)):
             raise InvalidOption(f"graphs is 'auto', False or True, got {self.graphs!r}.")
+        if self.speculative is not None and self.kv_cache.eviction is not None:
+            raise InvalidOption(
+                f"eviction={self.kv_cache.eviction!r} and speculative= exclude each other: which tokens are given up "
+                "would depend on how many guesses a step computes. Choose one of them."
+            )
         for name in ("batch_invariant", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")

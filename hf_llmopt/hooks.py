@@ -244,6 +244,8 @@ def _assisted_decoding(original: Callable[..., Any]) -> Callable[..., Any]:
         elif call.get("assistant_tokenizer") is not None:
             _fall_through(active, "an assistant_model with another tokenizer is not served")
         else:
+            if lookup is not None and (type(lookup) is not int or lookup < 1):
+                raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
             method = "suffix" if assistant is None else "draft_model"
             asked = replace(active.config.speculative or SpeculativeConfig(), method=method, draft_model=assistant)
             active.config = replace(active.config, speculative=asked)

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, pipeline
 import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
 from hf_llmopt.engine.sampling import Tape
-from hf_llmopt.errors import InvalidOption
+from hf_llmopt.errors import CallbackFailed, InvalidOption
 from hf_llmopt.speculative import Costs, Draft, SuffixDrafter, choose_lengths
 from hf_llmopt.speculative.drafter import Odds, Text
 
@@ -157,6 +157,42 @@ def test_a_draft_model_that_fails_harms_nobody(model, monkeypatch):
     monkeypatch.setattr("hf_llmopt.speculative.suffix.SuffixDrafter.propose", lambda *args: 1 / 0)
     with pytest.warns(UserWarning, match="nothing is guessed any more: ZeroDivisionError"):
         assert generate(model, inputs, speculating(7), **GREEDY) == expected
+
+
+def test_nothing_is_guessed_behind_a_masked_last_token(model):
+    """Right padding whose id is the first new token: it must not pass for a guess."""
+    for token in range(3, 20):
+        inputs = {"input_ids": torch.tensor([[token, 0, 0, 0]]), "attention_mask": torch.tensor([[1, 0, 0, 0]])}
+        first = model.generate(**inputs, max_new_tokens=1, pad_token_id=0, do_sample=False)[0, -1]
+        inputs["input_ids"][0, 1:] = first
+        expected = generate(model, inputs, None, **GREEDY)
+        assert generate(model, inputs, speculating(2, draft_model=model), **GREEDY) == expected
+
+
+def test_a_draft_model_with_nan_guesses_nothing(model):
+    draft = build("llama", seed=5)
+    with torch.no_grad():
+        draft.lm_head.weight.fill_(float("nan"))
+    for arguments in (GREEDY, SAMPLED):
+        expected = generate(model, prompts(2), None, **arguments)
+        assert generate(model, prompts(2), speculating(draft_model=draft), **arguments) == expected
+        assert drafted(model).drafted_tokens == 0
+
+
+def test_a_criterion_that_raises_leaves_the_generator_where_stock_does(model):
+    class Raises(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == 18 + 3:
+                raise ZeroDivisionError
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    found = []
+    for llmopt in (None, speculating(draft_model=model)):
+        torch.manual_seed(3)
+        with pytest.raises((ZeroDivisionError, CallbackFailed)):
+            model.generate(**prompts(), **SAMPLED, max_new_tokens=NEW, stopping_criteria=[Raises()], llmopt=llmopt)
+        found.append(torch.rand(()))
+    assert found[0] == found[1]
 
 
 def test_assistant_models_and_prompt_lookup_choose_the_drafter(model):
@@ -434,6 +470,13 @@ def test_bad_options_are_refused(model):
         SpeculativeConfig(draft_model=3)
     with pytest.raises(InvalidOption, match="num_tokens"):
         SpeculativeConfig(num_tokens=0)
+    with pytest.raises(InvalidOption, match="exclude each other"):
+        LLMOptConfig(kv_cache={"eviction": "sink"}, speculative=True)
+    for value in (0, True, "a"):
+        with pytest.raises(InvalidOption, match="prompt_lookup_num_tokens"):
+            model.generate(**prompts(), llmopt=True, prompt_lookup_num_tokens=value, max_new_tokens=2)
+    with pytest.raises(InvalidOption, match="PreTrainedModel or its name, got Linear"):
+        model.generate(**prompts(), llmopt={"speculative": {"draft_model": torch.nn.Linear(2, 2)}}, max_new_tokens=2)
     other = build("llama", vocab_size=32)
     with pytest.raises(InvalidOption, match="knows 32 tokens"):
         model.generate(**prompts(), llmopt={"speculative": {"draft_model": other}}, max_new_tokens=2)

@@ -353,6 +353,7 @@ class EngineLoop:
             (request, request.most_drafts())
             for request in self.scheduler.running
             if request.most_drafts is not None and request.remaining == 1 and request.computed and request.error is None
+            if not request.masked_tail  # which is a query of its own, and leaves no key that drafts could see
         ]
         if not wanted:
             return

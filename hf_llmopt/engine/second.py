@@ -32,6 +32,8 @@ def second_model(given: Any, model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(given, str):
         loaded: Any = AutoModelForCausalLM.from_pretrained(given, dtype=model.dtype)
         given = loaded.to(device).eval()
+    if not isinstance(given, PreTrainedModel):
+        raise InvalidOption(f"draft_model is a transformers PreTrainedModel or its name, got {type(given).__name__}.")
     sizes = [each.config.get_text_config().vocab_size for each in (given, model)]
     if sizes[0] != sizes[1]:
         raise InvalidOption(

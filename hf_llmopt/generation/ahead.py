@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import generation
+from transformers import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, generation
 
 from ..engine.sampling import Tape
 from .group import Group
@@ -40,6 +40,8 @@ ROW_WISE = tuple(
     )
 )
 
+OWN_ENDS = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)  # criteria that see nothing but the row's tokens
+
 
 def why_not(group: Group) -> str | None:
     """Why the rows of a call have to keep in step; `None` if each may go its own way."""
@@ -53,6 +55,7 @@ def why_not(group: Group) -> str | None:
     alone = [item for item in group.processors if stage_of(item) is not None or type(item) in ROW_WISE]
     alone += [item for item in group.processors if _ignores_padding(item)]
     together = [type(item).__name__ for item in group.processors if item not in alone]
+    together += [type(item).__name__ for item in group.criteria if type(item) not in OWN_ENDS]
     together += [type(item).__name__ for item in group.users_objects() if type(item).__name__ not in together]
     if together:
         return f"{', '.join(together)} may look at all rows of a step together"
@@ -87,20 +90,27 @@ class AheadGroup(Group):
         Raises:
             LLMOptError: The call failed; its pages were given back.
         """
-        with self.running():
-            while not self.done:
-                with self.engine.lock:
-                    while not (ready := self._ready_rows()):
-                        if not self.engine.step():
-                            self.engine.lock.wait(0.05)
-                chosen = choose(ready, [row.request.logits for row in ready])
-                chosen.accept()
-                for error in filter(None, chosen.errors):
-                    raise error
-                self.tape.passed(min((len(row.tokens) for row in self.rows if not row.done), default=0))
-                if all(row.done for row in self.rows):
-                    with self.engine.lock:
-                        self._end()
+        try:
+            with self.running():
+                while not self.done:
+                    self._advance_some()
+        finally:
+            self.tape.rewind(max(len(row.tokens) for row in self.rows))  # guesses read ahead
+
+    def _advance_some(self) -> None:
+        """Choose the next tokens of the rows that have logits, once there are some."""
+        with self.engine.lock:
+            while not (ready := self._ready_rows()):
+                if not self.engine.step():
+                    self.engine.lock.wait(0.05)
+        chosen = choose(ready, [row.request.logits for row in ready])
+        chosen.accept()
+        for error in filter(None, chosen.errors):
+            raise error
+        self.tape.passed(min((len(row.tokens) for row in self.rows if not row.done), default=0))
+        if all(row.done for row in self.rows):
+            with self.engine.lock:
+                self._end()
 
     def _ready_rows(self) -> list[Row]:
         """Rows that have logits.
@@ -119,7 +129,6 @@ class AheadGroup(Group):
 
     def _end(self) -> None:
         length = max(len(row.tokens) for row in self.rows)
-        self.tape.rewind(length)
         new = torch.full((len(self.rows), length), 0 if self.pad is None else int(self.pad), device="cpu")
         for row, own in zip(self.rows, new, strict=True):
             own[: len(row.tokens)] = torch.tensor(row.tokens)

@@ -73,10 +73,10 @@ class DraftModelDrafter:
                 self._seconds = each if not self._seconds else self._seconds + FORGET * (each - self._seconds)
             for index, logits in zip(list(going), found, strict=True):
                 draft, text = drafts[index], texts[index]
-                if logits is None:
+                token, confidence = (-1, 0.0) if logits is None else text.guess(logits, len(draft.tokens))
+                if token < 0:  # no logits, or NaN among them
                     going.remove(index)
                     continue
-                token, confidence = text.guess(logits, len(draft.tokens))
                 grounds = min(len(draft.tokens), 3), min(BINS - 1, int(BINS * confidence))
                 draft.tokens.append(token)
                 draft.grounds.append(grounds)

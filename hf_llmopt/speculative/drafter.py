@@ -29,7 +29,7 @@ class Text(Protocol):
     next_position: int
     left_padding: int
     # The token that the request would choose with these logits `[vocabulary]`, so many tokens behind its next one, and
-    # how likely its choice is.
+    # how likely its choice is; -1 if there is none, because the logits have NaN.
     guess: Callable[[Tensor, int], tuple[int, float]]
 
 
