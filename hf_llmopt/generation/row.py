@@ -239,8 +239,9 @@ class Row(Group):
         with self.engine.lock:
             if self.request.finished:  # cancelled meanwhile
                 return
+            drafts = bool(self.request.later)
             self._accept([token], [not ended])
-            if not self.done and self.request.logits is not None:
+            if drafts and not self.done and self.request.logits is not None:
                 self.notice()  # the token was a draft: what follows from it is computed already
             unread, self._unread = self._unread, []
             for step in () if self.done else unread:

@@ -59,12 +59,11 @@ def test_output_attentions():
     assert_falls_through(model, {**ARGUMENTS, **DICT, "output_attentions": True}, "output_attentions")
 
 
-@pytest.mark.parametrize("assistant", ["model", "prompt lookup"])
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True}], ids=["greedy", "sampled"])
-def test_assisted_generation(llama, assistant, sampling):
-    """Nor are the assistant's own generate calls served: they were made by transformers."""
-    how = {"prompt_lookup_num_tokens": 2} if assistant != "model" else {"assistant_model": tiny("llama", seed=1)}
-    assert_falls_through(llama, {**ONE, "max_new_tokens": NEW, **sampling, **how}, "assisted decoding")
+def test_assisted_generation(llama, sampling):
+    """With an argument that the engine does not serve; nor are the assistant's own generate calls served."""
+    arguments = {**ONE, "max_new_tokens": NEW, **sampling, "assistant_model": tiny("llama", seed=1)}
+    assert_falls_through(llama, {**arguments, "use_cache": True, "output_hidden_states": True}, "output_hidden_states")
 
 
 def test_custom_generate(llama):

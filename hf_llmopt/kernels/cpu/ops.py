@@ -38,6 +38,9 @@ else:
         _reason = f"the extension was not built ({error}); install a C compiler and reinstall hf-llmopt"
 
 
+_levels: tuple[str, ...] = tuple(_C.levels()) if _C is not None else ()
+
+
 def available() -> bool:
     """Whether the kernels were built and this machine can run them."""
     return _C is not None
@@ -50,7 +53,7 @@ def why_not() -> str | None:
 
 def levels() -> tuple[str, ...]:
     """Names of the instruction set levels this machine can run, best last."""
-    return tuple(_C.levels()) if _C is not None else ()
+    return _levels
 
 
 def rest() -> None:
