@@ -307,7 +307,8 @@ def test_preempted_requests_draft(model):
     with Engine(model, True) as plain:
         expected = [plain.submit(row, max_new_tokens=NEW, **GREEDY).result() for row in rows]
     with Engine(model, config) as engine:
-        handles = [engine.submit(row, max_new_tokens=NEW, **GREEDY) for row in rows]
+        with engine.loop.lock:  # all are there before the first step
+            handles = [engine.submit(row, max_new_tokens=NEW, **GREEDY) for row in rows]
         assert [handle.result() for handle in handles] == expected
         assert sum(handle.stats.drafted_tokens for handle in handles) > 0
         assert sum(handle.stats.preemptions for handle in handles) > 0
