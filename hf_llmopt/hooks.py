@@ -42,9 +42,9 @@ def install() -> None:
     for owner, name, wrap in (
         (PreTrainedModel, "from_pretrained", _from_pretrained),
         (GenerationMixin, "generate", _generate),
-        (GenerationMixin, "_sample", _sample),
-        (GenerationMixin, "_assisted_decoding", _assisted_decoding),
-        (GenerationMixin, "_beam_search", _not_served("beam search")),
+        (GenerationMixin, "_sample", _loop(_serve)),
+        (GenerationMixin, "_assisted_decoding", _loop(_assisted)),
+        (GenerationMixin, "_beam_search", _loop(partial(_not_served, "beam search"))),
         (modeling_utils, "get_hf_quantizer", quantization.answering),
     ):
         original = vars(owner)[name]
@@ -200,15 +200,20 @@ def _active(active: Active | None) -> Iterator[Any]:
         ACTIVE.reset(token)
 
 
-def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        active = ACTIVE.get()
-        if active is None or active.model is not self:
-            return original(self, *args, **kwargs)
-        return _serve(active, partial(original, self), *args, **kwargs)
+def _loop(ours: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wrap a decoding loop: `ours` gets the call, the original and its arguments, where the call is under `llmopt=`."""
 
-    return _sample
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+            active = ACTIVE.get()
+            if active is None or active.model is not self:
+                return original(self, *args, **kwargs)
+            return ours(active, partial(original, self), *args, **kwargs)
+
+        return loop
+
+    return wrap
 
 
 def _serve(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -229,32 +234,23 @@ def _serve(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: Any)
     return group.output()
 
 
-def _assisted_decoding(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        active = ACTIVE.get()
-        if active is None or active.model is not self:
-            return original(self, *args, **kwargs)
-        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        inputs = call.pop("model_kwargs", {})
-        call = {name: value for name, value in call.items() if name in _SAMPLED or value is not None}
-        assistant, lookup = call.get("assistant_model"), call["generation_config"].prompt_lookup_num_tokens
-        if assistant is None and lookup is None:
-            _fall_through(active, "assisted decoding with the model's own heads or layers is not served")
-        elif call.get("assistant_tokenizer") is not None:
-            _fall_through(active, "an assistant_model with another tokenizer is not served")
-        else:
-            if lookup is not None and (type(lookup) is not int or lookup < 1):
-                raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
-            method = "suffix" if assistant is None else "draft_model"
-            asked = replace(active.config.speculative or SpeculativeConfig(), method=method, draft_model=assistant)
-            active.config = replace(active.config, speculative=asked)
-            inputs["tokenizer"] = call.get("tokenizer")
-            plain = {name: call[name] for name in _SAMPLED if name in call}
-            return _serve(active, lambda **_: original(self, *args, **kwargs), **plain, **inputs)
-        return original(self, *args, **kwargs)
-
-    return _assisted_decoding
+def _assisted(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What assisted decoding returns: its arguments name who drafts."""
+    call = inspect.signature(stock).bind(*args, **kwargs).arguments
+    inputs = call.pop("model_kwargs", {})
+    assistant, lookup = call.get("assistant_model"), call["generation_config"].prompt_lookup_num_tokens
+    if assistant is None and lookup is None:
+        return _not_served("assisted decoding with the model's own heads or layers", active, stock, *args, **kwargs)
+    if call.get("assistant_tokenizer") is not None:
+        return _not_served("an assistant_model with another tokenizer", active, stock, *args, **kwargs)
+    if lookup is not None and (type(lookup) is not int or lookup < 1):
+        raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
+    method = "suffix" if assistant is None else "draft_model"
+    asked = replace(active.config.speculative or SpeculativeConfig(), method=method, draft_model=assistant)
+    active.config = replace(active.config, speculative=asked)
+    inputs["tokenizer"] = call.get("tokenizer")
+    plain = {name: call[name] for name in _SAMPLED if name in call}
+    return _serve(active, lambda **_: stock(*args, **kwargs), **plain, **inputs)
 
 
 # What the sampling loop takes by name; the rest are the model's inputs.
@@ -268,18 +264,10 @@ _SAMPLED = (
 )
 
 
-def _not_served(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            active = ACTIVE.get()
-            if active is not None and active.model is self:
-                _fall_through(active, f"{what} is not served")
-            return original(self, *args, **kwargs)
-
-        return method
-
-    return wrap
+def _not_served(what: str, active: Active, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What transformers returns, after a warning."""
+    _fall_through(active, f"{what} is not served")
+    return stock(*args, **kwargs)
 
 
 def _fall_through(active: Active, reason: str) -> None:

@@ -283,20 +283,25 @@ class EngineLoop:
         for request in group.requests:
             if not request.finished:
                 self._abandon(request)
+            self.settle_drafts(request)
             # They refer back to the group.
             request.group = request.on_prompt = request.most_drafts = request.guess = None
-            if self.speculator is not None:
-                self.speculator.forget(request)
         self.groups.pop(group, None)
         self.lock.notify_all()
 
     def finish(self, request: Request) -> None:
         """A request needs no further token: its pages go back."""
-        request.retract()
+        self.settle_drafts(request)
         if self.prompts is not None and request in self.scheduler.running:
             self.prompts.finish(request)
         self.scheduler.remove(request)
         self.lock.notify_all()
+
+    def settle_drafts(self, request: Request) -> None:
+        """A request takes no further token: what was guessed beyond is forgotten, and what was right is counted."""
+        request.retract()
+        if self.speculator is not None:
+            self.speculator.forget(request)
 
     def _abandon(self, request: Request) -> None:
         """A request that failed or was cancelled leaves clean pages."""

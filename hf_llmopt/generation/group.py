@@ -257,6 +257,8 @@ class Group:
 
     def _close(self) -> None:
         self.engine.account()
+        for request in self.requests:
+            self.engine.settle_drafts(request)
         self.done = True
         self.stats.seconds = perf_counter() - self.began
         self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)

@@ -7,6 +7,7 @@ attended into a score for each head and slot.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -96,7 +97,7 @@ class Eviction:
         return None
 
 
-class Scored(Eviction):
+class Scored(Eviction, ABC):
     """A method that keeps the slots with the highest scores at the end of a prompt, each head its own."""
 
     recent = 0  # last tokens of the prompt that are kept whatever their score
@@ -121,10 +122,11 @@ class Scored(Eviction):
         spare = min(prompt, self.replayed)
         return Selection(prompt, held, kept, self.looks(prompt), spare) if kept < held else None
 
+    @abstractmethod
     def looks(self, prompt: int) -> range:
         """The tokens of a prompt whose queries are looked at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fold(self, scores: Tensor, weights: Tensor) -> None:
         """Take note of how some queries attended, in place.
 
@@ -132,7 +134,6 @@ class Scored(Eviction):
             scores: float32 `[kv_heads, slots]`, 0 before the first call.
             weights: float32 `[kv_heads, heads per key head, queries, slots]`; each query's sum is 1 at most.
         """
-        raise NotImplementedError
 
     def ranked(self, scores: Tensor, kept: int) -> Tensor:
         """Scores in the order of which slots are kept, `[kv_heads, slots]`; the first and last ones rank above all."""
