@@ -107,7 +107,7 @@ def test_engine_requests() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs(name: str, sampling: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contexts that outgrow a graph; the second call replays what the first has recorded."""
-    monkeypatch.setattr("hf_llmopt.engine.graphs.SHORTEST", 16)
+    monkeypatch.setattr("hf_llmopt.engine.fixed.SHORTEST", 16)
     model = build(name, pad_token_id=None).cuda()
     inputs = batch()
     for steps in (10, 15):

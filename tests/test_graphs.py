@@ -14,7 +14,7 @@ from hf_llmopt import Engine, LLMOptConfig
 from hf_llmopt.bench import kv_cache
 from hf_llmopt.bench.report import table
 from hf_llmopt.bench.workloads import Workload
-from hf_llmopt.engine import graphs
+from hf_llmopt.engine import capture, fixed
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.kernels import cpu
 
@@ -29,7 +29,7 @@ KW: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": No
 SAMPLED = {"do_sample": True, "top_k": 20}
 
 
-class Tape(graphs.NoWaiting):
+class Tape(capture.NoWaiting):
     """Writes down every operator and kernel with the tensors it read and gave."""
 
     now: "Tape | None" = None
@@ -67,7 +67,7 @@ class Emulation:
     def __init__(self, device: torch.device) -> None:
         self.captured = self.replayed = 0
 
-    def __call__(self, run: graphs.Run) -> graphs.Run:
+    def __call__(self, run: capture.Run) -> capture.Run:
         tape = self.tape()
         Tape.now = tape
         try:
@@ -97,8 +97,8 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
             launch(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", Emulation)
-    monkeypatch.setattr(graphs, "SHORTEST", 8)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Emulation)
+    monkeypatch.setattr(fixed, "SHORTEST", 8)
 
 
 def one_layer(**options: Any) -> Any:
@@ -253,11 +253,11 @@ def test_a_replay_that_gives_something_else(monkeypatch: pytest.MonkeyPatch) -> 
     """What a step gives in its place are the eager pass's logits, over keys that were written again."""
 
     class Stale(Emulation):
-        def __call__(self, run: graphs.Run) -> graphs.Run:
+        def __call__(self, run: capture.Run) -> capture.Run:
             first = run().clone()
             return lambda: first
 
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", Stale)
+    monkeypatch.setitem(capture.CAPTURES, "cpu", Stale)
     model = one_layer()
     stock = model.generate(**ragged(), **KW)
     assert torch.equal(model.generate(**ragged(), **KW, llmopt=config()), stock)
@@ -323,10 +323,10 @@ def test_what_drops_graphs() -> None:
     ],
 )
 def test_operators_that_wait(operator: Callable[[Tensor], object]) -> None:
-    with graphs.NoWaiting():
+    with capture.NoWaiting():
         x = torch.arange(4.0)
         assert (x[torch.tensor([0, 2])] + x.repeat_interleave(2)[:2]).shape == (2,)
-        with pytest.raises(graphs.WaitsForDevice):
+        with pytest.raises(capture.WaitsForDevice):
             operator(x)
 
 
@@ -334,7 +334,7 @@ def test_where_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_layer()
     with pytest.raises(InvalidOption, match=r"reads pages by the Triton kernels, got AttentionConfig\('sdpa'\)"):
         model.generate(**ragged(), **KW, llmopt=config(attention="sdpa"))
-    monkeypatch.delitem(graphs.CAPTURES, "cpu")
+    monkeypatch.delitem(capture.CAPTURES, "cpu")
     with pytest.raises(InvalidOption, match=r"the model is on cpu\. Move it to a GPU, or leave graphs out"):
         model.generate(**ragged(), **KW, llmopt=config())
     model.generate(**ragged(), **KW, llmopt=config(graphs="auto"))

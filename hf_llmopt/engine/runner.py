@@ -22,7 +22,8 @@ from ..fusion import Fusion
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, upload
 from ..kv_cache.eviction import Scored
-from .graphs import Batch, Graphs
+from .fixed import Batch
+from .graphs import Graphs
 from .probe import input_device
 from .request import Request
 
