@@ -128,7 +128,7 @@ def test_batched_is_single(
 def test_preempted_by_either_way(model, name: str, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that were saved and written back are the keys that would be computed again."""
     served = model(name)
-    monkeypatch.setattr("hf_llmopt.engine.engine.Costs.favour_copy", lambda *_: swaps)
+    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
     prompts = [prompt(10, seed) for seed in range(4)]
     with Engine(served, {"kv_cache": {"page_size": 4, "max_tokens": 80}}) as engine:
         handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
@@ -139,7 +139,7 @@ def test_preempted_by_either_way(model, name: str, swaps: bool, monkeypatch: pyt
 
 
 def test_the_cheaper_way_is_taken() -> None:
-    from hf_llmopt.engine.engine import Costs
+    from hf_llmopt.engine.budget import Costs
 
     costs = Costs()
     costs.computed(10, 1.0)
@@ -152,7 +152,7 @@ def test_the_cheaper_way_is_taken() -> None:
 
 
 def test_host_memory_for_swaps_is_bounded(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_llmopt.engine.engine.Costs.favour_copy", lambda *_: True)
+    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: True)
     prompts = [prompt(10, seed) for seed in range(4)]
     config = {"kv_cache": {"page_size": 4, "max_tokens": 80}, "batching": {"swap_bytes": 100}}
     with Engine(model("llama"), config) as engine:

@@ -232,7 +232,7 @@ def test_a_large_max_length_sets_little_aside() -> None:
 
 
 def test_pools_grow_while_a_request_runs(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_llmopt.engine.engine.AHEAD", 8)
+    monkeypatch.setattr("hf_llmopt.engine.budget.AHEAD", 8)
     served = model("gemma3_text")
     ids = torch.randint(3, 90, (3, 6))
     ours = served.generate(ids, max_new_tokens=60, llmopt={"kv_cache": {"page_size": 4}}, **KW)
@@ -243,7 +243,7 @@ def test_memory_that_runs_out_fails_the_newest_call(model, monkeypatch: pytest.M
     """Under a budget in memory a call may outgrow it: it fails with what fits, and the next one is served."""
     from hf_llmopt.kv_cache import PagedStore
 
-    monkeypatch.setattr("hf_llmopt.engine.engine.AHEAD", 8)
+    monkeypatch.setattr("hf_llmopt.engine.budget.AHEAD", 8)
     monkeypatch.setattr(PagedStore, "limits", lambda self: [8 for _ in self.groups])
     served = model("llama")
     ids = torch.randint(3, 90, (2, 6))

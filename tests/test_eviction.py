@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from hf_llmopt import Engine, LLMOptConfig
 from hf_llmopt.attention import gpu
 from hf_llmopt.config import KVCacheConfig
-from hf_llmopt.engine.engine import Costs
+from hf_llmopt.engine.budget import Costs
 from hf_llmopt.errors import InvalidOption, InvalidRequest, UnsupportedModel
 from hf_llmopt.kernels import cpu
 from hf_llmopt.kv_cache import BlockTable, PagePool

@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, PromptCacheConfig, errors
 from hf_llmopt.engine import EngineLoop, Request
-from hf_llmopt.engine.engine import Costs
+from hf_llmopt.engine.budget import Costs
 from hf_llmopt.engine.policy import Fair, FirstCome, Priority
 from hf_llmopt.engine.scheduler import Scheduler
 from hf_llmopt.kv_cache import LayerSpec, PagedStore

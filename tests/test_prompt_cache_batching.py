@@ -63,7 +63,7 @@ def test_found_and_preempted_is_single(
     asked = config(48, policy=policy, max_batch_tokens=tokens, max_requests=places)
     asked["prompt_cache"] = {"host_bytes": host_bytes}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_llmopt.engine.engine.Costs.favour_copy", lambda *_: swaps)
+        patch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
         patch.setattr("hf_llmopt.prompt_cache.cache.compute_seconds", lambda *_: 1.0)  # so that the tier is used
         with Engine(served, asked) as engine:
             submitted = []
@@ -89,7 +89,7 @@ def test_found_and_preempted_is_single(
 def test_preempted_requests_keep_their_keys(model, name: str, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found pages are saved, written back elsewhere, or found again; and what came of it can be found."""
     served = cold(model(name))
-    monkeypatch.setattr("hf_llmopt.engine.engine.Costs.favour_copy", lambda *_: swaps)
+    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
     prompts = [text(13, 99) + text(5, seed) for seed in range(4)]
     with Engine(served, config(80)) as engine:
         engine.submit(text(13, 99), max_new_tokens=1, **KW).result(60)

@@ -15,7 +15,7 @@ import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
 from hf_llmopt.engine.sampling import Tape
 from hf_llmopt.errors import CallbackFailed, InvalidOption
-from hf_llmopt.speculative import Costs, Draft, SuffixDrafter, choose_lengths
+from hf_llmopt.speculative import Draft, PassCosts, SuffixDrafter, choose_lengths
 from hf_llmopt.speculative.drafter import Odds, Text
 
 GREEDY = {"do_sample": False}
@@ -416,7 +416,7 @@ def test_where_guesses_never_help_none_are_computed():
     """Random tokens: the length comes down to 0, but for a try now and then."""
     model, _ = demo.load()
     ids = torch.randint(0, model.config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(1))
-    costs = Costs(lambda tokens: 1.0 + 0.2 * tokens)
+    costs = PassCosts(lambda tokens: 1.0 + 0.2 * tokens)
     model.generate(ids, llmopt="speculative", max_new_tokens=2, do_sample=False)
     speculator = model.llmopt.engine.speculator
     speculator._costs = costs
@@ -426,7 +426,7 @@ def test_where_guesses_never_help_none_are_computed():
 
 
 def test_lengths_maximise_tokens_per_second():
-    cost = Costs(lambda tokens: 1.0 + 0.05 * tokens)
+    cost = PassCosts(lambda tokens: 1.0 + 0.05 * tokens)
     generator = random.Random(4)
     for _ in range(50):
         chances = []

@@ -265,7 +265,7 @@ class Engine:
                     "request its own."
                 )
         for row in rows:
-            self.loop.check_fits(row)
+            self.loop.budget.check_fits(row)
         limit = self.config.batching.max_waiting
         if self.waiting + len(rows) > limit:
             raise EngineFull(

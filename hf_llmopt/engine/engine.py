@@ -27,6 +27,7 @@ from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter
+from .budget import Budget, Costs
 from .evict import Evictor
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
@@ -36,40 +37,11 @@ from .runner import Runner
 from .scheduler import Plan, Scheduler
 from .second import SecondModel, second_model
 
-AHEAD = 1024  # new tokens that pages are set aside for when a request is admitted
-
 
 def _policy(config: BatchingConfig) -> Policy:
     if config.policy == "fair":
         return Fair()
     return Priority(config.aging) if config.policy == "priority" else FirstCome()
-
-
-class Costs:
-    """What it has cost to compute keys and to copy them, to choose the cheaper when pages are taken away.
-
-    Attributes:
-        token_seconds: Seconds a token takes where many are computed together.
-        byte_seconds: Seconds to copy a byte of keys and values to host memory or back; 0 until it was measured once.
-    """
-
-    def __init__(self) -> None:
-        self.token_seconds = 0.0
-        self.byte_seconds = 0.0
-
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A pass over `tokens` tokens took `seconds`. The best passes count, and are slowly forgotten."""
-        each = seconds / tokens
-        self.token_seconds = min(each, 1.01 * self.token_seconds) if self.token_seconds else each
-
-    def copied(self, nbytes: int, seconds: float) -> None:
-        """Copying took `seconds`."""
-        each = seconds / max(1, nbytes)
-        self.byte_seconds = (self.byte_seconds + each) / 2 if self.byte_seconds else each
-
-    def favour_copy(self, tokens: int, nbytes: int) -> bool:
-        """Whether copying `nbytes` out and in is cheaper than computing `tokens` tokens again."""
-        return 2 * nbytes * self.byte_seconds < tokens * self.token_seconds
 
 
 class EngineLoop:
@@ -107,6 +79,7 @@ class EngineLoop:
             self._move_pages,
             self.prompts,
         )
+        self.budget = Budget(self.store, config, self.scheduler, self.evictor)
         self.costs = Costs()
         self.speculator = None if config.speculative is None else self._speculator(model, config.speculative)
         overlap = config.batching.overlap
@@ -139,30 +112,6 @@ class EngineLoop:
         if self.runner.refresh():
             prove(self.runner)
 
-    def rooms(self, prompt: int, total: int, keeps_passed: bool = False) -> list[int]:
-        """Pages to set aside for a request, per cache group.
-
-        All it can ever need under an explicit budget in tokens, so that it cannot fail half-way. Under a budget in
-        memory only what it needs soon: a large `max_new_tokens` is seldom used up, and pools grow.
-
-        Args:
-            prompt: Tokens of the prompt.
-            total: Tokens of prompt and continuation at most.
-            keeps_passed: Whether pages behind windows are kept.
-        """
-        size = self.store.page_size
-        if self.config.kv_cache.max_tokens is None:
-            total = min(total, prompt + AHEAD)
-        span = total if keeps_passed else min(total, self.config.batching.max_batch_tokens)
-        rooms = [group.pages_for(total, size, span) for group in self.store.groups]
-        if self.evictor is not None:
-            method = self.evictor.method
-            held = method.room(prompt, total, min(total, self.config.batching.max_batch_tokens))
-            for index in range(len(rooms)):
-                full = index in self.evictor.full
-                rooms[index] = 1 + (-(-held // size) if full else rooms[index] + min(prompt, method.replayed) // size)
-        return rooms
-
     def add(self, group: Rows) -> bool:
         """Admit a group: rows of a `generate` call start at once, others wait in the line for their turn.
 
@@ -183,17 +132,17 @@ class EngineLoop:
 
     def _provide_all(self, group: Rows) -> bool:
         """Set the pages aside that the group's rows may ever need; `False` if that is not possible yet."""
-        self.check_fits(group)
+        self.budget.check_fits(group)
         members = group.requests
-        wanted = self._outstanding(members)
-        others = self._outstanding([request for request in self.scheduler.running if request.protected])
+        wanted = self.budget.outstanding(members)
+        others = self.budget.outstanding([request for request in self.scheduler.running if request.protected])
         # Rows of one group get equal room, so that their runs of pages lie at equal distances.
         spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
         self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
-        if any(a + b > c for a, b, c in zip(wanted, others, self._capacity(), strict=True)):
+        if any(a + b > c for a, b, c in zip(wanted, others, self.budget.capacity(), strict=True)):
             # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
             if all(other.thread == group.thread for other in self.groups):
-                raise self._does_not_fit(members)
+                raise self.budget.does_not_fit(members)
             return False
         for request in members:
             request.tables = request.tables or self.store.tables(spacing)
@@ -220,63 +169,6 @@ class EngineLoop:
         if self.swapped_bytes + nbytes > min(self.config.batching.swap_bytes, psutil.virtual_memory().available):
             return False
         return self.costs.favour_copy(request.computed, nbytes)
-
-    def check_fits(self, group: Rows) -> None:
-        """Refuse a group that the budget can never hold.
-
-        Requests that may be preempted need not fit beside one another: each must fit alone.
-
-        Raises:
-            OutOfPages: It can never fit; the message says what does.
-        """
-        members = group.requests
-        if all(n <= pool.free for n, pool in zip(self._outstanding(members), self.scheduler.pools, strict=True)):
-            return
-        for together in [members] if any(r.protected for r in members) else [[request] for request in members]:
-            if any(n > limit for n, limit in zip(self._outstanding(together), self.store.limits(), strict=True)):
-                raise self._does_not_fit(together)
-
-    def _outstanding(self, requests: Sequence[Request]) -> list[int]:
-        """Pages the requests may still take, per cache group."""
-        totals = [0] * len(self.store.groups)
-        for request in requests:
-            for index, room in enumerate(request.rooms):
-                totals[index] += max(0, room - (request.tables[index].held if request.tables else 0))
-        return totals
-
-    def _capacity(self) -> list[int]:
-        """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
-        yielding = [request for request in self.scheduler.running if not request.protected]
-        coming = self.scheduler.freed(yielding)
-        return [
-            limit - pool.used + count
-            for limit, pool, count in zip(self.store.limits(), self.scheduler.pools, coming, strict=True)
-        ]
-
-    def _does_not_fit(self, requests: Sequence[Request]) -> OutOfPages:
-        size, rows = self.store.page_size, len(requests)
-        limits = self.store.limits()
-        held = [[table.held for table in request.tables] or [0] * len(limits) for request in requests]
-        rooms = [
-            [max(pair) for pair in zip(request.rooms, own, strict=True)]
-            for request, own in zip(requests, held, strict=True)
-        ]
-        wanted = [sum(room[index] for room in rooms) for index in range(len(limits))]
-        worst = max(range(len(wanted)), key=lambda index: wanted[index] / max(1, limits[index]))
-        limit, longest = limits[worst], max(room[worst] for room in rooms)
-        free = max(0, limit - self.scheduler.pools[worst].used + sum(own[worst] for own in held))
-        budget = self.config.kv_cache
-        allowed = (
-            f"max_tokens={budget.max_tokens}" if budget.max_tokens else f"memory_fraction={budget.memory_fraction}"
-        )
-        fits = [f"{free // longest} row(s) of this length"] if free >= longest else []
-        each = max(1, free // rows)
-        fits += [f"{min(rows, free)} row(s) of {each * size} tokens, prompt and new tokens together"] if free else []
-        return OutOfPages(
-            f"{rows} row(s) need {wanted[worst]} pages of {size} tokens, the KV cache's budget ({allowed}) has "
-            f"{free} left. What fits: {', or '.join(fits) or 'nothing'}. Lower max_new_tokens or the number of "
-            "rows, or raise KVCacheConfig(max_tokens=..., memory_fraction=...)."
-        )
 
     def remove(self, group: Rows) -> None:
         """Take a group out, finished or not, and give all of its pages back."""
@@ -442,7 +334,7 @@ class EngineLoop:
             return  # a group that waits for no page will choose its next tokens, and may end
         group = waiting[-1] if waiting else first.group if first is not None else None
         assert group is not None
-        self._fail(group.requests, self._does_not_fit(group.requests))
+        self._fail(group.requests, self.budget.does_not_fit(group.requests))
 
     def _settle(self, spans: Sequence[tuple[Request, int]]) -> None:
         """Count what was computed, drop masked tails, and give back pages that windows have passed."""

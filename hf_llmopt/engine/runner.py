@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import LoraLayers
-from ..attention import Observer, Span, StepInputs, Watch, backend, configs_of, serving
+from ..attention import Attend, Observer, Span, StepInputs, Watch, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..errors import InvalidOption
 from ..fusion import Fusion
@@ -183,46 +183,69 @@ class Runner:
         if watches and self._eviction is not None:
             attend = Observer(attend, watches, self._eviction.fold)
         names = [request.adapter for request, length in spans for _ in range(length)]
-        logits = None
+        batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
+        put_unknown, logits = partial(self._put_unknown, spans), None
         if self.graphs is not None and self.graphs.store is self.store and not (embeds or any(names) or watches):
-            batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
             clock = Clock(device)
-            compute = partial(self._compute, model)
-            logits = self.graphs.run(batch, compute, partial(self._put_unknown, spans), note)
+            logits = self.graphs.run(batch, partial(self._compute, model), put_unknown, note)
             clock.stop()
         if logits is None:
+            given = _long(batch.ids, device)
             if embeds:
                 rows = [request.embeds[request.computed : request.computed + length] for request, length in spans]
                 given = torch.cat(rows)[None].to(device)
             else:
-                given = _long(self._ids(spans), device)
-                self._put_unknown(spans, given)
-            at = _long(positions, device)
-            keep = None if len(kept) == len(positions) else _long(kept or [0], device)
-            columns = None if columns is None else upload(columns, device)
-            tiled = sys.maxsize if self._invariant else TILED
-            store = self.store
-            if any(layer.offloaded for layer in store.layers):
-                store = staged = Staged(store, [span.tables for span in placed], slots, self._streams)
-                placed = [
-                    span._replace(tables=tables) for span, tables in zip(placed, staged.tables_of_pass, strict=True)
-                ]
-                slots = staged.slots_of_pass
-            on_device = [upload(s, device) for s in slots]
-            step = StepInputs(store, placed, on_device, attend, note, tiled, bool(watches))
-            fused = nullcontext() if self.fusion is None else self.fusion.entered(model, len(positions))
-            adapted = self._lora.entered(names, kept or [0], device) if any(names) else nullcontext()
-            with fused, adapted:
-                clock = Clock(device)
-                logits = self._compute(model, given, at, keep, columns, step)
-                clock.stop()
-                if step.ahead is not None:
-                    step.ahead.close()
+                put_unknown(given)
+            logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches))
         lengths = dict(spans)
         for request, row in inside:
             if request.on_prompt is not None:
                 request.on_prompt(request.computed, logits[row : row + lengths[request]])
         return logits, needed, clock
+
+    def _eagerly(
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        given: Tensor,
+        attend: Attend,
+        note: Callable[[str], None],
+        adapters: Sequence[str | None],
+        watched: bool,
+    ) -> tuple[Tensor, Clock]:
+        """A pass, launch by launch.
+
+        Args:
+            model: The model.
+            batch: The pass.
+            given: Ids `[tokens]`, or embeddings `[1, tokens, hidden]`.
+            attend: Who reads the pages.
+            note: Called with the names of the attention paths that ran.
+            adapters: Of each token.
+            watched: Somebody looks at how tokens attend.
+
+        Returns:
+            The logits `[kept, vocabulary]`, and the clock of the model's pass.
+        """
+        device, store, spans, slots = self.device, self.store, batch.spans, batch.slots
+        tokens, kept = len(batch.positions), batch.kept
+        keep = None if len(kept) == tokens else _long(kept or [0], device)
+        columns = None if batch.columns is None else upload(batch.columns, device)
+        if self._streams:
+            store = staged = Staged(store, [span.tables for span in spans], slots, self._streams)
+            spans = [span._replace(tables=own) for span, own in zip(spans, staged.tables_of_pass, strict=True)]
+            slots = staged.slots_of_pass
+        tiled = sys.maxsize if self._invariant else TILED
+        step = StepInputs(store, spans, [upload(each, device) for each in slots], attend, note, tiled, watched)
+        fused = nullcontext() if self.fusion is None else self.fusion.entered(model, tokens)
+        adapted = self._lora.entered(adapters, kept or [0], device) if any(adapters) else nullcontext()
+        with fused, adapted:
+            positions, clock = _long(batch.positions, device), Clock(device)
+            logits = self._compute(model, given, positions, keep, columns, step)
+            clock.stop()
+            if step.ahead is not None:
+                step.ahead.close()
+        return logits, clock
 
     def _compute(
         self,

@@ -92,7 +92,7 @@ class SecondModel:
             list(text.tokens),
             list(text.positions),
             text.next_position,
-            self._loop.rooms(length, length, keeps_passed=True),
+            self._loop.budget.rooms(length, length, keeps_passed=True),
             left_padding=text.left_padding,
             keeps_passed=True,  # windows go back too
         )

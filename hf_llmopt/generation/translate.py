@@ -346,7 +346,7 @@ def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generati
         tokens=[0] * cached + prompt.ids[row, real].tolist(),
         positions=[0] * cached + positions[real].tolist(),
         next_position=int(positions[-1]) + 1,
-        rooms=engine.rooms(known, known + total - prompt.mask.shape[1], keeps_passed),
+        rooms=engine.budget.rooms(known, known + total - prompt.mask.shape[1], keeps_passed),
         left_padding=int(prompt.mask[row].long().argmax()),
         masked_tail=masked_tail,
         chunk=generation_config.prefill_chunk_size,

@@ -2,8 +2,8 @@
 
 from .draft_model import DraftModelDrafter
 from .drafter import Draft, Drafter
-from .length import Costs, choose_lengths
+from .length import PassCosts, choose_lengths
 from .speculator import Speculator
 from .suffix import SuffixDrafter
 
-__all__ = ["Costs", "Draft", "DraftModelDrafter", "Drafter", "Speculator", "SuffixDrafter", "choose_lengths"]
+__all__ = ["Draft", "DraftModelDrafter", "Drafter", "PassCosts", "Speculator", "SuffixDrafter", "choose_lengths"]

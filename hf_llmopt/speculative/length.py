@@ -15,14 +15,14 @@ SIZES = (1, 2, 4, 8, 16, 32)  # tokens of the passes that are measured
 FORGET = 0.1  # weight of a new observation
 
 
-class Costs:
+class PassCosts:
     """What a pass over n tokens takes, T(n), in seconds.
 
     Args:
         measure: Returns the seconds of one pass over so many tokens; called once for each of `SIZES`.
 
     Example:
-        >>> costs = Costs(lambda tokens: 1.0 + 0.1 * tokens)
+        >>> costs = PassCosts(lambda tokens: 1.0 + 0.1 * tokens)
         >>> round(costs(10), 3)
         2.0
     """

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from .drafter import Draft, Drafter, Odds, Text, place
-from .length import Costs, choose_lengths
+from .length import PassCosts, choose_lengths
 
 LONGEST = 16  # drafts of a request in a step
 FIRST = 0.5  # chance of a draft about whose grounds nothing is known yet
@@ -51,7 +51,7 @@ class Speculator:
         self.drafter = drafter
         self.num_tokens = num_tokens
         self._measure = measure
-        self._costs: Costs | None = None
+        self._costs: PassCosts | None = None
         self._open: dict[Request, _Open] = {}
         self._record: dict[Any, tuple[float, float]] = {}  # by grounds: drafts that were right, all drafts
         self._tokens, self._began = 0, 0.0  # of the last step
@@ -71,7 +71,7 @@ class Speculator:
         rows = len(requests)
         if self.num_tokens is None:
             if self._costs is None:
-                self._costs = Costs(self._measure)
+                self._costs = PassCosts(self._measure)
             elif goes_on:
                 self._costs.observe(self._tokens, perf_counter() - self._began)
             costs = self._costs

@@ -1,0 +1,140 @@
+"""Which requests fit: the pages they may need, those that can be had, and what is cheaper where there are too few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import LLMOptConfig
+from ..errors import OutOfPages
+from ..kv_cache import PagedStore
+from .evict import Evictor
+from .request import Request, Rows
+from .scheduler import Scheduler
+
+AHEAD = 1024  # new tokens that pages are set aside for when a request is admitted
+
+
+class Costs:
+    """What it has cost to compute keys and to copy them, to choose the cheaper when pages are taken away.
+
+    Attributes:
+        token_seconds: Seconds a token takes where many are computed together.
+        byte_seconds: Seconds to copy a byte of keys and values to host memory or back; 0 until it was measured once.
+    """
+
+    def __init__(self) -> None:
+        self.token_seconds = 0.0
+        self.byte_seconds = 0.0
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A pass over `tokens` tokens took `seconds`. The best passes count, and are slowly forgotten."""
+        each = seconds / tokens
+        self.token_seconds = min(each, 1.01 * self.token_seconds) if self.token_seconds else each
+
+    def copied(self, nbytes: int, seconds: float) -> None:
+        """Copying took `seconds`."""
+        each = seconds / max(1, nbytes)
+        self.byte_seconds = (self.byte_seconds + each) / 2 if self.byte_seconds else each
+
+    def favour_copy(self, tokens: int, nbytes: int) -> bool:
+        """Whether copying `nbytes` out and in is cheaper than computing `tokens` tokens again."""
+        return 2 * nbytes * self.byte_seconds < tokens * self.token_seconds
+
+
+class Budget:
+    """What an engine's pages can hold. Called with the engine's lock held, but for `rooms`.
+
+    Args:
+        store: The pages.
+        config: How many there may be.
+        scheduler: Knows who runs.
+        evictor: Gives pages back early, or `None`.
+    """
+
+    def __init__(self, store: PagedStore, config: LLMOptConfig, scheduler: Scheduler, evictor: Evictor | None) -> None:
+        self._store = store
+        self._config = config
+        self._scheduler = scheduler
+        self._evictor = evictor
+
+    def rooms(self, prompt: int, total: int, keeps_passed: bool = False) -> list[int]:
+        """Pages to set aside for a request, per cache group.
+
+        All it can ever need under an explicit budget in tokens, so that it cannot fail half-way. Under a budget in
+        memory only what it needs soon: a large `max_new_tokens` is seldom used up, and pools grow.
+
+        Args:
+            prompt: Tokens of the prompt.
+            total: Tokens of prompt and continuation at most.
+            keeps_passed: Whether pages behind windows are kept.
+        """
+        size = self._store.page_size
+        if self._config.kv_cache.max_tokens is None:
+            total = min(total, prompt + AHEAD)
+        span = total if keeps_passed else min(total, self._config.batching.max_batch_tokens)
+        rooms = [group.pages_for(total, size, span) for group in self._store.groups]
+        if self._evictor is not None:
+            method = self._evictor.method
+            held = method.room(prompt, total, min(total, self._config.batching.max_batch_tokens))
+            for index in range(len(rooms)):
+                full = index in self._evictor.full
+                rooms[index] = 1 + (-(-held // size) if full else rooms[index] + min(prompt, method.replayed) // size)
+        return rooms
+
+    def check_fits(self, group: Rows) -> None:
+        """Refuse a group that the budget can never hold.
+
+        Requests that may be preempted need not fit beside one another: each must fit alone.
+
+        Raises:
+            OutOfPages: It can never fit; the message says what does.
+        """
+        members = group.requests
+        if all(n <= pool.free for n, pool in zip(self.outstanding(members), self._scheduler.pools, strict=True)):
+            return
+        for together in [members] if any(r.protected for r in members) else [[request] for request in members]:
+            if any(n > limit for n, limit in zip(self.outstanding(together), self._store.limits(), strict=True)):
+                raise self.does_not_fit(together)
+
+    def outstanding(self, requests: Sequence[Request]) -> list[int]:
+        """Pages the requests may still take, per cache group."""
+        totals = [0] * len(self._store.groups)
+        for request in requests:
+            for index, room in enumerate(request.rooms):
+                totals[index] += max(0, room - (request.tables[index].held if request.tables else 0))
+        return totals
+
+    def capacity(self) -> list[int]:
+        """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
+        yielding = [request for request in self._scheduler.running if not request.protected]
+        coming = self._scheduler.freed(yielding)
+        return [
+            limit - pool.used + count
+            for limit, pool, count in zip(self._store.limits(), self._scheduler.pools, coming, strict=True)
+        ]
+
+    def does_not_fit(self, requests: Sequence[Request]) -> OutOfPages:
+        """The error of requests that cannot have the pages they need; it says what fits."""
+        size, rows = self._store.page_size, len(requests)
+        limits = self._store.limits()
+        held = [[table.held for table in request.tables] or [0] * len(limits) for request in requests]
+        rooms = [
+            [max(pair) for pair in zip(request.rooms, own, strict=True)]
+            for request, own in zip(requests, held, strict=True)
+        ]
+        wanted = [sum(room[index] for room in rooms) for index in range(len(limits))]
+        worst = max(range(len(wanted)), key=lambda index: wanted[index] / max(1, limits[index]))
+        limit, longest = limits[worst], max(room[worst] for room in rooms)
+        free = max(0, limit - self._scheduler.pools[worst].used + sum(own[worst] for own in held))
+        budget = self._config.kv_cache
+        allowed = (
+            f"max_tokens={budget.max_tokens}" if budget.max_tokens else f"memory_fraction={budget.memory_fraction}"
+        )
+        fits = [f"{free // longest} row(s) of this length"] if free >= longest else []
+        each = max(1, free // rows)
+        fits += [f"{min(rows, free)} row(s) of {each * size} tokens, prompt and new tokens together"] if free else []
+        return OutOfPages(
+            f"{rows} row(s) need {wanted[worst]} pages of {size} tokens, the KV cache's budget ({allowed}) has "
+            f"{free} left. What fits: {', or '.join(fits) or 'nothing'}. Lower max_new_tokens or the number of "
+            "rows, or raise KVCacheConfig(max_tokens=..., memory_fraction=...)."
+        )
