@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from json import loads
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +10,8 @@ import typer
 from .. import ui
 from ..command import Json, UserError
 from ..texts import read_text
-from .shown import show
+from .options import Markdown, Output, Plots, Quick, Repeat, Saved, Seed, parent, require_folders, require_known
+from .shown import record, show
 
 
 def flash_attention(
@@ -24,19 +22,13 @@ def flash_attention(
         list[str] | None,
         typer.Option(metavar="PART", help="On the CPU: prompts, memory or decode; may be repeated. All by default."),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="On the CPU: timed rounds of each way, interleaved.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of queries, keys and values.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small shapes, to see that it works; no figure counts.")
-    ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown tables on stdout.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON report to this file.")] = None,
-    saved: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Measure nothing: show the report in this file.")
-    ] = None,
-    plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also draw a picture into this folder, SVG.")
-    ] = None,
+    repeat: Repeat = 5,
+    seed: Seed = 0,
+    quick: Quick = False,
+    markdown: Markdown = False,
+    output: Output = None,
+    saved: Saved = None,
+    plots: Plots = None,
     json: Json = False,
 ) -> None:
     """Measure prompts and decoding against torch's attention, on the CPU the memory of prompts too.
@@ -49,19 +41,11 @@ def flash_attention(
     from hf_llmopt.bench import flash_attention as on_gpu
     from hf_llmopt.bench import flash_attention_cpu as on_cpu
     from hf_llmopt.bench import plots as drawings
-    from hf_llmopt.errors import unknown
     from hf_llmopt.kernels import cpu
 
-    for folder in (output.parent if output is not None else None, plots):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"there is no folder {str(folder)!r} to write to")
-    for what, given, known in (
-        ("device", [device] * bool(device), ("cuda", "cpu")),
-        ("part", only or [], on_cpu.PARTS),
-    ):
-        for name in given:
-            if name not in known:
-                raise unknown(what, str(name), known)
+    require_folders(parent(output), plots)
+    require_known("device", None if device is None else [device], ("cuda", "cpu"))
+    require_known("part", only, on_cpu.PARTS)
     device = device or ("cuda" if torch.cuda.is_available() and not only else "cpu")
     report: dict[str, Any]
     if saved is not None:
@@ -80,9 +64,7 @@ def flash_attention(
         with ui.progress("flash_attention", on_cpu.steps(parts, size)) as on_run:
             report = on_cpu.bench(parts, size, repeat, seed, on_run)
     if saved is None:
-        report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
-    if output is not None:
-        ui.save(output, report)
+        record(report, output, quick)
     if plots is not None and report.get("prompts"):
         (plots / "flash_attention-cpu.svg").write_text(drawings.prompts(report["prompts"]), "utf-8")
     measured = on_gpu if "device" in report else on_cpu

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from json import loads
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +10,8 @@ import typer
 from .. import ui
 from ..command import Json, UserError
 from ..texts import read_text
-from .shown import show
+from .options import Markdown, Output, Plots, Quick, Repeat, Saved, Seed, parent, require_folders, require_known
+from .shown import record, show
 
 
 def quantization(
@@ -30,17 +28,13 @@ def quantization(
         list[str] | None,
         typer.Option("--method", metavar="NAME", help="Of the speed part; may be repeated. All by default."),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the prompts and of random weights.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Miniature models and few tokens, to see that it works; no figure counts.")
-    ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown tables on stdout.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON report to this file.")] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw pictures into this folder, SVG.")] = None,
-    saved: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Measure nothing: show the report in this file.")
-    ] = None,
+    repeat: Repeat = 5,
+    seed: Seed = 0,
+    quick: Quick = False,
+    markdown: Markdown = False,
+    output: Output = None,
+    plots: Plots = None,
+    saved: Saved = None,
     json: Json = False,
 ) -> None:
     """Measure decode steps, prompts, perplexity, memory while loading, and llama.cpp where it is installed.
@@ -54,19 +48,14 @@ def quantization(
     from hf_llmopt.bench import quantization as bench
     from hf_llmopt.bench.quantized import METHODS
     from hf_llmopt.bench.workloads import SHAPES
-    from hf_llmopt.errors import unknown
 
-    for folder in (output.parent if output is not None else None, plots):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"there is no folder {str(folder)!r} to write to")
+    require_folders(parent(output), plots)
     for what, given, known in (
         ("part", only, bench.PARTS),
         ("shape", shape, SHAPES),
         ("method", methods, METHODS),
     ):
-        for name in given or []:
-            if name not in known:
-                raise unknown(what, name, known)
+        require_known(what, given, known)
     counts = _rows(rows)
     if saved is not None:
         report = loads(read_text(saved))
@@ -79,9 +68,7 @@ def quantization(
         }  # fmt: skip
         with ui.progress("quantization", bench.runs_of(**chosen)) as on_run:
             report = bench.bench(**chosen, seed=seed, quick=quick, on_run=on_run)
-        report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
-    if output is not None:
-        ui.save(output, report)
+        record(report, output, quick)
     if plots is not None:
         for found in report.get("speed", ()):
             (plots / f"quantization-{found['shape']}.svg").write_text(drawings.quantized_speed(found), "utf-8")

@@ -1,8 +1,11 @@
-"""The end of every bench command: the report as tables, Markdown or JSON, and exit code 1 if it did not pass."""
+"""The end of every bench command: the report into a file, and shown; exit code 1 if it did not pass."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +14,16 @@ from .. import ui
 
 if TYPE_CHECKING:
     from hf_llmopt.bench.report import Table
+
+
+def record(report: dict[str, Any], output: Path | None, quick: bool) -> None:
+    """Note how a report came about, unless that stands in it, and write it to a file if it is to have one."""
+    report.setdefault("command", shlex.join(["hf-llmopt", *sys.argv[1:]]))
+    report.setdefault("quick", quick)
+    if output is not None:
+        ui.save(output, report)
+    if quick:
+        ui.talk("--quick: small and few of all, to see that it works; none of these figures counts")
 
 
 def show(report: dict[str, Any], tables: Sequence[Table], failures: Iterable[str], json: bool, markdown: bool) -> None:

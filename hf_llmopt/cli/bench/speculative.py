@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,8 @@ import typer
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
 from ..texts import read_text
-from .shown import show
+from .options import Markdown, Output, Quick, Repeat, Seed, chosen, parent, require_folders
+from .shown import record, show
 
 
 def speculative(
@@ -25,15 +24,13 @@ def speculative(
         list[str] | None,
         typer.Option(help='"code, 1", "code, 8", "editing, 1", "random, 8", ...; may be repeated.'),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")] = 5,
+    repeat: Repeat = 5,
     dtype: Dtype = "float32",
     device: Device = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few short prompts, to see that it works; no figure counts.")
-    ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="A Markdown table on stdout.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON report to this file.")] = None,
+    seed: Seed = 0,
+    quick: Quick = False,
+    markdown: Markdown = False,
+    output: Output = None,
     json: Json = False,
 ) -> None:
     """Measure drafts from the text and from a draft model, greedily, on code, on editing and on random tokens.
@@ -43,17 +40,12 @@ def speculative(
     """
     from hf_llmopt.bench import speculative as bench
     from hf_llmopt.bench.workloads import held_out_ids
-    from hf_llmopt.errors import unknown
 
     from ..models import load as load_model
 
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"there is no folder {str(output.parent)!r} to write the report to")
+    require_folders(parent(output))
     known = {item.name: item for item in (bench.QUICK if quick else bench.WORKLOADS)}
-    for name in workload or []:
-        if name not in known:
-            raise unknown("workload", name, known)
-    chosen = [known[name] for name in workload or known]
+    workloads = chosen("workload", workload, known)
     loaded, tokenizer = load_model(model, dtype, device)
     second = None
     if draft is not None:
@@ -67,27 +59,22 @@ def speculative(
         texts = held_out_ids(tokenizer)
     else:
         ids = tokenizer(read_text(prompts), add_special_tokens=False, verbose=False)["input_ids"]
-        longest = max(item.tokens for item in chosen)
+        longest = max(item.tokens for item in workloads)
         texts = [ids[start : start + longest] for start in range(0, len(ids) - longest + 1, longest)]
         if not texts:
             raise UserError(f"{prompts} has {len(ids)} tokens, and a prompt has {longest}")
-    runs = sum(len(bench.ways_of(item, second)) for item in chosen) * (repeat + 1)
+    runs = sum(len(bench.ways_of(item, second)) for item in workloads) * (repeat + 1)
     with ui.progress("speculative", runs) as on_run:
         report = bench.bench(
             loaded,
             second,
-            chosen,
+            workloads,
             texts=texts,
             repeats=repeat,
             seed=seed,
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
-    report["command"] = shlex.join(["hf-llmopt", *sys.argv[1:]])
-    report["quick"] = quick
     report["model"]["name"] = model
-    if output is not None:
-        ui.save(output, report)
-    if quick:
-        ui.talk("--quick: a few short prompts, to see that it works; none of these figures counts")
+    record(report, output, quick)
     failures = [f"{item['name']}: {reason}" for item in report["workloads"] for reason in item["reasons"]]
     show(report, [bench.table(report)], failures, json, markdown)

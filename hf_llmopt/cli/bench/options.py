@@ -1,0 +1,99 @@
+"""What the benchmarks' commands have in common before they measure: options, and what these stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..command import UserError
+
+Model = Annotated[
+    str | None, typer.Option(help="A folder, a name on the hub, or `demo`, the embedded model, which is the default.")
+]
+Shape = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Instead of a model: this shape, 0.5b say, with random weights.")
+]
+Repeat = Annotated[int, typer.Option(min=1, help="Timed runs of each way, interleaved.")]
+Seed = Annotated[int, typer.Option(help="Of whatever is drawn: prompts, lengths, random weights.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small and few of all, to see that it works; no figure counts.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Markdown tables on stdout.")]
+Output = Annotated[Path | None, typer.Option(help="Also write the JSON report to this file.")]
+Plots = Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw pictures into this folder, SVG.")]
+Saved = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Measure nothing: show the report in this file.")
+]
+
+
+def require_folders(*folders: Path | None) -> None:
+    """Refuse to measure for nothing.
+
+    Raises:
+        UserError: A folder that is to be written to does not exist.
+    """
+    for folder in folders:
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"there is no folder {str(folder)!r} to write to")
+
+
+def parent(path: Path | None) -> Path | None:
+    """The folder of a file, if there is to be one."""
+    return None if path is None else path.parent
+
+
+def require_known(what: str, names: Iterable[str] | None, known: Iterable[str]) -> None:
+    """Refuse names that do not exist.
+
+    Raises:
+        InvalidOption: One does not; the message lists those that do.
+    """
+    from hf_llmopt.errors import unknown
+
+    allowed = list(known)
+    for name in names or ():
+        if name not in allowed:
+            raise unknown(what, name, allowed)
+
+
+def chosen(what: str, names: list[str] | None, known: Mapping[str, Any]) -> list[Any]:
+    """What the names stand for, all by default.
+
+    Raises:
+        InvalidOption: As `require_known`.
+    """
+    require_known(what, names, known)
+    return [known[name] for name in names or known]
+
+
+def load_or_build(
+    model: str | None, shape: str | None, dtype: str, device: str | None, seed: int
+) -> tuple[Any, list[list[int]] | None, str]:
+    """The model that is measured.
+
+    Returns:
+        It, the texts its prompts are cut from, `None` for random ids, and its name in a report.
+
+    Raises:
+        typer.BadParameter: Both a model and a shape were asked for.
+    """
+    import torch
+
+    from hf_llmopt.bench.workloads import build, held_out_ids
+
+    from ..models import load as load_model
+    from ..models import parse_dtype, usable
+
+    if shape is None:
+        name = "demo" if model is None else model
+        loaded, tokenizer = load_model(name, dtype, device)
+        return loaded, held_out_ids(tokenizer), name
+    if model is not None:
+        raise typer.BadParameter(
+            "a shape stands for a model with random weights; give --model or --shape, not both", param_hint="--shape"
+        )
+    wanted = parse_dtype(dtype)
+    if not isinstance(wanted, torch.dtype):
+        raise UserError("random weights have no stored type: --shape needs another --dtype than auto")
+    return build(shape, wanted, seed, device=usable(device)), None, f"shape {shape}, random weights"
