@@ -250,6 +250,15 @@ NOT_SERVED: dict[str, dict] = {
 UNPROVEN: dict[str, dict] = {"diffllama": {}, "doge": {}, "bert": {}}
 
 
+def ragged() -> dict[str, torch.Tensor]:
+    """Three prompts of 13 columns, one padded on the left."""
+    torch.manual_seed(3)
+    ids = torch.randint(3, 90, (3, 13))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def build(
     name: str,
     seed: int = 0,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build
+from architectures import build, ragged
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -104,14 +104,6 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_layer(**options: Any) -> Any:
     """The interpreter takes milliseconds for each head of each layer of each row."""
     return build("llama", num_hidden_layers=1, num_key_value_heads=1, **options)
-
-
-def ragged() -> dict[str, Tensor]:
-    torch.manual_seed(3)
-    ids = torch.randint(3, 90, (3, 13))
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def config(**options: Any) -> dict[str, Any]:

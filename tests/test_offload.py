@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build
-from torch import Tensor
+from architectures import build, ragged
 
 from hf_llmopt import Engine, KVCacheConfig
 from hf_llmopt.engine import runner
@@ -28,14 +27,6 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Staged, "_fetch", counted)
     return counts
-
-
-def ragged() -> dict[str, Tensor]:
-    torch.manual_seed(3)
-    ids = torch.randint(3, 90, (3, 13))
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def config(**options: Any) -> dict[str, Any]:

@@ -345,7 +345,7 @@ class Engine:
             if not self._ready and self._live and not self.loop.step() and self._ahead is None:
                 lock.wait(0.05)
             # Logits are taken along: those of a request that is cancelled from now on would be gone.
-            ready = [(row, row.request.logits, row.request.error) for row in self._ready]
+            ready = [(row, [row.request.logits, *row.request.later], row.request.error) for row in self._ready]
             self._ready.clear()
         if self._ahead is not None:
             chosen, self._ahead = self._ahead, None
@@ -354,7 +354,7 @@ class Engine:
             if error is not None and (handle := self._live.get(row)) is not None:
                 self._end(handle, _ours(error))
         # Without logits: cancelled, but not yet taken out.
-        going = [(row, logits) for row, logits, _ in ready if logits is not None and row in self._live]
+        going = [(row, logits) for row, logits, _ in ready if logits[0] is not None and row in self._live]
         if not going:
             return
         chosen = choose([row for row, _ in going], [logits for _, logits in going])

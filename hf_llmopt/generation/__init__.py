@@ -1,8 +1,9 @@
 """transformers' `generate` in the engine's terms."""
 
 from .active import ACTIVE, Active, ModelHandle, Prepared, handle_of
+from .choose import Chosen, choose
 from .group import Group
-from .row import Chosen, Row, TokenLogprob, Wishes, choose
+from .row import Row, TokenLogprob, Wishes
 from .support import reason_against, require_model
 from .translate import translate
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, generation
 
 from ..engine.sampling import Tape
+from .choose import choose
 from .group import Group
-from .row import Row, choose, stage_of
+from .row import Row, stage_of
 
 LEAD = 32  # steps by which a row may be ahead of another: their noise is kept
 
@@ -103,7 +104,7 @@ class AheadGroup(Group):
             while not (ready := self._ready_rows()):
                 if not self.engine.step():
                     self.engine.lock.wait(0.05)
-        chosen = choose(ready, [row.request.logits for row in ready])
+        chosen = choose(ready, [[row.request.logits, *row.request.later] for row in ready])
         chosen.accept()
         for error in filter(None, chosen.errors):
             raise error

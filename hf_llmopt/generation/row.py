@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
 from ..engine import Share
-from ..engine.sampling import Tape, invalid, pick
-from ..errors import CallbackFailed, InvalidRequest
-from ..kv_cache import Download
+from ..engine.sampling import Tape, pick
+from ..errors import InvalidRequest
 from .group import Group
 from .warp import STAGES, Shaped, apply, count_penalty, logit_bias
 
@@ -222,8 +221,18 @@ class Row(Group):
         else:
             super().account(seconds, paths, share)
 
-    def accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """Take the chosen token: criteria, streamer, figures; then the request goes on, or ends."""
+    @property
+    def foresees(self) -> bool:
+        """Whether tokens behind drafts can be chosen before it is known that the drafts are right."""
+        looks_back = any(stage.looks_back for stage in (*self.wished, *self.stages))
+        return not (self.called or self.shows or looks_back)
+
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> bool:
+        """Take the chosen token: criteria, streamer, figures; then the request goes on, or ends.
+
+        Returns:
+            Whether the token was a draft: then the logits behind it are there already.
+        """
         if logprob is not None:
             self.logprobs.append(logprob)
         self.tokens.append(token)
@@ -238,16 +247,16 @@ class Row(Group):
             self._call("streamer", self.streamer.put, torch.tensor([token]))
         with self.engine.lock:
             if self.request.finished:  # cancelled meanwhile
-                return
+                return False
             drafts = bool(self.request.later)
             self._accept([token], [not ended])
-            if drafts and not self.done and self.request.logits is not None:
-                self.notice()  # the token was a draft: what follows from it is computed already
+            right = drafts and not self.done and self.request.logits is not None
             unread, self._unread = self._unread, []
             for step in () if self.done else unread:
                 self.account(*step)
         if self.done and self.streamer is not None:
             self._call("streamer", self.streamer.end)
+        return right
 
     def _score_prompt(self, start: int, logits: Tensor) -> None:
         """Log-probabilities of the tokens behind places `start ...`, `[tokens, vocabulary]`."""
@@ -273,156 +282,6 @@ def stage_of(processor: Any) -> Shaped | None:
 
 def _ordered(pair: Sequence[Shaped | None]) -> bool:
     return len(pair) < 2 or (pair[0] is not None and pair[1] is not None and pair[0].order < pair[1].order)
-
-
-class Chosen:
-    """A token for every row, which the host may not know yet.
-
-    Attributes:
-        rows: Rows whose requests had caught up.
-        errors: For each row, why no token could be chosen, or `None`. One row's failure is nobody else's.
-        tokens: `[rows with a token]`, on the device; -1 where the scores contain NaN.
-        places: Index of each of those rows in `rows`.
-    """
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-        self.errors: list[BaseException | None] = [None] * len(rows)
-        self.logprobs: dict[int, TokenLogprob] = {}  # by place, of the rows that want them
-        self.places: list[int] = []
-        self._parts: list[Tensor] = []
-
-    def add(self, places: Sequence[int], tokens: Tensor) -> None:
-        """Tokens of the rows at these places."""
-        self.places += places
-        self._parts.append(tokens)
-
-    def close(self) -> None:
-        """No more rows will be added: the tokens go on their way to the host."""
-        device = self.rows[self.places[0]].input_ids.device if len(self._parts) > 1 else None
-        parts = self._parts if device is None else [part.to(device, non_blocking=True) for part in self._parts]
-        self.tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
-        self._download = Download(self.tokens)
-
-    def go_on(self) -> None:
-        """Let rows that do not end with their token take part in the next step before the host knows it."""
-        for index, place in enumerate(self.places):
-            row = self.rows[place]
-            if not row.ends_next and not row.request.finished:
-                row.request.expect(self.tokens, index)
-
-    def accept(self) -> None:
-        """Wait for the tokens, and hand each row its own."""
-        for place, token in zip(self.places, self._download.read(), strict=True):
-            row = self.rows[place]
-            try:
-                if token < 0:
-                    raise invalid([0])
-                if not row.request.finished:  # cancelled meanwhile
-                    row.accept(token, self.logprobs.get(place))
-            except BaseException as error:  # a criterion may exit: that ends its request, not the thread
-                self.errors[place] = error
-
-
-def choose(rows: Sequence[Row], logits: Sequence[Tensor]) -> Chosen:
-    """Choose a token for every row, in one pass over all scores.
-
-    Args:
-        rows: Rows whose requests have caught up.
-        logits: The logits `[vocabulary]` of each.
-    """
-    chosen = Chosen(rows)
-    plain: list[int] = []
-    shaped: list[int] = []
-    for index, row in enumerate(rows):
-        simple = not (row.do_sample or row.called or row.stages or row.wished or row.shows)
-        (plain if simple else shaped).append(index)
-    if plain:
-        chosen.add(plain, pick(stack([logits[index] for index in plain])))
-    if shaped:
-        device = rows[shaped[0]].input_ids.device
-        scores = stack([logits[index] for index in shaped]).to(device=device, dtype=torch.float32)
-        _shaped([rows[index] for index in shaped], shaped, scores, chosen)
-    chosen.close()
-    return chosen
-
-
-def stack(rows: Sequence[Tensor]) -> Tensor:
-    """`[rows, vocabulary]`, without a copy where the rows lie behind one another, as those of one pass do."""
-    first, step = rows[0], rows[0].numel()
-    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
-    for index, row in enumerate(rows):
-        if row.untyped_storage().data_ptr() != storage or row.storage_offset() != start + index * step:
-            return torch.stack(list(rows))
-    return first.as_strided((len(rows), step), (step, 1))
-
-
-def _shaped(rows: Sequence[Row], places: Sequence[int], logits: Tensor, chosen: Chosen) -> None:
-    """Choose for rows with processors, noise or log-probabilities."""
-    errors = chosen.errors
-    scores = _applied([row.wished for row in rows], rows, places, logits, errors)
-    if any(row.called for row in rows):
-        scores = scores.clone()
-    for row, place, own in zip(rows, places, scores, strict=True):
-        if row.called:
-            try:
-                own.copy_(_call_processors(row, own))
-            except BaseException as error:
-                errors[place] = error
-    scores = _applied([row.stages for row in rows], rows, places, scores, errors)
-    alive = [index for index, place in enumerate(places) if errors[place] is None]
-    for index in alive:
-        rows[index].show(logits[index : index + 1], scores[index : index + 1])
-    for drawing in (False, True):
-        part = [index for index in alive if rows[index].do_sample is drawing]
-        if part:
-            own = scores if len(part) == len(rows) else scores[part]
-            noise = torch.cat([rows[index].noise(own[:1]) for index in part]) if drawing else None
-            tokens = pick(own, noise)
-            own_places = [places[index] for index in part]
-            chosen.add(own_places, tokens)
-            _report_chosen(chosen, own_places, logits[part], tokens)
-
-
-def _applied(
-    stages: Sequence[Sequence[Shaped]],
-    rows: Sequence[Row],
-    places: Sequence[int],
-    scores: Tensor,
-    errors: list[BaseException | None],
-) -> Tensor:
-    """The scores after each row's stages; a row whose stages cannot be applied gets an error and keeps its own."""
-    try:
-        return apply(list(zip(stages, rows, strict=True)), scores)
-    except Exception:  # whose fault it was shows row by row
-        found = [scores[index : index + 1] for index in range(len(rows))]
-        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
-            try:
-                found[index] = apply([(stages[index], row)], found[index])
-            except Exception as error:
-                errors[place] = error
-        return torch.cat(found)
-
-
-def _call_processors(row: Row, scores: Tensor) -> Tensor:
-    found = row._call("logits processor", row.called, row.ids(), scores[None].clone())
-    if not isinstance(found, Tensor) or found.shape != (1, *scores.shape):
-        given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise CallbackFailed(f"The logits processors returned {given}, scores have shape {[1, *scores.shape]}.")
-    return found[0]
-
-
-def _report_chosen(chosen: Chosen, places: Sequence[int], logits: Tensor, tokens: Tensor) -> None:
-    rows = [chosen.rows[place] for place in places]
-    wanted = [index for index, row in enumerate(rows) if row.wishes.logprobs is not None]
-    if not wanted:
-        return
-    known = tokens[wanted].tolist()
-    wanted = [index for index, token in zip(wanted, known, strict=True) if token >= 0]
-    known = [token for token in known if token >= 0]
-    if wanted:
-        found = report(logits[wanted], known, [rows[index].wishes.logprobs or 0 for index in wanted])
-        chosen.logprobs |= {places[index]: entry for index, entry in zip(wanted, found, strict=True)}
 
 
 def report(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:

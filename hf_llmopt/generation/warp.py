@@ -50,6 +50,11 @@ class Shaped:
     run: Callable[[Tensor, Sequence[Any], Sequence[History]], Tensor]
     setting: Any
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it depends on the tokens so far."""
+        return self.run in (_repetition, _counts)
+
 
 def apply(rows: Sequence[tuple[Sequence[Shaped], History]], scores: Tensor) -> Tensor:
     """Run every row's stages: each stage once, over the rows that have it.

@@ -19,7 +19,7 @@ from torch import Tensor
 from .drafter import Draft, Odds, Text, place
 
 FORGET = 0.1  # weight of a new measurement
-AGAIN = 16  # steps after which a text that was not worth a guess gets one
+AGAIN = 64  # steps after which one text gets a guess, though none was worth it
 BINS = 10  # of the smaller model's own confidence
 
 
@@ -53,17 +53,21 @@ class DraftModelDrafter:
     def __init__(self, second: Second) -> None:
         self._second = second
         self._seconds = 0.0  # of a pass
-        self._waits: dict[Text, int] = {}  # steps since a text was last guessed for
+        self._waited = 0  # steps since somebody was last guessed for
 
     def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds) -> list[Draft]:
         """Guess, for each text up to `limit` tokens, as long as the next guess is worth a pass."""
         drafts = [Draft([], []) for _ in texts]
         chances = [1.0] * len(texts)
         going = [index for index, limit in enumerate(limits) if limit > 0]
+        self._waited += 1
         while going:
-            going = [index for index in going if self._pays(texts[index], drafts[index], chances[index], odds)]
-            if not going:
+            paying = [index for index in going if self._pays(len(drafts[index].tokens), chances[index], odds)]
+            if not paying and self._waited >= AGAIN:
+                paying = going[:1]  # times may have changed; the model has to read all of a text to guess for it
+            if not paying:
                 break
+            going, self._waited = paying, 0
             began = perf_counter()
             if not drafts[going[0]].tokens:
                 self._second.follow([texts[index] for index in going])
@@ -87,17 +91,10 @@ class DraftModelDrafter:
                     self._second.append(text, token)
         return drafts
 
-    def _pays(self, text: Text, draft: Draft, survival: float, odds: Odds) -> bool:
+    def _pays(self, index: int, survival: float, odds: Odds) -> bool:
         """Whether the next guess is worth its pass, by how often guesses at its place were right so far."""
-        if survival * odds.chance(place(len(draft.tokens))) > odds.worth(self._seconds):
-            self._waits[text] = 0
-            return True
-        if draft.tokens:
-            return False
-        self._waits[text] = self._waits.get(text, 0) + 1
-        return self._waits[text] % AGAIN == 0
+        return survival * odds.chance(place(index)) > odds.worth(self._seconds)
 
     def forget(self, text: Text) -> None:
         """The text has ended."""
-        self._waits.pop(text, None)
         self._second.forget(text)

@@ -16,7 +16,10 @@ FORGET = 0.1  # weight of a new observation
 
 
 class PassCosts:
-    """What a pass over n tokens takes, T(n), in seconds.
+    """What a step over n tokens takes, T(n), in seconds.
+
+    Measured once for a single request; then corrected by the steps that are taken, for each size by itself: contexts,
+    several requests and the host's work make long steps dearer by another share than short ones.
 
     Args:
         measure: Returns the seconds of one pass over so many tokens; called once for each of `SIZES`.
@@ -25,26 +28,35 @@ class PassCosts:
         >>> costs = PassCosts(lambda tokens: 1.0 + 0.1 * tokens)
         >>> round(costs(10), 3)
         2.0
+        >>> costs.observe(8, 3.6)
+        >>> round(costs(8), 3)
+        3.6
     """
 
     def __init__(self, measure: Callable[[int], float]) -> None:
         self._seconds: list[float] = []
         for size in SIZES:  # more tokens never take less: what says otherwise is noise
             self._seconds.append(max([measure(size), *self._seconds[-1:]]))
-        self._extra: float | None = None  # what a step takes beside, longer contexts and the host's work
+        self._ratios: dict[int, float] = {}  # by place in `SIZES`: what steps took, as a share of that
 
     def __call__(self, tokens: int) -> float:
-        """The seconds a step over so many tokens takes, from one measured size to the next in a straight line."""
+        """The seconds a step over so many tokens takes, from one size to the next in a straight line."""
         index = min(max(1, bisect_left(SIZES, tokens)), len(SIZES) - 1)
         low, high = SIZES[index - 1], SIZES[index]
         share = (tokens - low) / (high - low)
-        seconds = self._seconds[index - 1] + share * (self._seconds[index] - self._seconds[index - 1])
-        return seconds + (self._extra or 0.0)
+        return (1 - share) * self._at(index - 1) + share * self._at(index)
+
+    def _at(self, index: int) -> float:
+        """Of a size; of one that was not met, as far off as the nearest that was."""
+        nearest = min(self._ratios, key=lambda met: abs(met - index), default=None)
+        return self._seconds[index] * (1.0 if nearest is None else self._ratios[nearest])
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step over so many tokens took `seconds`."""
-        beside = max(0.0, seconds - (self(tokens) - (self._extra or 0.0)))
-        self._extra = beside if self._extra is None else self._extra + FORGET * (beside - self._extra)
+        index = min(range(len(SIZES)), key=lambda place: abs(SIZES[place] - tokens))
+        ratio = seconds / (self._seconds[index] * max(1.0, tokens / SIZES[-1]))
+        before = self._ratios.get(index, ratio)
+        self._ratios[index] = before + FORGET * (ratio - before)
 
 
 def choose_lengths(chances: Sequence[Sequence[float]], cost: Callable[[int], float]) -> list[int]:

@@ -15,6 +15,8 @@ from .length import PassCosts, choose_lengths
 LONGEST = 16  # drafts of a request in a step
 FIRST = 0.5  # chance of a draft about whose grounds nothing is known yet
 PRIOR = 2.0  # how many drafts that first guess weighs as much as
+PLAIN = 32  # of so many steps one computes no guess: what that takes has to be known
+REST = 16  # most steps in which nobody guesses, once guesses do not pay; then somebody looks again
 MEMORY = 200.0  # drafts that are remembered for each grounds
 
 
@@ -55,6 +57,7 @@ class Speculator:
         self._open: dict[Request, _Open] = {}
         self._record: dict[Any, tuple[float, float]] = {}  # by grounds: drafts that were right, all drafts
         self._tokens, self._began = 0, 0.0  # of the last step
+        self._steps = self._resting = self._rest = 0
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> None:
         """Give requests, which are about to compute their last token, the drafts that pay.
@@ -75,10 +78,18 @@ class Speculator:
             elif goes_on:
                 self._costs.observe(self._tokens, perf_counter() - self._began)
             costs = self._costs
+            self._steps += 1
+            if self._resting or self._steps % PLAIN == 0:
+                self._resting = max(0, self._resting - 1)
+                limits = [0] * rows
             more, each = costs(rows + 1) - costs(rows), costs(rows) / rows  # seconds of a draft, and of a token
             drafts = self.drafter.propose(requests, limits, Odds(self._chance, lambda seconds: (seconds + more) / each))
             chances = [list(accumulate(map(self._chance, draft.grounds), mul)) for draft in drafts]
             lengths = choose_lengths(chances, costs)
+            if any(lengths):
+                self._rest = 0
+            elif any(limits):
+                self._resting = self._rest = min(REST, 2 * self._rest + 1)
         else:
             drafts = self.drafter.propose(requests, limits, Odds(self._chance, lambda seconds: 0.0))
             lengths = [len(draft.tokens) for draft in drafts]

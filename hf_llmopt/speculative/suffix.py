@@ -64,6 +64,8 @@ class SuffixDrafter:
         self._indices.pop(text, None)
 
     def _propose(self, text: Text, limit: int) -> Draft:
+        if limit == 0:
+            return Draft([], [])
         index = self._indices.setdefault(text, _Index())
         index.extend(text.tokens)
         order, places = index.find(text.tokens)
