@@ -383,7 +383,7 @@ def test_speculative(tiny: torch.nn.Module) -> None:
 
 
 def test_speculative_refuses_other_tokens(tiny: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_llmopt.generation.choose.pick", lambda scores, noise=None: scores.argmin(-1))
+    monkeypatch.setattr("hf_llmopt.generation.choice.pick", lambda scores, noise=None: scores.argmin(-1))
     found = speculative.bench(tiny, None, speculative.QUICK[2:], texts=[list(range(3, 40))], repeats=1)
     assert not found["passed"]
     assert found["workloads"][0]["ways"]["suffix"]["over"] == {}

@@ -224,7 +224,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(model, case) -> None:
 
 def test_only_rows_with_processors_of_their_own_call_them(model, monkeypatch: pytest.MonkeyPatch) -> None:
     served, keeps, calls = model("llama"), Keeps(), []
-    from hf_llmopt.generation import choose as module
+    from hf_llmopt.generation import choice as module
 
     called = module._call_processors
     monkeypatch.setattr(module, "_call_processors", lambda row, own: (calls.append(row), called(row, own))[1])

@@ -1,7 +1,7 @@
 """transformers' `generate` in the engine's terms."""
 
 from .active import ACTIVE, Active, ModelHandle, Prepared, handle_of
-from .choose import Chosen, choose
+from .choice import Chosen, choose
 from .group import Group
 from .row import Row, TokenLogprob, Wishes
 from .support import reason_against, require_model

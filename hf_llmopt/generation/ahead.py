@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria, generation
 
 from ..engine.sampling import Tape
-from .choose import choose
+from .choice import choose
 from .group import Group
 from .row import Row, stage_of
 
