@@ -159,7 +159,7 @@ class Traffic(RuleBasedStateMachine):
         self.pools = [group.pool for group in self.store.groups]
         self.loop = loop = object.__new__(EngineLoop)
         loop.store, loop.prompts, loop.costs, loop.swapped_bytes = self.store, self.cache, Costs(), 0
-        loop.evictor = None
+        loop.evictor = loop.speculator = None
         loop.lock = SimpleNamespace(notify_all=lambda: None)
         self.scheduler = loop.scheduler = Scheduler(
             self.pools, policy(), budget, 4, loop._tables, loop._grow, swaps, loop._move_pages, self.cache
