@@ -337,7 +337,7 @@ def test_command_user_errors(args: tuple[str, ...], says: str) -> None:
 
 
 def test_prompt_cache(tiny: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_llmopt.prompt_cache.cache.compute_seconds", lambda model, tokens: 1.0)
+    monkeypatch.setattr("hf_llmopt.prompt_cache.tree.compute_seconds", lambda model, tokens: 1.0)
     seen: list[tuple[str, str]] = []
     found = prompt_cache.bench(tiny, prompt_cache.QUICK, repeats=2, on_run=lambda *run: seen.append(run))
     assert found["passed"], [workload["reasons"] for workload in found["workloads"]]

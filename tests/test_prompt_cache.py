@@ -27,7 +27,7 @@ from hf_llmopt.engine.policy import Fair, FirstCome, Priority
 from hf_llmopt.engine.scheduler import Scheduler
 from hf_llmopt.kv_cache import LayerSpec, PagedStore
 from hf_llmopt.prompt_cache import Prefix, PromptCache
-from hf_llmopt.prompt_cache import cache as cache_module
+from hf_llmopt.prompt_cache import tree as tree_module
 from hf_llmopt.prompt_cache.index import Node, common, longest
 from hf_llmopt.prompt_cache.store import HostTier
 
@@ -155,7 +155,7 @@ class Traffic(RuleBasedStateMachine):
         page_bytes = sum(self.store.page_bytes(group) for group in range(3))
         self.cache = PromptCache(self.model, self.store, PromptCacheConfig(max_bytes=most * page_bytes))
         if host:
-            self.cache._host = HostTier(host * page_bytes // 3, self.cache._prune)
+            self.cache.trees.host = HostTier(host * page_bytes // 3, self.cache.trees.prune)
         self.pools = [group.pool for group in self.store.groups]
         self.loop = loop = object.__new__(EngineLoop)
         loop.store, loop.prompts, loop.costs, loop.swapped_bytes = self.store, self.cache, Costs(), 0
@@ -332,7 +332,7 @@ class Traffic(RuleBasedStateMachine):
             return
         assert not any(request.tables for request in self.scheduler.line), "who waits holds no pages"
         assert self.loop.swapped_bytes == sum(r.swapped.nbytes for r in self.requests if r.swapped is not None)
-        nodes = [node for root in self.cache._roots.values() for node in root.subtree()]
+        nodes = [node for root in self.cache.trees.roots.values() for node in root.subtree()]
         for index, pool in enumerate(self.pools):
             refs = [0] * (pool.num_pages + 1)
             tables = [request.tables[index] for request in self.scheduler.running]
@@ -343,17 +343,17 @@ class Traffic(RuleBasedStateMachine):
             assert pool.used == sum(map(bool, refs))
             assert all(node.claim is None or node.claim[0] in self.scheduler.running for node in nodes)
             findable = {node.pages[index]: node for node in nodes if node.pages[index]}
-            assert findable == self.cache._owners[index]
+            assert findable == self.cache.trees.owners[index]
             assert set(pool.kept) == {page for page in findable if not refs[page]}
             assert pool.used + len(pool.kept) + pool.blank == pool.num_pages
             assert len(pool.kept) <= pool.most_kept
-        assert all(name.epoch == self.cache._seen for name in self.cache._roots)
+        assert all(name.epoch == self.cache._seen for name in self.cache.trees.roots)
         for index, pool in enumerate(self.pools):
-            findable = self.cache._owners[index]
+            findable = self.cache.trees.owners[index]
             assert all(pool.shared(page) for page in findable)
-        if self.cache._host is not None:
+        if self.cache.trees.host is not None:
             rows = [copy.numel() for node in nodes for copy in node.copies if copy is not None]
-            assert self.cache._host.bytes == sum(rows) <= self.cache._host.max_bytes
+            assert self.cache.trees.host.bytes == sum(rows) <= self.cache.trees.host.max_bytes
         for node in nodes:
             assert node.parent is None or not node.bare, "nothing is left behind"
             assert node.parent is None or len(node.tokens) == PAGE or not node.children
@@ -605,7 +605,7 @@ def test_a_budget_without_a_page_to_spare() -> None:
 
 def test_ttl(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(cache_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tree_module, "monotonic", lambda: now[0])
     model = build("llama")
     config = {**SMALL, "prompt_cache": {"ttl": 60.0}}
     run(model, text(20), config)

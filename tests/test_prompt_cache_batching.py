@@ -64,7 +64,7 @@ def test_found_and_preempted_is_single(
     asked["prompt_cache"] = {"host_bytes": host_bytes}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
-        patch.setattr("hf_llmopt.prompt_cache.cache.compute_seconds", lambda *_: 1.0)  # so that the tier is used
+        patch.setattr("hf_llmopt.prompt_cache.tree.compute_seconds", lambda *_: 1.0)  # so that the tier is used
         with Engine(served, asked) as engine:
             submitted = []
             for index, (shared, own, new, fate, priority, tenant) in enumerate(plans):

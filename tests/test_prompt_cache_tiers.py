@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 import hf_llmopt
 from hf_llmopt import errors
-from hf_llmopt.prompt_cache import cache as cache_module
+from hf_llmopt.prompt_cache import tree as tree_module
 from hf_llmopt.prompt_cache.store import DiskTier
 from hf_llmopt.sealed import read, write
 
@@ -27,7 +27,7 @@ NAMES = ["llama", "gemma3_text", "llama4_text"]
 @pytest.fixture(autouse=True)
 def loading_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """These models compute a page faster than a file is opened; the tests are about what is loaded."""
-    monkeypatch.setattr(cache_module, "compute_seconds", lambda model, tokens: 1.0)
+    monkeypatch.setattr(tree_module, "compute_seconds", lambda model, tokens: 1.0)
 
 
 def text(length: int, seed: int = 0) -> torch.Tensor:
@@ -124,9 +124,9 @@ def test_damaged_files_are_ignored_with_a_warning(damage, tmp_path: Path) -> Non
     cache = model.llmopt.engine.prompts
     nodes, _ = cache.path(cache.name(None), text(22)[0].tolist())
     assert len(nodes) == 5
-    chosen = next(n for n in nodes[1:4] if cache._disk.path(n.digest) != files(tmp_path)[0])
+    chosen = next(n for n in nodes[1:4] if cache.trees.disk.path(n.digest) != files(tmp_path)[0])
     before = nodes.index(chosen)
-    damage(cache._disk.path(chosen.digest))
+    damage(cache.trees.disk.path(chosen.digest))
     fresh = build("llama")
     with pytest.warns(UserWarning, match="is ignored"):
         assert run(fresh, text(22), config(path=tmp_path)) == PAGE * before
@@ -202,11 +202,11 @@ def test_a_full_disk_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_tier_that_loses_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "compute_seconds", lambda model, tokens: 0.0)
+    monkeypatch.setattr(tree_module, "compute_seconds", lambda model, tokens: 0.0)
     model = build("llama")
     for found in (0, 21):
         assert run(model, text(22), config(path=tmp_path, host_bytes=10**6)) == found
-    assert model.llmopt.engine.prompts._host is None
+    assert model.llmopt.engine.prompts.trees.host is None
     assert files(tmp_path) == []
 
 
@@ -216,9 +216,9 @@ sys.path.insert(0, {tests!r})
 import torch
 from architectures import build
 import hf_llmopt
-from hf_llmopt.prompt_cache import cache
+from hf_llmopt.prompt_cache import tree
 
-cache.compute_seconds = lambda model, tokens: 1.0
+tree.compute_seconds = lambda model, tokens: 1.0
 model = build("llama")
 for seed in range(10**6):
     prompt = torch.randint(3, 90, (1, 62), generator=torch.Generator().manual_seed(seed))
@@ -326,7 +326,7 @@ def test_delete_forgets_the_prompt_and_what_continues_it(model) -> None:
 
 def test_ttl_ends_a_pin(model, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(cache_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tree_module, "monotonic", lambda: now[0])
     prompt = model.llmopt.cache_prompt(text(18), ttl=300)
     now[0] += 299
     assert run(model, torch.cat([text(18), text(3, 9)], dim=1), None) == 18

@@ -15,91 +15,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
-from time import monotonic, time_ns
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import psutil
-import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import PromptCacheConfig
 from ..errors import OutOfPages
 from ..kv_cache import BlockTable, PagedStore
-from ..kv_cache.store import free_bytes
 from ..stats import PromptCacheStats
 from .epoch import WeightsEpoch, adapted, fingerprint, settings
-from .index import Node, Tokens, longest, walk
-from .store import DiskTier, HostTier, compute_seconds, disk_seconds, host_seconds
+from .index import Node, longest, walk
+from .prefix import Computed, Name, Prefix
+from .tree import PageTrees
 
-PRECEDENCE = 1000  # nanoseconds by which a file of a prompt seems older than that of the page before
 SETTINGS = "adapter or rotary settings"  # facts that are digests
 WEIGHTS = "model or other weights"
-SHARE = 8  # one part in so many of the free memory is for kept pages, unless the user says otherwise
-
-
-class Name(NamedTuple):
-    """Everything but tokens that a key depends on: the name of a tree."""
-
-    epoch: int
-    settings: str
-    salt: str | None
-
-
-@dataclass(eq=False)
-class Prefix:
-    """What a request that may share its pages remembers.
-
-    Attributes:
-        prompt: Tokens of its prompt.
-        salt: Whose pages it may share.
-        adapter: Which adapter its keys go through, `None` for what is active in the model.
-        name: The tree it was looked up in.
-        switches: How often adapters or rotary settings had been switched then.
-        entered: Full pages that are in the tree.
-        claimed: Nodes whose pages it computed and no sampled token had proven then.
-    """
-
-    prompt: int
-    salt: str | None
-    adapter: str | None = None
-    name: Name | None = None
-    switches: int = 0
-    entered: int = 0
-    claimed: list[Node] = field(default_factory=list)
-
-
-class Computed(Protocol):
-    """What the cache needs of a request.
-
-    Attributes:
-        tokens: Prompt and sampled tokens.
-        tables: Block tables, one per cache group.
-        computed: Tokens whose keys are in pages.
-        known: How many of them the host knows.
-        proven: Tokens whose keys gave logits from which a token was sampled: they hold no NaN.
-        cached_tokens: Prompt tokens that were found.
-        preemptions: How often it lost its pages.
-        findable: How many leading tokens may be found.
-        prefix: `None` if the request must not share.
-    """
-
-    tokens: list[int]
-    tables: list[BlockTable]
-    computed: int
-    proven: int
-    cached_tokens: int
-    preemptions: int
-    prefix: Prefix | None
-
-    @property
-    def findable(self) -> int: ...  # noqa: D102 - above
-
-    @property
-    def known(self) -> int: ...  # noqa: D102 - above
 
 
 class PromptCache:
@@ -109,6 +41,9 @@ class PromptCache:
         model: Kept weakly.
         store: The pages.
         config: Bounds and tiers.
+
+    Attributes:
+        trees: What can be found.
     """
 
     def __init__(self, model: PreTrainedModel, store: PagedStore, config: PromptCacheConfig) -> None:
@@ -125,30 +60,7 @@ class PromptCache:
         self._active = ""  # settings as of the last pass
         self._switches = 0  # how often they changed
         self._fingerprint: bytes | None = None
-        self._roots: dict[Name, Node] = {}
-        self._owners: list[dict[int, Node]] = [{} for _ in store.groups]
-        device = store.layers[0].device
-        most = free_bytes(device) // SHARE if config.max_bytes is None else config.max_bytes
-        page_bytes = sum(store.page_bytes(index) for index in range(len(store.groups)))
-        reference = weakref.WeakMethod(self._evicted)
-        for index, group in enumerate(store.groups):
-            group.pool.most_kept = most // page_bytes
-            group.pool.on_evict = _calls(reference, index)
-        self._host, self._disk = self._tiers(model, device)
-
-    def _tiers(self, model: PreTrainedModel, device: torch.device) -> tuple[HostTier | None, DiskTier | None]:
-        """The tiers that are asked for and load a page faster than the model computes it."""
-        room = self.config.host_bytes
-        if room is None:
-            room = 0 if device.type == "cpu" else int(psutil.virtual_memory().available) // SHARE
-        disk = None
-        if self.config.path is not None:
-            disk = DiskTier(self.config.path, self.config.disk_bytes, self.config.ttl)
-        if not room and disk is None:
-            return None, None
-        budget = compute_seconds(model, self.store.page_size)
-        host = HostTier(room, self._prune) if room and host_seconds(self.store) < budget else None
-        return host, disk if disk is not None and disk_seconds(self.store, disk) < budget else None
+        self.trees = PageTrees(model, store, config, self.stats)
 
     # -- before a request is computed -----------------------------------------------------------------------------
 
@@ -175,12 +87,12 @@ class PromptCache:
             return
         self._epoch.check(model)
         if self._seen != self._epoch.number:
-            self.stats.invalidations += bool(self._roots)
+            self.stats.invalidations += bool(self.trees.roots)
             self.clear()
             self._seen, self._fingerprint = self._epoch.number, None
         self._settings, self._adapted = {}, adapted(model)
         self.watch()
-        if self._disk is not None:
+        if self.trees.disk is not None:
             self.fingerprint()
         for handle in list(self.pinned):
             handle.expire()
@@ -236,10 +148,7 @@ class PromptCache:
             How many tokens the tables hold.
         """
         size, groups = self.store.page_size, self.store.groups
-        root = self._roots.get(name)
-        if root is None and self._disk is None:
-            return 0
-        reached, found = walk(root or self._root(name), tokens, size, limit, self._child)
+        reached, found = self.path(name, tokens, limit)
         nodes = reached
         elsewhere = True  # pages may come from the other tiers
 
@@ -259,12 +168,20 @@ class PromptCache:
                     break
             except OutOfPages:
                 elsewhere = False
-        now = monotonic()
-        for node in nodes if found else ():
-            node.used = now
+        self.trees.touch(nodes if found else ())
         for node in reached[-1:]:  # what is on disk only is not remembered
-            self._prune(node)
+            self.trees.prune(node)
         return found
+
+    def path(self, name: Name, tokens: Sequence[int], limit: int | None = None) -> tuple[list[Node], int]:
+        """The nodes of the longest known beginning of `tokens`, wherever their pages are, and its length.
+
+        Of `limit` tokens at most; `None` is no limit.
+        """
+        if name not in self.trees.roots and self.trees.disk is None:
+            return [], 0
+        root, limit = self.trees.root(name, self.key), len(tokens) if limit is None else limit
+        return walk(root, tokens, self.store.page_size, limit, self.trees.child)
 
     def _affords_copy(self, nodes: Sequence[Node], found: int, total: int) -> bool:
         """Whether a hit that ends inside a page fits: until it is copied, that page is needed beside its copy."""
@@ -289,7 +206,7 @@ class PromptCache:
                 group.pool.share(pages)
                 held += [(index, page) for page in pages]
             missing = [[n for n in nodes[first:] if not n.pages[i]] for i, first in enumerate(seen)]
-            if any(missing) and not self._fetch(missing, held, settle):
+            if any(missing) and not self.trees.bring(missing, held, settle):
                 return False
             for index, (table, first) in enumerate(zip(tables, seen, strict=True)):
                 passed = min(first, len(nodes))
@@ -298,59 +215,6 @@ class PromptCache:
         finally:
             for index, page in reversed(held):
                 self.store.groups[index].pool.release([page])
-
-    def _fetch(
-        self, missing: Sequence[Sequence[Node]], held: list[tuple[int, int]], settle: Callable[[], None]
-    ) -> bool:
-        """Bring the nodes' pages to the device, per cache group, and add them to `held`."""
-        rows: list[list[Tensor]] = []
-        loaded: dict[Node, dict[int, Tensor]] = {}
-        now = time_ns()
-        for index, nodes in enumerate(missing):
-            rows.append([])
-            for node in nodes:
-                row = node.copies[index]
-                if row is None and self._disk is not None:
-                    if node not in loaded:
-                        loaded[node] = self._disk.load(node.digest, node.tokens, now - PRECEDENCE * node.depth)
-                    row = loaded[node].get(index)
-                if row is None:
-                    node.stored = frozenset()
-                    return False
-                rows[-1].append(row)
-        settle()
-        self.store.provide([len(nodes) for nodes in missing])
-        for index, nodes in enumerate(missing):
-            pages, _ = self.store.groups[index].pool.take(len(nodes))
-            held += [(index, page) for page in pages]
-            for length in {len(node.tokens) for node in nodes}:
-                same = [i for i, node in enumerate(nodes) if len(node.tokens) == length]
-                together = torch.stack([rows[index][i] for i in same])
-                self.store.write_pages(index, [pages[i] for i in same], length, together)
-            for node, page in zip(nodes, pages, strict=True):
-                self._own(index, node, page)
-                self.stats.host_loads += node.copies[index] is not None
-                self.stats.disk_loads += node.copies[index] is None
-        return True
-
-    def _child(self, node: Node, wanted: Tokens) -> Node | None:
-        child = node.children.get(wanted)
-        if child is None and self._disk is not None and len(wanted) == self.store.page_size:
-            stored = self._disk.groups(node.child_digest(wanted))
-            if stored:
-                child = node.add(wanted)
-                child.stored, child.used, child.ttl = stored, monotonic(), self.config.ttl
-        child = child or node.closest(wanted)
-        if child is not None and child.ttl is not None and monotonic() - child.used > child.ttl:
-            self._drop(child)
-            return None
-        return child
-
-    def _root(self, name: Name) -> Node:
-        if name not in self._roots:
-            digest = self.key(name) if self._disk is not None else b""
-            self._roots[name] = Node.root(name, digest, len(self.store.groups))
-        return self._roots[name]
 
     def key(self, name: Name) -> bytes:
         """128 bits for everything but tokens that the keys of a tree depend on, the same in every process."""
@@ -399,8 +263,7 @@ class PromptCache:
         self.stats.cached_tokens += request.cached_tokens
         if self._is_current(prefix) and _is_whole(request):
             nodes = self._enter(request, prefix, request.proven)
-            if self._disk is not None:
-                self._save(self._disk, nodes)
+            self.trees.save(nodes, self._is_unchanged)
         _release(prefix)
 
     def withdraw(self, request: Computed) -> list[list[int]]:
@@ -415,9 +278,9 @@ class PromptCache:
             return freed
         for node in prefix.claimed:
             if not _proven(node):
-                for free, pages in zip(freed, self._drop(node), strict=True):
+                for free, pages in zip(freed, self.trees.drop(node), strict=True):
                     free += pages
-                self._prune(node.parent)
+                self.trees.prune(node.parent)
         prefix.entered = 0
         _release(prefix)
         return freed
@@ -426,66 +289,19 @@ class PromptCache:
         """Forget everything but what is on disk."""
         for handle in list(self.pinned):
             handle.unpin()
-        for root in list(self._roots.values()):
-            self._drop(root)
-        self._roots.clear()
+        self.trees.clear()
 
     def figures(self) -> PromptCacheStats:
         """The figures, with the bytes of each tier."""
-        self.stats.device_bytes = sum(len(found) * self.store.page_bytes(i) for i, found in enumerate(self._owners))
-        self.stats.host_bytes = self._host.bytes if self._host is not None else 0
-        self.stats.disk_bytes = self._disk.bytes if self._disk is not None else 0
+        owners, host, disk = self.trees.owners, self.trees.host, self.trees.disk
+        self.stats.device_bytes = sum(len(found) * self.store.page_bytes(i) for i, found in enumerate(owners))
+        self.stats.host_bytes = host.bytes if host is not None else 0
+        self.stats.disk_bytes = disk.bytes if disk is not None else 0
         return self.stats
-
-    def path(self, name: Name, tokens: Sequence[int]) -> tuple[list[Node], int]:
-        """The nodes of the longest known beginning of `tokens`, wherever their pages are, and its length."""
-        root = self._roots.get(name)
-        if root is None and self._disk is None:
-            return [], 0
-        return walk(root or self._root(name), tokens, self.store.page_size, len(tokens), self._child)
-
-    def is_held(self, node: Node) -> bool:
-        """Whether a request or a pinned prompt holds a page of the node."""
-        return any(group.pool.refs(page) for group, page in zip(self.store.groups, node.pages, strict=True))
-
-    def delete(self, node: Node) -> None:
-        """Forget a node and all below it, on disk too."""
-        for below in node.subtree() if self._disk is not None else ():
-            if below.stored and self._disk is not None:
-                self._disk.delete(below.digest)
-        parent = node.parent
-        self._drop(node)
-        if parent is not None:
-            self._prune(parent)
-
-    def put(self, name: Name, tokens: Sequence[int], tables: Sequence[BlockTable]) -> list[Node]:
-        """Enter the pages that tables hold for `tokens`."""
-        size, node = self.store.page_size, self._root(name)
-        now, nodes = monotonic(), []
-        for start in range(0, len(tokens), size):
-            wanted = tuple(tokens[start : start + size])
-            child = node.children.get(wanted)
-            if child is None:
-                near = node.closest(wanted)
-                if near is not None and near.tokens[: len(wanted)] == wanted:
-                    break  # a page that goes on longer serves as well
-                if near is not None and wanted[: len(near.tokens)] == near.tokens:
-                    self._drop(near)
-                child = node.add(wanted)
-                child.ttl = self.config.ttl
-            child.used = now
-            for index, table in enumerate(tables):
-                entry = start // size
-                page = table.pages[entry] if entry < len(table.pages) else 0
-                if page and not child.pages[index] and page not in self._owners[index]:
-                    self._own(index, child, page)
-            nodes.append(child)
-            node = child
-        return nodes
 
     def _enter(self, request: Computed, prefix: Prefix, stop: int) -> list[Node]:
         assert prefix.name is not None
-        nodes = self.put(prefix.name, request.tokens[:stop], request.tables)
+        nodes = self.trees.put(self.trees.root(prefix.name, self.key), request.tokens[:stop], request.tables)
         for entry in range(prefix.entered, len(nodes)):
             pages = [table.pages[entry] for table in request.tables]
             end = min(self.store.page_size * (entry + 1), stop)
@@ -495,80 +311,17 @@ class PromptCache:
                 prefix.claimed.append(nodes[entry])
         return nodes
 
+    def _is_unchanged(self) -> bool:
+        """Look whether the weights are still those that the trees belong to."""
+        model = self._model()
+        if model is None:
+            return False
+        self._epoch.check(model)
+        return self._epoch.number == self._seen
+
     def _is_current(self, prefix: Prefix) -> bool:
         current = prefix.switches == self._switches and self._seen == self._epoch.number
         return current and prefix.name is not None and prefix.name.epoch == self._seen
-
-    def _own(self, group: int, node: Node, page: int) -> None:
-        node.pages[group] = page
-        self._owners[group][page] = node
-        self.store.groups[group].pool.keep(page)
-
-    def _save(self, disk: DiskTier, nodes: Sequence[Node]) -> None:
-        """Write full pages that are not on disk, unless the weights changed while they were computed."""
-        whole = [node for node in nodes if len(node.tokens) == self.store.page_size]
-        now = time_ns()
-        for node in whole:
-            if node.stored and not disk.touch(node.digest, now - PRECEDENCE * node.depth):
-                node.stored = frozenset()
-        new = [node for node in whole if not node.stored and any(node.pages)]
-        model = self._model()
-        if not new or model is None:
-            return
-        self._epoch.check(model)
-        if self._epoch.number != self._seen:
-            return
-        rows: list[dict[int, Tensor]] = [{} for _ in new]
-        for index in range(len(self.store.groups)):
-            here = [i for i, node in enumerate(new) if node.pages[index]]
-            if here:
-                pages = [new[i].pages[index] for i in here]
-                for i, row in zip(here, self.store.read_pages(index, pages, self.store.page_size), strict=True):
-                    rows[i][index] = row
-        for node, its_rows in zip(new, rows, strict=True):
-            if not disk.save(node.digest, node.tokens, its_rows, now - PRECEDENCE * node.depth):
-                break  # nobody finds what follows a page that is not there
-            node.stored = frozenset(its_rows)
-
-    # -- leaving --------------------------------------------------------------------------------------------------
-
-    def _evicted(self, group: int, pages: Sequence[int]) -> None:
-        """The pool gives up kept pages: what is worth it goes to host memory."""
-        nodes = [self._owners[group].pop(page) for page in pages]
-        self.stats.evictions += len(pages)
-        if self._host is not None:
-            for length in {len(node.tokens) for node in nodes}:
-                new = [(n, p) for n, p in zip(nodes, pages, strict=True) if len(n.tokens) == length]
-                rows = self.store.read_pages(group, [page for _, page in new], length)
-                for (node, _), row in zip(new, rows, strict=True):
-                    self._host.put(node, group, row.clone())
-        for node in nodes:
-            node.pages[group] = 0
-            self._prune(node)
-
-    def _drop(self, top: Node) -> list[list[int]]:
-        """Forget a node and all below it in memory; returns the pages of each group that are free now."""
-        freed: list[list[int]] = [[] for _ in self.store.groups]
-        for node in top.subtree():
-            for index, page in enumerate(node.pages):
-                pool = self.store.groups[index].pool
-                if page:
-                    del self._owners[index][page]
-                    freed[index] += [page] if page in pool.kept else []
-                    pool.forget(page)
-                    node.pages[index] = 0
-                if self._host is not None:
-                    self._host.remove(node, index)
-        top.detach()
-        return freed
-
-    def _prune(self, node: Node | None) -> None:
-        """Take nodes without contents out of the tree, from this one upwards."""
-        while node is not None and node.bare:
-            if node.parent is None and self._roots.get(node.name) is node:
-                del self._roots[node.name]
-            node.detach()
-            node = node.parent
 
 
 def _is_whole(request: Computed) -> bool:
@@ -587,14 +340,3 @@ def _release(prefix: Prefix) -> None:
     for node in prefix.claimed:
         node.claim = None
     prefix.claimed.clear()
-
-
-def _calls(method: weakref.WeakMethod[Any], group: int) -> Callable[[Sequence[int]], None]:
-    """A pool must not keep the cache alive, which keeps its tensors alive."""
-
-    def call(pages: Sequence[int]) -> None:
-        bound = method()
-        if bound is not None:
-            bound(group, pages)
-
-    return call

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import InvalidOption, InvalidPromptCache, OutOfPages
 from ..kv_cache import BlockTable
 from ..sealed import read, write
-from .cache import SETTINGS, WEIGHTS, Name, PromptCache
+from .cache import SETTINGS, WEIGHTS, PromptCache
+from .prefix import Name
 
 FORMAT = "hf_llmopt prompt 2"
 
@@ -145,12 +146,12 @@ class PromptHandle:
             self.unpin()
             nodes, found = self._cache.path(self._name(), self.tokens)
             while found == len(self.tokens):
-                self._cache.delete(nodes[-1])
+                self._cache.trees.delete(nodes[-1])
                 nodes, found = self._cache.path(self._name(), self.tokens)
             for node in reversed(nodes[: found // self._cache.store.page_size]):
-                if node.children or self._cache.is_held(node):
+                if node.children or self._cache.trees.is_held(node):
                     break
-                self._cache.delete(node)
+                self._cache.trees.delete(node)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the prompt's keys and values to a safetensors file, for `model.llmopt.load_prompt`.
@@ -223,7 +224,8 @@ class PromptHandle:
                     store.write_pages(index, pages, store.page_size, tensors[f"pages.{index}"])
                 if rest and table.passed <= full:
                     store.write_pages(index, [table.pages[full]], rest, tensors[f"rest.{index}"])
-            self._cache.put(self._name(), self.tokens, tables)
+            trees = self._cache.trees
+            trees.put(trees.root(self._name(), self._cache.key), self.tokens, tables)
             self._attach(held)
             self._hold(held)
         finally:
