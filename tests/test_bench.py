@@ -15,12 +15,15 @@ from typer.testing import CliRunner
 from hf_llmopt import bench, demo, errors
 from hf_llmopt.bench import (
     continuous_batching,
+    continuous_batching_tables,
     equality,
     eviction,
     kv_cache,
     measure,
+    plots,
     prompt_cache,
     report,
+    requests,
     speculative,
     workloads,
 )
@@ -393,20 +396,20 @@ def test_speculative_refuses_other_tokens(tiny: torch.nn.Module, monkeypatch: py
 
 
 def test_jobs() -> None:
-    load = continuous_batching.LOADS_BY_NAME["sharegpt"]
-    drawn = continuous_batching.jobs(load, 100, seed=1)
+    load = requests.LOADS_BY_NAME["sharegpt"]
+    drawn = requests.jobs(load, 100, seed=1)
     assert len(drawn) == load.requests
     assert all(4 <= len(job.prompt) <= 512 and 4 <= job.new <= 512 for job in drawn)
-    assert drawn == continuous_batching.jobs(load, 100, seed=1) != continuous_batching.jobs(load, 100, seed=2)
-    many = continuous_batching.jobs(continuous_batching.Load("m", 4000, (1, 9999), (1, 9999), mean=(161, 338)), 100)
+    assert drawn == requests.jobs(load, 100, seed=1) != requests.jobs(load, 100, seed=2)
+    many = requests.jobs(requests.Load("m", 4000, (1, 9999), (1, 9999), mean=(161, 338)), 100)
     assert sum(job.new for job in many) / 4000 == pytest.approx(338, rel=0.1)
     texts = [list(range(30)), list(range(30, 60))]
-    cut = continuous_batching.jobs(continuous_batching.Load("t", 20, (5, 40), (1, 1)), 100, texts)
+    cut = requests.jobs(requests.Load("t", 20, (5, 40), (1, 1)), 100, texts)
     assert all(job.prompt == list(range(job.prompt[0], job.prompt[0] + len(job.prompt))) for job in cut)
 
 
 def test_continuous_batching(tiny: torch.nn.Module) -> None:
-    loads = [continuous_batching.Load("few", 6, (3, 12), (2, 9))]
+    loads = [requests.Load("few", 6, (3, 12), (2, 9))]
     seen: list[tuple[str, str]] = []
     found = continuous_batching.bench(tiny, loads, repeats=2, on_run=lambda *run: seen.append(run))
     json.dumps(found, allow_nan=False)
@@ -417,7 +420,7 @@ def test_continuous_batching(tiny: torch.nn.Module) -> None:
     assert list(load["ways"]) == ["stock, one by one", "stock generate_batch", "llmopt"]
     assert all(outcome == {"same": True, "identical": 6, "requests": 6} for outcome in load["equality"].values())
     assert [ratio["over"] for ratio in load["ratios"]] == ["stock, one by one", "stock generate_batch"]
-    assert [point["load"] for point in found["rates"]["points"]] == list(continuous_batching.LOADS)
+    assert [point["load"] for point in found["rates"]["points"]] == list(continuous_batching.SHARES)
     assert all(point["goodput"] <= point["tokens_per_second"] for point in found["rates"]["points"])
     computed = [0] * len(found["timeline"]["requests"])
     for step in found["timeline"]["steps"]:
@@ -427,11 +430,11 @@ def test_continuous_batching(tiny: torch.nn.Module) -> None:
             computed[number] = first + length
     wanted = [request["prompt"] + request["new"] - 1 for request in found["timeline"]["requests"]]
     assert computed == wanted, "the last token is never computed"
-    drawing = continuous_batching.svg(found["timeline"])
+    drawing = plots.schedule(found["timeline"])
     root = ElementTree.fromstring(drawing)
     spans = sum(len(step["spans"]) for step in found["timeline"]["steps"])
     assert len(root.findall("{*}rect")) >= spans
-    for made in continuous_batching.tables(found):
+    for made in continuous_batching_tables.tables(found):
         assert all(len(row) == len(made.columns) for row in made.rows)
 
 
@@ -446,12 +449,12 @@ def test_continuous_batching_refuses_to_compare_other_tokens(
         return done
 
     monkeypatch.setattr(continuous_batching, "ours", wrong)
-    found = continuous_batching.bench(tiny, [continuous_batching.Load("few", 3, (3, 9), (2, 5))], repeats=1)
+    found = continuous_batching.bench(tiny, [requests.Load("few", 3, (3, 9), (2, 5))], repeats=1)
     assert not found["passed"]
     assert found["loads"][0]["ratios"] == []
     assert found["rates"] is None
-    assert "other tokens" in continuous_batching.failures(found)[0]
-    assert "FAILED" in str(continuous_batching.tables(found)[0].rows)
+    assert "other tokens" in continuous_batching_tables.failures(found)[0]
+    assert "FAILED" in str(continuous_batching_tables.tables(found)[0].rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ eviction

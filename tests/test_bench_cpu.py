@@ -13,7 +13,7 @@ from architectures import build
 from typer.testing import CliRunner
 
 from hf_llmopt import bench
-from hf_llmopt.bench import breakdown, cpu, equality, measure, report, workloads
+from hf_llmopt.bench import breakdown, cpu, cpu_kinds, cpu_tables, equality, measure, report, requests, workloads
 from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
 from hf_llmopt.kernels import cpu as kernels
@@ -40,7 +40,7 @@ def run(*experiments: cpu.Experiment, repeats: int = 2, **arguments: Any) -> dic
     found = cpu.bench(experiments, repeats=repeats, quick=True, on_run=lambda *what: seen.append(what), **arguments)
     assert len(seen) == sum(cpu.runs_of(item, repeats) for item in experiments)
     json.dumps(found, allow_nan=False)
-    for table in cpu.tables(json.loads(json.dumps(found))):
+    for table in cpu_tables.tables(json.loads(json.dumps(found))):
         assert table.rows
         assert all(len(row) == len(table.columns) for row in table.rows)
         report.markdown(table)
@@ -80,13 +80,13 @@ def test_bfloat16_says_how_much_rounding_moves_logits() -> None:
     found = run(experiment("decode", dtype="bfloat16", cases=((SHORT, None),)), repeats=1)
     (result,) = found["experiments"]
     assert 0 < result["noise"] < 1
-    assert f"noise {result['noise']:.3f}" in report.markdown(cpu.tables(found)[0])
+    assert f"noise {result['noise']:.3f}" in report.markdown(cpu_tables.tables(found)[0])
 
 
 @pytest.mark.parametrize("shape", ["1.2b-llama", "opt-125m", "gpt2-small", "demo"])
 def test_shapes(shape: str) -> None:
     found = run(experiment("decode", shape, cases=((SHORT, None),)), repeats=1)
-    assert found["passed"], cpu.failures(found)
+    assert found["passed"], cpu_tables.failures(found)
     assert found["experiments"][0]["model"]["name"] == shape
 
 
@@ -99,7 +99,7 @@ def test_growth() -> None:
     expected = bench.paired_ratio(long, short).ratio
     assert case["ratio"]["ratio"] == pytest.approx(expected), "how much longer, not how much faster"
     assert case["met"] is False
-    assert "≤ 1e-06×: missed" in report.markdown(cpu.tables(found)[0])
+    assert "≤ 1e-06×: missed" in report.markdown(cpu_tables.tables(found)[0])
 
 
 def test_floor() -> None:
@@ -116,25 +116,25 @@ def test_floor() -> None:
 def test_weight_bytes() -> None:
     tied, untied = build("llama", tie_word_embeddings=True), build("llama", tie_word_embeddings=False)
     every = sum(parameter.numel() * 4 for parameter in tied.parameters())
-    assert cpu.weight_bytes(tied) == every
-    assert cpu.weight_bytes(untied) == every, "the embedding is looked up, the head is read"
-    assert cpu.weight_bytes(build("llama", tie_word_embeddings=True, dtype=torch.bfloat16)) == every // 2
+    assert measure.weight_bytes(tied) == every
+    assert measure.weight_bytes(untied) == every, "the embedding is looked up, the head is read"
+    assert measure.weight_bytes(build("llama", tie_word_embeddings=True, dtype=torch.bfloat16)) == every // 2
 
 
 def test_read_bandwidth() -> None:
-    assert 1e8 < cpu.read_bandwidth(torch.ones(1 << 20, dtype=torch.int64)) < 1e13
+    assert 1e8 < cpu_kinds.read_bandwidth(torch.ones(1 << 20, dtype=torch.int64)) < 1e13
 
 
 def test_throughput() -> None:
     ragged = Workload("ragged", rows=4, new_tokens=5, shortest=4, longest=12)
     found = run(experiment("throughput", cases=((ragged, 1e9),)))
     (case,) = cases(found)
-    assert found["passed"], cpu.failures(found)
+    assert found["passed"], cpu_tables.failures(found)
     assert len(set(case["prompt_lengths"])) > 1
     assert case["equality"]["llmopt"]["identical"]
     assert case["met"] is False
     assert case["ways"].keys() >= {"stock", "llmopt"}
-    assert (cpu.BATCHED in case["ways"]) == (case["refused"] is None)
+    assert (requests.BATCHED in case["ways"]) == (case["refused"] is None)
     for way in case["ways"].values():
         assert all(0 < figure < 1e6 for figure in way["tokens_per_second"]["samples"])
 
@@ -143,19 +143,19 @@ def test_throughput_without_generate_batch(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: Any) -> None:
         raise RuntimeError("needs a GPU")
 
-    monkeypatch.setattr(cpu, "generate_batch", refuse)
+    monkeypatch.setattr(cpu_kinds, "batched", refuse)
     ragged = Workload("ragged", rows=2, new_tokens=3, shortest=4, longest=9)
     cpu_report = cpu.bench([experiment("throughput", cases=((ragged, None),))], repeats=1, quick=True)
     assert cpu_report["passed"]
     (case,) = cases(cpu_report)
     assert case["refused"] == "RuntimeError: needs a GPU"
-    assert "did not run" in report.markdown(cpu.tables(cpu_report)[0])
+    assert "did not run" in report.markdown(cpu_tables.tables(cpu_report)[0])
 
 
-def test_generate_batch_leaves_the_model_as_it_was() -> None:
+def test_stock_batching_leaves_the_model_as_it_was() -> None:
     model = build("llama")
     before = model.config._attn_implementation
-    found = cpu.generate_batch(model, [[5, 6, 7], [8, 9], [5, 6, 7]], 4)
+    found = requests.batched(model, [requests.Job(prompt, 4) for prompt in ([5, 6, 7], [8, 9], [5, 6, 7])])
     assert model.config._attn_implementation == before
     expected = model.generate(torch.tensor([[8, 9]]), max_new_tokens=4, eos_token_id=None)[0, 2:].tolist()
     assert [len(row) for row in found.tokens] == [4, 4, 4]
@@ -230,8 +230,8 @@ def test_other_tokens_fail(monkeypatch: pytest.MonkeyPatch) -> None:
             assert case["met"] is None
             assert not case.get("ratio")
             assert not case.get("ratios")
-    assert "decode, short: other tokens than stock" in cpu.failures(found)
-    assert "FAILED" in report.markdown(cpu.tables(found)[0])
+    assert "decode, short: other tokens than stock" in cpu_tables.failures(found)
+    assert "FAILED" in report.markdown(cpu_tables.tables(found)[0])
 
 
 def test_calls_served_by_transformers_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_calls_served_by_transformers_fail(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(not kernels.available(), reason=str(kernels.why_not()))
 def test_attention_by_torch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "LLMOPT", {"attention": "sdpa"})
+    monkeypatch.setattr(cpu_kinds, "LLMOPT", {"attention": "sdpa"})
     found = cpu.bench([experiment("decode", cases=((SHORT, None),))], repeats=1, quick=True)
     assert cases(found)[0]["reasons"] == ["the attention kernel did not run"]
 
@@ -258,7 +258,7 @@ def test_names_and_goals() -> None:
     names = [item.name for item in cpu.EXPERIMENTS]
     assert len(set(names)) == len(names)
     for item in cpu.EXPERIMENTS:
-        assert item.kind in cpu.KINDS
+        assert item.kind in cpu_kinds.KINDS
         assert item.shape in {*workloads.SHAPES, "demo"}
         assert all(goal is None or goal > 0 for _, goal in item.cases)
     shared = [(item.shape, item.dtype) for item in cpu.EXPERIMENTS]

@@ -1,4 +1,6 @@
-"""Benchmarks: one file per part of the package, all against stock transformers in the same process.
+"""Benchmarks: a file named after each command, `NAME.py`, and its tables there or in `NAME_tables.py`.
+
+All measure against stock transformers in the same process.
 
 A benchmark returns a report, a dict ready for JSON that holds every raw sample; `report.py` makes tables of it. Figures
 of speed appear only beside the result of comparing tokens in the same runs.

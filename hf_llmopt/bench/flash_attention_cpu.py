@@ -19,8 +19,8 @@ from ..kernels import cpu
 from .equality import worst
 from .flash_attention import OnRun, Problem, problem
 from .load_memory import watching
-from .measure import Ratio, Run, environment, generate, interleave, paired_ratio, summary
-from .report import Table
+from .measure import Run, environment, generate, interleave, paired_ratio, summary
+from .report import Table, machine_text, ratio_text, same_text
 from .workloads import build
 
 STOCK, OURS = "torch", "llmopt"
@@ -224,8 +224,7 @@ def _case(found: dict[str, Any]) -> str:
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """A table for each part that was measured."""
-    versions = report["environment"]["versions"]
-    machine = f"{report['environment']['hardware']}; torch {versions['torch']}, transformers {versions['transformers']}"
+    machine = machine_text(report["environment"])
     rounds = f"medians of {report['repeats']} interleaved rounds; "
     rounds += "× is the geometric mean of paired ratios with its 95 % interval"
     found = []
@@ -235,7 +234,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
             heads, kv_heads, width = case["heads"]
             rows.append([case["dtype"], f"{heads} / {kv_heads}, {width}", f"{case['context']:,}", f"{case['span']:,}"])
             rows[-1] += [f"{case['milliseconds'][name]['median']:.1f}" for name in (STOCK, OURS)]
-            rows[-1] += [_ratio(case["ratio"])] + [f"{case['error'][name]:.1e}" for name in (STOCK, OURS)]
+            rows[-1] += [ratio_text(case["ratio"])] + [f"{case['error'][name]:.1e}" for name in (STOCK, OURS)]
         columns = ["numbers", "heads, width", "context", "computed", "torch ms", "llmopt ms", "× torch"]
         columns += ["torch's error", "llmopt's error"]
         caption = (
@@ -253,13 +252,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         found.append(Table("Peak of memory above what the model takes", columns, rows, 1, caption))
     if "decode" in report:
         case = report["decode"]
-        same = "yes" if case["equality"]["identical"] else "up to near ties" if case["equality"]["same"] else "NO"
         row = [f"{case['context']:,}", *(f"{case['ms_per_step'][name]['median']:.1f}" for name in (STOCK, OURS))]
-        row += [_ratio(case["ratio"]) if case["ratio"] else "FAILED", f"{case['goal']:g}", same]
+        row += [ratio_text(case["ratio"]) or "FAILED", f"{case['goal']:g}", same_text(case["equality"])]
         columns = ["context", "stock ms/step", "llmopt ms/step", "× stock", "goal", "same tokens"]
         found.append(Table(f"Decoding, {case['shape']}", columns, [row], 1, f"{machine}; through `generate`; {rounds}"))
     return found
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    return str(Ratio(found["ratio"], found["low"], found["high"]))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .equality import Equality, worst
 from .flash_attention import read_bandwidth
-from .measure import Run, cache_bytes, environment, generate, interleave, paired_ratio, summary
+from .measure import Run, cache_bytes, environment, generate, interleave, paired_ratio, summary, weight_bytes
 from .workloads import Workload, ragged_prompts
 
 STOCK, NO_CACHE, OURS = "stock", "no cache", "llmopt"
@@ -92,10 +92,7 @@ def ways_of(workload: Workload, replayed: bool = False) -> dict[str, dict[str, A
 
 def _floor(model: PreTrainedModel) -> float:
     """Milliseconds that a GPU takes to read every weight that a step of one row reads, at the bandwidth it reaches."""
-    embeddings: Any = model.get_input_embeddings()
-    tied = model.get_output_embeddings().weight is embeddings.weight
-    read = [tensor for tensor in model.parameters() if tied or tensor is not embeddings.weight]
-    return 1e3 * sum(tensor.nbytes for tensor in read) / read_bandwidth()
+    return 1e3 * weight_bytes(model) / read_bandwidth()
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:

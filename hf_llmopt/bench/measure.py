@@ -217,6 +217,14 @@ def summary(samples: Iterable[float]) -> dict[str, Any]:
     return {"median": float(np.median(samples)), "samples": samples}
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decode step of a single row reads; an embedding that is no head does not count."""
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    unread = None if head is not None and head.weight is embeddings.weight else embeddings.weight
+    return sum(weight.nbytes for weight in model.parameters() if weight is not unread)
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values in a cache that `generate` returned; 0 if there is none."""
     tensors = [

@@ -133,6 +133,51 @@ def page_formats(report: Mapping[str, Any], width: int = 760) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def schedule(recorded: Mapping[str, Any], width: int = 900) -> str:
+    """Draw a recorded schedule: a line for each request, a bar for each span, time from left to right.
+
+    Args:
+        recorded: `"timeline"` of a report of `bench continuous_batching`.
+        width: Of the picture, in pixels.
+    """
+    left, top, height = 60, 44, 18
+    requests, steps = recorded["requests"], recorded["steps"]
+    end = max(step["ended"] for step in steps)
+    bottom = top + height * len(requests)
+
+    def x(seconds: float) -> float:
+        return left + (width - left - 10) * max(0.0, seconds) / end
+
+    colors = {"prompt": "#1f77b4", "token": "#9ecae1", "wait": "#bbbbbb", "lost": "#d62728"}
+    parts = _begin(width, bottom + 30)
+    for place, (color, name) in enumerate(
+        [("prompt", "prompt"), ("token", "new token"), ("wait", "waits"), ("lost", "loses its pages")]
+    ):
+        parts.append(f'<rect x="{left + 150 * place}" y="12" width="12" height="12" fill="{colors[color]}"/>')
+        parts.append(f'<text x="{left + 150 * place + 18}" y="22">{name}</text>')
+    for number, request in enumerate(requests):
+        y = top + height * number
+        last = max((step["ended"] for step in steps if any(s[0] == number for s in step["spans"])), default=end)
+        parts.append(f'<text x="4" y="{y + 12}">{number + 1}: {request["prompt"]}+{request["new"]}</text>')
+        parts.append(_line(x(request["arrived"]), y + 8, x(last), y + 8, colors["wait"]))
+    for step in steps:
+        begin, size = x(step["began"]), max(0.5, x(step["ended"]) - x(step["began"]) - 0.3)
+        for number, first, length in step["spans"]:
+            kind = "prompt" if first + length <= requests[number]["prompt"] or length > 1 else "token"
+            parts.append(
+                f'<rect x="{begin:.1f}" y="{top + height * number + 2}" width="{size:.1f}" height="{height - 6}" '
+                f'fill="{colors[kind]}"/>'
+            )
+        for number in step["preempted"]:
+            parts.append(
+                f'<rect x="{begin - 1:.1f}" y="{top + height * number}" width="2" height="{height - 2}" '
+                f'fill="{colors["lost"]}"/>'
+            )
+    parts.append(f'<text x="{left}" y="{bottom + 18}">0 s</text>')
+    parts.append(f'<text x="{width - 10}" y="{bottom + 18}" text-anchor="end">{end:.2f} s</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def _ticks(low: float, high: float) -> Sequence[float]:
     step = next(
         (step for step in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 8), 5.0

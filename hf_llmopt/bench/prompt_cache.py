@@ -18,7 +18,7 @@ from hf_llmopt.generation import handle_of
 from .equality import Equality, worst
 from .kv_cache import describe
 from .measure import Run, environment, generate, interleave, paired_ratio, summary
-from .report import Table
+from .report import Table, model_text, ratio_text, same_text
 
 STOCK, COLD, MEMORY, DISK = "stock", "computed", "memory", "disk"
 OnRun = Callable[[str, str], None]
@@ -280,18 +280,14 @@ def table(report: dict[str, Any]) -> Table:
     Args:
         report: As `bench` returned it, or as read back from JSON.
     """
-    from .report import _ratio, _same
-
     rows = []
     for workload in report["workloads"]:
         for name, way in workload["ways"].items():
             found = {ratio["over"]: ratio for ratio in workload["ratios"] if ratio["way"] == name}
-            speed = [_ratio(found.get(over)) if workload["passed"] else "FAILED" for over in (STOCK, COLD)]
+            speed = [ratio_text(found.get(over)) if workload["passed"] else "FAILED" for over in (STOCK, COLD)]
             first = f"{way['time_to_first_token']['median'] * 1e3:.1f}"
             cached = f"{sum(way['cached_tokens']) / len(way['cached_tokens']):.0f}"
-            rows.append([workload["name"], name, first, cached, _same(workload, name), *speed])
-    model, machine = report["model"], report["environment"]
-    millions = model["parameters"] / 1e6
+            rows.append([workload["name"], name, first, cached, same_text(workload["equality"][name]), *speed])
     chats = [
         f"{w['name']}: {w['prefilled_tokens']} of {w['prompt_tokens']} prompt tokens computed, "
         f"{w['new_prompt_tokens']} new"
@@ -300,12 +296,12 @@ def table(report: dict[str, Any]) -> Table:
     ]
     caption = "; ".join(
         [
-            machine["hardware"],
+            report["environment"]["hardware"],
             f"greedy; prompts: {report['prompts']}; medians of {report['repeats']} interleaved runs",
             "× is how many times as early the first token comes, with its 95 % interval",
             *chats,
         ]
     )
     columns = ["workload", "way", "first token ms", "found tokens", "same tokens", "× stock", "× computed"]
-    title = f"prompt_cache: {model['architecture']}, {millions:.1f} M parameters, {model['dtype']}"
+    title = f"prompt_cache: {model_text(report['model'])}"
     return Table(title, columns, rows, 2, caption)

@@ -9,9 +9,9 @@ from typing import Any
 from hf_llmopt.kernels import cpu
 
 from . import llama_cpp, load_memory, quantized_quality, quantized_speed
-from .measure import Ratio, environment
+from .measure import environment
 from .quantized import METHODS
-from .report import Table
+from .report import Table, ratio_text
 
 SHAPES = ("0.5b", "1.2b-llama")
 ROWS = (1, 4, 8, 16, 128)
@@ -131,7 +131,7 @@ def _speed_tables(found: Mapping[str, Any]) -> list[Table]:
     for case in found["cases"]:
         for name, ms in case["ms"].items():
             ratio, goal = case["ratios"].get(name), case["goals"].get(name)
-            speed = "FAILED" if case["reasons"] else _times(ratio)
+            speed = "FAILED" if case["reasons"] else ratio_text(ratio)
             met = "" if goal is None or ratio is None else ": met" if ratio["ratio"] >= goal else ": missed"
             rows.append([case["name"], name, f"{ms['median']:.2f}", speed, f"≥ {goal:g}{met}" if goal else ""])
     title = f"quantization: {found['shape']}, {found['model']['parameters'] / 1e6:.0f} M random weights"
@@ -208,17 +208,13 @@ def _peer_table(found: Mapping[str, Any]) -> Table:
     rows = [
         [
             f"{case['shape']}, {case['rows']} rows", f"{case['format']} and {case['method']}",
-            *(f"{ms['median']:.2f}" for ms in case["ms"].values()), _times(case["ratio"]),
+            *(f"{ms['median']:.2f}" for ms in case["ms"].values()), ratio_text(case["ratio"]),
             f"≥ {case['goal']:g}: " + ("met" if case["ratio"]["ratio"] >= case["goal"] else "missed"),
         ]
         for case in found["cases"]
     ]  # fmt: skip
     columns = ["what", "formats", "llama.cpp ms", "llmopt ms", "× llama.cpp", "goal"]
     return Table("quantization: steps beside llama.cpp", columns, rows, 2, f"llama-cpp-python {found['version']}")
-
-
-def _times(ratio: Mapping[str, Any] | None) -> str:
-    return "" if ratio is None else str(Ratio(ratio["ratio"], ratio["low"], ratio["high"]))
 
 
 def _interval(times: Mapping[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .equality import Equality
 from .measure import Ratio
 
 
@@ -47,19 +49,15 @@ def table(report: dict[str, Any]) -> Table:
         "× no cache",
     ]
     rows = [
-        [workload["name"], name, *_cells(way), _same(workload, name), *_speed(workload, name)]
+        [workload["name"], name, *_cells(way), same_text(workload["equality"][name]), *_speed(workload, name)]
         for workload in report["workloads"]
         for name, way in workload["ways"].items()
     ]
-    model, machine = report["model"], report["environment"]
-    title = (
-        f"{report['bench']}: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}"
-    )
-    versions = machine["versions"]
+    title = f"{report['bench']}: {model_text(report['model'])}"
     caption = (
-        f"{machine['hardware']}; torch {versions['torch']}, transformers {versions['transformers']}; greedy; "
-        f"prompts: {report['prompts']}; medians of {report['repeats']} interleaved runs; × is the "
-        "geometric mean of paired ratios with its 95 % interval; own: outside the model's forward pass"
+        f"{machine_text(report['environment'])}; greedy; prompts: {report['prompts']}; medians of "
+        f"{report['repeats']} interleaved runs; × is the geometric mean of paired ratios with its 95 % interval; own: "
+        "outside the model's forward pass"
     )
     if "floor_ms_per_step" in report:
         caption += f"; reading all weights takes {report['floor_ms_per_step']:.2f} ms"
@@ -83,22 +81,42 @@ def _cells(way: dict[str, Any]) -> list[str]:
     ]
 
 
-def _same(workload: dict[str, Any], name: str) -> str:
-    outcome = workload["equality"][name]
-    if not outcome["same"]:
-        return "NO"
-    return "yes" if outcome["identical"] else "up to near ties"
-
-
 def _speed(workload: dict[str, Any], name: str) -> list[str]:
     if not workload["passed"]:
         return ["FAILED", "FAILED"]
     found = {ratio["over"]: ratio for ratio in workload["ratios"] if ratio["way"] == name}
-    return [_ratio(found.get(baseline)) for baseline in ("stock", "no cache")]
+    return [ratio_text(found.get(baseline)) for baseline in ("stock", "no cache")]
 
 
-def _ratio(ratio: dict[str, Any] | None) -> str:
+def ratio_text(ratio: Mapping[str, Any] | None) -> str:
+    """A ratio of a report with its interval; nothing if there is none.
+
+    Example:
+        >>> ratio_text({"way": "llmopt", "ratio": 2.0, "low": 1.9, "high": 2.1})
+        '2.00 [1.90, 2.10]'
+    """
     return str(Ratio(ratio["ratio"], ratio["low"], ratio["high"])) if ratio else ""
+
+
+def same_text(equality: Mapping[str, Any]) -> str:
+    """The verdict of comparing tokens, from a report.
+
+    Example:
+        >>> same_text({"same": True, "identical": False})
+        'up to near ties'
+    """
+    return str(Equality(equality["same"], equality["identical"], 0))
+
+
+def model_text(model: Mapping[str, Any]) -> str:
+    """What was measured, from a report's `"model"`."""
+    return f"{model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}"
+
+
+def machine_text(environment: Mapping[str, Any]) -> str:
+    """What it was measured on, and with which versions, from a report's `"environment"`."""
+    versions = environment["versions"]
+    return f"{environment['hardware']}; torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def markdown(table: Table) -> str:

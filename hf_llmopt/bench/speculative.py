@@ -18,8 +18,8 @@ from hf_llmopt.generation import handle_of
 
 from .equality import worst
 from .kv_cache import describe
-from .measure import Ratio, environment, interleave, paired_ratio, summary
-from .report import Table
+from .measure import environment, interleave, paired_ratio, summary
+from .report import Table, machine_text, model_text, ratio_text, same_text
 
 PLAIN, SUFFIX, DRAFT = "plain", "suffix", "draft model"
 STOCK, STOCK_LOOKUP, STOCK_ASSISTED = "stock", "stock, prompt lookup", "stock, assistant"
@@ -213,20 +213,14 @@ def table(report: dict[str, Any]) -> Table:
                     f"{way['tokens_per_second']['median']:.1f}",
                     f"{per_step:.2f}" if per_step else "",
                     f"{way['accepted_tokens']} of {drafted}" if drafted else "",
-                    "NO" if not outcome["same"] else "yes" if outcome["identical"] else "up to near ties",
-                    _ratio(plain),
-                    _ratio(like),
+                    same_text(outcome),
+                    ratio_text(plain),
+                    ratio_text(like),
                 ]
             )
-    model, machine = report["model"], report["environment"]
-    title = f"speculative: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}"
+    title = f"speculative: {model_text(report['model'])}"
     caption = (
-        f"{machine['hardware']}; torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}; greedy; medians of {report['repeats']} interleaved runs; × is the "
+        f"{machine_text(report['environment'])}; greedy; medians of {report['repeats']} interleaved runs; × is the "
         "geometric mean of paired ratios with its 95 % interval; stock's like: prompt lookup or assistant"
     )
     return Table(title, columns, rows, 2, caption)
-
-
-def _ratio(found: dict[str, Any] | None) -> str:
-    return "" if found is None else str(Ratio(found["ratio"], found["low"], found["high"]))

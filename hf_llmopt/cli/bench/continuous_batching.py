@@ -59,27 +59,29 @@ def continuous_batching(
     Throughput, and latency at several request rates. Greedy, tokens compared with stock `generate` in the same runs.
     Says nothing about speed and exits with 1 if tokens differ.
     """
-    from hf_llmopt.bench import continuous_batching as cb
+    from hf_llmopt.bench import continuous_batching as bench
+    from hf_llmopt.bench import continuous_batching_tables as views
+    from hf_llmopt.bench import plots, requests
 
     require_folders(parent(output), parent(timeline))
-    require_known("load", load_, cb.LOADS_BY_NAME)
+    require_known("load", load_, requests.LOADS_BY_NAME)
     loaded, texts, name = load_or_build(model, shape, dtype, device, seed)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", 2**20)
-    named = [cb.LOADS_BY_NAME[name] for name in load_ or cb.DEFAULT]
-    chosen = list(cb.QUICK) if quick else [cb.in_miniature(item, limit) for item in named]
-    with ui.progress("continuous_batching", cb.runs_of(chosen, repeat)) as on_run:
-        report = cb.bench(
+    named = [requests.LOADS_BY_NAME[name] for name in load_ or requests.DEFAULT]
+    chosen = list(requests.QUICK) if quick else [requests.in_miniature(item, limit) for item in named]
+    with ui.progress("continuous_batching", bench.runs_of(chosen, repeat)) as on_run:
+        report = bench.bench(
             loaded,
             chosen,
             texts=texts,
             repeats=repeat,
             padded=padded,
             seed=seed,
-            limits=cb.Limits(first, each),
+            limits=bench.Limits(first, each),
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
     report["model"]["name"] = name
     record(report, output, quick)
     if timeline is not None:
-        timeline.write_text(cb.svg(report["timeline"]), "utf-8")
-    show(report, cb.tables(report), cb.failures(report), json, markdown)
+        timeline.write_text(plots.schedule(report["timeline"]), "utf-8")
+    show(report, views.tables(report), views.failures(report), json, markdown)

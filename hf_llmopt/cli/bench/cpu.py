@@ -36,6 +36,7 @@ def cpu(
     from transformers.utils import logging
 
     from hf_llmopt.bench import cpu as bench
+    from hf_llmopt.bench import cpu_tables as views
 
     require_folders(parent(output))
     if not ui.talks():
@@ -46,4 +47,4 @@ def cpu(
             experiments, repeats=repeat, seed=seed, quick=quick, on_run=lambda name, run: on_run(f"{name}: {run}")
         )
     record(report, output, quick)
-    show(report, bench.tables(report), bench.failures(report), json, markdown)
+    show(report, views.tables(report), views.failures(report), json, markdown)
