@@ -96,7 +96,7 @@ def test_guesses_that_are_partly_right(model, monkeypatch, right, arguments):
     expected = generate(model, inputs, None, **arguments)
     starts = inputs["attention_mask"].argmax(1).tolist()
     ends = [row[start:] for row, start in zip(expected[0], starts, strict=True)]
-    monkeypatch.setattr("hf_llmopt.engine.engine.SuffixDrafter", lambda: Oracle(ends, right))
+    monkeypatch.setattr("hf_llmopt.engine.drafters.SuffixDrafter", lambda: Oracle(ends, right))
     model.llmopt.release() if hasattr(model, "llmopt") else None
     assert generate(model, inputs, speculating(3), **arguments) == expected
     stats = drafted(model)

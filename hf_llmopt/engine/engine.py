@@ -15,27 +15,26 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from time import perf_counter
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
-from ..config import BatchingConfig, LLMOptConfig, SpeculativeConfig
+from ..config import BatchingConfig, LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed
 from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
-from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter
+from ..speculative import Speculator
 from .budget import Budget, Costs
+from .drafters import make_speculator
 from .evict import Evictor
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
-from .proof import pass_seconds, prove
+from .proof import prove
 from .request import Request, Rows, Share
 from .runner import Runner
 from .scheduler import Plan, Scheduler
-from .second import SecondModel, second_model
 
 
 def _policy(config: BatchingConfig) -> Policy:
@@ -81,7 +80,7 @@ class EngineLoop:
         )
         self.budget = Budget(self.store, config, self.scheduler, self.evictor)
         self.costs = Costs()
-        self.speculator = None if config.speculative is None else self._speculator(model, config.speculative)
+        self.speculator = make_speculator(self.runner, config, EngineLoop)
         overlap = config.batching.overlap
         self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
         self.overlaps &= self.speculator is None  # drafts follow tokens that are known
@@ -94,14 +93,6 @@ class EngineLoop:
         self.steps = 0
         if self.runner.graphs is not None and config.kv_cache.max_tokens is not None:
             self._grow(self.store.limits())  # pages that are added later move all others, and end every graph
-
-    def _speculator(self, model: PreTrainedModel, config: SpeculativeConfig) -> Speculator:
-        drafter: Drafter = SuffixDrafter()
-        if config.effective_method == "draft_model":
-            second = second_model(config.draft_model, model)
-            own = LLMOptConfig(kv_cache=self.config.kv_cache, attention=self.config.attention)
-            drafter = DraftModelDrafter(SecondModel(second, EngineLoop(second, own, threading.Condition())))
-        return Speculator(drafter, partial(pass_seconds, self.runner), config.num_tokens)
 
     def refresh(self) -> None:
         """Look at the model again: modules may have been exchanged, adapted or hooked since the last call.

@@ -1,0 +1,54 @@
+"""Who guesses for an engine: the drafter that a config names, made for an engine's model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from ..config import LLMOptConfig, SpeculativeConfig
+from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter
+from .proof import pass_seconds
+from .runner import Runner
+from .second import SecondModel, second_model
+
+if TYPE_CHECKING:
+    from .engine import EngineLoop
+
+# Makes an engine, from its model, config and lock.
+NewLoop = Callable[[PreTrainedModel, LLMOptConfig, threading.Condition], "EngineLoop"]
+
+
+def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> Speculator | None:
+    """What drafts the tokens of an engine's requests; `None` if nobody asked for drafts.
+
+    Args:
+        runner: Of the engine.
+        config: What its caller asked for.
+        new_loop: Makes the engine of a second model.
+
+    Raises:
+        InvalidOption: The drafter does not fit the model.
+        UnsupportedModel: A draft model cannot be served.
+    """
+    asked = config.speculative
+    if asked is None:
+        return None
+    drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
+    return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens)
+
+
+def _suffix(*_: Any) -> Drafter:
+    return SuffixDrafter()
+
+
+def _draft_model(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:
+    second = second_model(asked.draft_model, runner.model)
+    own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention)
+    return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition())))
+
+
+_MAKERS: dict[str, Callable[..., Drafter]] = {"suffix": _suffix, "draft_model": _draft_model}  # by method
