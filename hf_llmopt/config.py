@@ -239,8 +239,10 @@ class SpeculativeConfig(Section):
 
     Args:
         method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"draft_model"`: a
-            smaller model. `"auto"`: the draft model if there is one, else `"suffix"`.
+            smaller model. `"layer_skip"`: the model's own first layers, where it was trained for that. `"auto"`: the
+            draft model if there is one, else `"suffix"`.
         draft_model: A model with the same vocabulary on the same device, or its name.
+        exit_layer: The layer behind which `"layer_skip"` guesses, counted from 1; `None` for about a quarter of all.
         num_tokens: Guesses of a request in each step; `None` for as many as pay, none among them: by what passes of
             different lengths take here, and how often guesses were right.
 
@@ -251,8 +253,9 @@ class SpeculativeConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("auto", choices=("auto", "suffix", "draft_model"))
+    method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip"))
     draft_model: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    exit_layer: int | None = _option(None, kind=int, low=1)
     num_tokens: int | None = _option(None, kind=int, low=1, high=64)
 
     def __post_init__(self) -> None:
@@ -264,6 +267,11 @@ class SpeculativeConfig(Section):
             )
         if not (self.draft_model is None or isinstance(self.draft_model, str) or hasattr(self.draft_model, "forward")):
             raise InvalidOption(f"draft_model is a model or its name, got {type(self.draft_model).__name__}.")
+        if self.exit_layer is not None and self.method != "layer_skip":
+            raise InvalidOption(
+                f"SpeculativeConfig(method={self.method!r}, exit_layer={self.exit_layer}): only method 'layer_skip' "
+                "leaves layers out."
+            )
 
     @property
     def effective_method(self) -> str:

@@ -238,15 +238,17 @@ def _assisted(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: A
     """What assisted decoding returns: its arguments name who drafts."""
     call = inspect.signature(stock).bind(*args, **kwargs).arguments
     inputs = call.pop("model_kwargs", {})
-    assistant, lookup = call.get("assistant_model"), call["generation_config"].prompt_lookup_num_tokens
-    if assistant is None and lookup is None:
-        return _not_served("assisted decoding with the model's own heads or layers", active, stock, *args, **kwargs)
+    generation_config, assistant = call["generation_config"], call.get("assistant_model")
+    early, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
+    if assistant is None and lookup is None and early is None:
+        return _not_served("assisted decoding with the model's own heads", active, stock, *args, **kwargs)
     if call.get("assistant_tokenizer") is not None:
         return _not_served("an assistant_model with another tokenizer", active, stock, *args, **kwargs)
     if lookup is not None and (type(lookup) is not int or lookup < 1):
         raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
-    method = "suffix" if assistant is None else "draft_model"
-    asked = replace(active.config.speculative or SpeculativeConfig(), method=method, draft_model=assistant)
+    method = "layer_skip" if early is not None else "suffix" if assistant is None else "draft_model"
+    who = {"method": method, "draft_model": assistant if method == "draft_model" else None, "exit_layer": early}
+    asked = replace(active.config.speculative or SpeculativeConfig(), **who)
     active.config = replace(active.config, speculative=asked)
     inputs["tokenizer"] = call.get("tokenizer")
     plain = {name: call[name] for name in _SAMPLED if name in call}

@@ -2,8 +2,18 @@
 
 from .draft_model import DraftModelDrafter
 from .drafter import Draft, Drafter
+from .layer_skip import first_layers
 from .length import PassCosts, choose_lengths
 from .speculator import Speculator
 from .suffix import SuffixDrafter
 
-__all__ = ["Draft", "DraftModelDrafter", "Drafter", "PassCosts", "Speculator", "SuffixDrafter", "choose_lengths"]
+__all__ = [
+    "Draft",
+    "DraftModelDrafter",
+    "Drafter",
+    "PassCosts",
+    "Speculator",
+    "SuffixDrafter",
+    "choose_lengths",
+    "first_layers",
+]
