@@ -49,6 +49,11 @@ def close(
     assert error <= 1.5 * twin + factor * BOUND[ours.dtype], (float(error), float(twin))
 
 
+def bits(tokens: int) -> torch.Tensor:
+    """Which of the last 32 tokens each token sees, as in `Seen.tree`: itself, and others or all of them."""
+    return torch.where(torch.rand(tokens) < 0.7, torch.randint(-(2**31), 2**31, (tokens,)) | 1, -1).int()
+
+
 def test_built_wherever_there_is_a_compiler() -> None:
     assert cpu.available(), f"{COMPILER} is on the PATH, but {cpu.why_not()}"
 
@@ -95,7 +100,8 @@ def test_attention(spans: tuple[int, ...], dtype: torch.dtype, level: str, data:
         keys, values = reference.pack_rows(keys, form, form.rotates), reference.pack_rows(values, form)
         coded = Shape(kv_heads, key_dim, value_dim)
     spans = data.draw(st.sampled_from([TILED, 1000]))  # long ones tile by tile, or query by query too
-    seen = Seen(keys, values, table, items, page_size, longest, key_dim**-0.5, softcap, sinks, spans, form, coded)
+    tree = bits(len(items)) if data.draw(st.booleans()) else None
+    seen = Seen(keys, values, table, items, page_size, longest, key_dim**-0.5, softcap, sinks, spans, form, coded, tree)
     with cpu.using(level):
         ours = cpu.attention(query, seen)
     wide = seen._replace(sinks=None if sinks is None else sinks.double())
@@ -249,6 +255,7 @@ def test_layers(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
         room = (sum(pages) + 1) * 4
         keys, values = random(room, kv_heads, key_dim), random(room, kv_heads, value_dim)
         seen = Seen(keys, values, table, items, 4, max(contexts), key_dim**-0.5, draw(st.sampled_from([None, 20.0])))
+        seen = seen._replace(tree=bits(tokens) if draw(st.booleans()) else None)
         angles = torch.randn(tokens, rotated)
         kept = draw(st.sampled_from([dtype, torch.float32]))
         turns = (angles.cos().to(kept), angles.sin().to(kept)) if rotated else (None, None)

@@ -55,7 +55,7 @@ def replayable(step: StepInputs, call: Call) -> Tensor:
 
 def fastest_paged(step: StepInputs, call: Call) -> Tensor:
     """Our kernels or torch's, what was faster when shapes like these were first met on this kind of device."""
-    if not call.is_plain:  # torch has no kernel for it
+    if not call.is_plain or any(span.branches for span in step.spans):  # torch has no kernel for it
         return triton_paged(step, call)
     if not _serves(step, call):
         return sdpa(step, call)
@@ -104,7 +104,7 @@ def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
         shape, split = decode.plan(tokens, seen, len(tiles), longest)
         return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
     group = tokens.shape[1] // seen.shape.kv_heads
-    if _hopper(tokens, seen, group):
+    if seen.tree is None and _hopper(tokens, seen, group):
         from ..kernels.triton import hopper
 
         if step.are_runs(layer, spans, hopper.KEYS):

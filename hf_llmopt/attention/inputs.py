@@ -5,8 +5,8 @@ A pass computes spans of several requests behind one another, `[1, tokens]`; sin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..kernels.arguments import TILED, Seen
 from ..kv_cache import BlockTable, CacheGroup, PagedStore, upload
+from .rows import DenseRows, dense_rows, padded
+from .tree import Nodes, nodes_of
 
 CPU = torch.device("cpu")
 
@@ -27,59 +29,29 @@ class Span(NamedTuple):
         offset: First token's place in the pass.
         length: Tokens.
         context: Tokens of the request that the last one sees, itself included unless it is masked.
+        parents: Of the span's last tokens, which are guesses that form a tree, which of them each one follows; -1 for
+            the token before them. `None`: each token follows the one before it. See `tree.py`.
     """
 
     tables: Sequence[BlockTable]
     offset: int
     length: int
     context: int
+    parents: Sequence[int] | None = None
+
+    @property
+    def branches(self) -> bool:
+        """Whether any token does not follow the one before it."""
+        return self.parents is not None and any(parent != node - 1 for node, parent in enumerate(self.parents))
+
+    def nodes(self, group: CacheGroup, index: int) -> Nodes:
+        """What the guesses of a span that branches see in a cache group."""
+        assert self.parents is not None
+        return nodes_of(self.parents, self.end(index) - len(self.parents), group)
 
     def end(self, group: int) -> int:
         """What the last token sees of the request's slots in a cache group: `context` less what was evicted."""
         return self.context - self.tables[group].evicted
-
-
-@dataclass
-class DenseRows:
-    """How some decodes of a step find their keys in a layer's slots, `[rows, keys]` without a Python loop.
-
-    Either one strided view (row r starts at slot `base + r * stride`) or a gather (`index`).
-
-    Attributes:
-        rows: Decodes.
-        keys: Keys of the longest row, counted from its first visible token.
-        bias: 0 where a row sees a key, else -inf, float32 `[rows, 1, 1, keys]`; `None` if every row sees all.
-        base: First slot of row 0.
-        stride: Slots from one row's first key to the next row's.
-        index: Slots `[rows * keys]`, where rows are no runs of pages at equal distances.
-    """
-
-    rows: int
-    keys: int
-    bias: Tensor | None
-    base: int = 0
-    stride: int = 0
-    index: Tensor | None = None
-    _typed: dict[Any, Tensor] = field(default_factory=dict)
-
-    def read(self, slots: Tensor) -> Tensor:
-        """`[rows, keys, ...]` of a layer's `slots`, a view where the rows are runs."""
-        if self.index is not None:
-            index = self._on(slots.device, self.index.dtype, self.index)
-            return slots.index_select(0, index).view(self.rows, self.keys, *slots.shape[1:])
-        width = slots.shape[1] * slots.shape[2]
-        shape = (self.rows, self.keys, *slots.shape[1:])
-        return slots.as_strided(shape, (self.stride * width, width, slots.shape[2], 1), self.base * width)
-
-    def mask(self, query: Tensor) -> Tensor | None:
-        """`bias` in the query's dtype and on its device, converted once a step."""
-        return None if self.bias is None else self._on(query.device, query.dtype, self.bias)
-
-    def _on(self, device: torch.device, dtype: torch.dtype, tensor: Tensor) -> Tensor:
-        key = (device, dtype)
-        if key not in self._typed:
-            self._typed[key] = upload(tensor.to(dtype), device)
-        return self._typed[key]
 
 
 class Call(NamedTuple):
@@ -150,7 +122,7 @@ class StepInputs:
         self.ahead: Any = None  # what joined layers keep for one another, theirs alone
         self.decodes = self.leading(1)
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
-        self._listed: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, int]] = {}
+        self._listed: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, Tensor | None, int]] = {}
         self._tiles: dict[tuple[torch.device, int, range, int], Tensor] = {}
         self.classes: dict[Any, str] = {}  # names that a backend gives to what it has measured
         self._runs: dict[tuple[int, range, int], bool] = {}
@@ -202,7 +174,9 @@ class StepInputs:
         index = self.store.group_of[layer]
         rows = self._dense[index]
         if rows is None:
-            rows = self._dense[index] = self._find_rows(index)
+            spans = self.spans[: self.decodes]
+            tables, ends = [span.tables[index] for span in spans], [span.end(index) for span in spans]
+            rows = self._dense[index] = dense_rows(self.store, self.group(layer), tables, ends)
         return rows
 
     def seen(
@@ -218,15 +192,20 @@ class StepInputs:
         index, chosen = self.store.group_of[layer], range(len(self.spans)) if spans is None else spans
         key = (device, index, chosen)
         if key not in self._listed:  # made once a step for the layers of a group
-            table, items = listed(self.spans[chosen.start : chosen.stop], self.store.groups[index], index)
-            both = upload(torch.from_numpy(numpy.concatenate([table.reshape(-1), items.reshape(-1)])), device)
-            parts = both[: table.size].view(table.shape), both[table.size :].view(items.shape)
-            self._listed[key] = (*parts, int((items[:, 2] - items[:, 1]).max()))
-        table, items, longest = self._listed[key]
+            found = self.spans[chosen.start : chosen.stop]
+            table, items = listed(found, self.store.groups[index], index)
+            bits = branches(found, self.store.groups[index], index)
+            parts = [part.reshape(-1) for part in (table, items, bits) if part is not None]
+            sent = upload(torch.from_numpy(numpy.concatenate(parts)), device).split([len(part) for part in parts])
+            longest = int((items[:, 2] - items[:, 1]).max())
+            tree = None if bits is None else sent[2]
+            self._listed[key] = (sent[0].view(table.shape), sent[1].view(items.shape), tree, longest)
+        table, items, tree, longest = self._listed[key]
         keys, values, spec = self.store.keys[layer], self.store.values[layer], self.store.layers[layer]
         coded = None if spec.form is None else spec.shape
         size = self.store.page_size
-        return Seen(keys, values, table, items, size, longest, scaling, softcap, sinks, self.tiled, spec.form, coded)
+        how = scaling, softcap, sinks, self.tiled, spec.form, coded, tree
+        return Seen(keys, values, table, items, size, longest, *how)
 
     def tiles(self, layer: int, device: torch.device, spans: range, size: int) -> Tensor:
         """Neighbouring spans cut into tiles, request by request, in each the tiles first that see most.
@@ -252,45 +231,6 @@ class StepInputs:
             else:
                 self._runs[key] = all(_aligned(table, size // page) for table in tables)
         return self._runs[key]
-
-    def _find_rows(self, index: int) -> list[DenseRows]:
-        """Split the decodes into parts whose runs of pages lie at equal distances; gather what has no run."""
-        group, size = self.store.groups[index], self.store.page_size
-        tables = [span.tables[index] for span in self.spans[: self.decodes]]
-        contexts = [span.end(index) for span in self.spans[: self.decodes]]
-        firsts = [group.first_visible(context - 1) for context in contexts]
-        counts = [context - first for context, first in zip(contexts, firsts, strict=True)]
-        starts = [
-            table.pages[first // size] * size + first % size if first // size >= table.run else -1
-            for table, first in zip(tables, firsts, strict=True)
-        ]
-        # Masked keys are multiplied by 0, which a NaN survives: a view must not show another request's pages.
-        reach = [
-            group.pool.next_held(table.pages[-1] + 1) * size - start
-            for table, start in zip(tables, starts, strict=True)
-        ]
-        parts = _split(starts, counts, reach)
-        if len(parts) > 1 and self.store.layers[group.layers[0]].device.type != "cpu":
-            parts = [(0, len(starts), -1)]  # a launch per part costs more than one gather
-        dense = []
-        for low, high, stride in parts:
-            keys = max(counts[low:high])
-            part = DenseRows(high - low, keys, _bias(counts[low:high], keys), starts[low], stride)
-            if stride < 0:
-                part.index = self._gathered(tables[low:high], firsts[low:high], counts[low:high])
-            dense.append(part)
-        return dense
-
-    def _gathered(self, tables: Sequence[BlockTable], firsts: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Slots of `counts` tokens of each row from the first visible one on, `[rows * keys]` on the CPU."""
-        size = self.store.page_size
-        pages = _padded([table.pages for table in tables])
-        tokens = numpy.asarray(firsts)[:, None] + numpy.arange(max(counts))
-        unseen = numpy.arange(max(counts)) >= numpy.asarray(counts)[:, None]
-        tokens[unseen] = 0
-        slots = numpy.take_along_axis(pages, tokens // size, axis=1).astype(numpy.int64) * size + tokens % size
-        slots[unseen] = 0  # padding reads slot 0, under the mask
-        return torch.from_numpy(slots.reshape(-1))
 
 
 class FixedInputs(StepInputs):
@@ -325,7 +265,7 @@ class FixedInputs(StepInputs):
         every, device = range(rows), tiles[0].device
         for index, (group, found) in enumerate(zip(store.groups, lists, strict=True)):
             longest = context if group.kind == "full" else min(context, group.window)
-            self._listed[device, index, every] = (*found, longest)
+            self._listed[device, index, every] = (*found, None, longest)
             self._tiles[device, index, every, length] = tiles[index]
 
 
@@ -350,8 +290,24 @@ def listed(spans: Sequence[Span], group: CacheGroup, index: int) -> tuple[Any, A
     items[:, 0] = numpy.repeat(numpy.arange(len(spans), dtype=numpy.int32), lengths)
     if group.kind != "full":
         items[:, 1] = [group.first_visible(position) for position in positions.tolist()]
+        for stop, span in zip(itertools.accumulate(lengths), spans, strict=True):
+            if span.branches:
+                nodes = span.nodes(group, index)
+                items[stop - len(nodes.firsts) : stop, 1] = nodes.firsts
     items[:, 2] = positions + 1
-    return _padded([span.tables[index].pages for span in spans]), items
+    return padded([span.tables[index].pages for span in spans]), items
+
+
+def branches(spans: Sequence[Span], group: CacheGroup, index: int) -> Any:
+    """Each token's bits, int32 `[tokens]` as in `Seen.tree`; `None` if no span branches."""
+    if not any(span.branches for span in spans):
+        return None
+    bits = [numpy.full(span.length, -1, dtype=numpy.int32) for span in spans]
+    for own, span in zip(bits, spans, strict=True):
+        if span.branches:
+            nodes = span.nodes(group, index)
+            own[-len(nodes.bits) :] = nodes.bits
+    return numpy.concatenate(bits)
 
 
 def _aligned(table: BlockTable, pages: int) -> bool:
@@ -361,49 +317,3 @@ def _aligned(table: BlockTable, pages: int) -> bool:
     ids = numpy.frombuffer(table.pages, dtype=numpy.int32)
     place = numpy.arange(len(ids)) % pages
     return bool((ids - place == ids[numpy.arange(len(ids)) - place]).all())
-
-
-def _padded(tables: Sequence[Any]) -> Any:
-    """Page ids, int32 `[rows, longest]`."""
-    padded = numpy.zeros((len(tables), max(map(len, tables))), dtype=numpy.int32)
-    for row, pages in enumerate(tables):
-        padded[row, : len(pages)] = numpy.frombuffer(pages, dtype=numpy.int32)
-    return padded
-
-
-def _split(starts: Sequence[int], counts: Sequence[int], reach: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Cut rows into parts (first row, end, stride) that one strided view can show.
-
-    Args:
-        starts: Slot of each row's first key, -1 if its keys are no run.
-        counts: Keys of each row.
-        reach: Slots from each row's first key that are nobody else's.
-
-    Returns:
-        Parts in order; stride -1 marks rows to gather.
-    """
-    parts: list[tuple[int, int, int]] = []
-    low = 0
-    while low < len(starts):
-        high, stride = low + 1, counts[low]
-        if starts[low] < 0:
-            stride = -1
-            while high < len(starts) and starts[high] < 0:
-                high += 1
-        while stride >= 0 and high < len(starts) and starts[high] > starts[high - 1]:
-            step = starts[high] - starts[high - 1]
-            if (high - low > 1 and step != stride) or max(counts[low : high + 1]) > min(reach[low : high + 1]):
-                break
-            high, stride = high + 1, step
-        parts.append((low, high, stride))
-        low = high
-    return parts
-
-
-def _bias(counts: Sequence[int], keys: int) -> Tensor | None:
-    if min(counts) == keys:
-        return None
-    unseen = torch.arange(keys, device="cpu") >= torch.tensor(counts, device="cpu")[:, None]
-    return torch.zeros(unseen.shape, dtype=torch.float32, device="cpu").masked_fill_(unseen, float("-inf"))[
-        :, None, None, :
-    ]

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..kernels import cpu, reference
 from ..kv_cache import BlockTable, upload
 from .inputs import Call, Span, StepInputs
+from .tree import visible
 
 SHORT_VECTORS = ("portable", "avx2")  # levels at which torch computes long spans several times as fast as our tiles
 TILE = 256  # queries that share one mask
@@ -118,7 +119,7 @@ def _extend(step: StepInputs, call: Call, span: Span) -> Tensor:
     rounded = step.store.layers[layer].form is not None  # pages do not hold quite what the span brings
     first = group.first_visible(start)
     whole = group.first_visible(end - 1) == 0  # every query sees all tokens before it
-    if start == 0 and plain and whole and not rounded:
+    if start == 0 and plain and whole and not rounded and not span.branches:
         step.note("prefill-sdpa")
         output = _attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
@@ -126,17 +127,16 @@ def _extend(step: StepInputs, call: Call, span: Span) -> Tensor:
     if plain and whole and not rounded and query.device.type == "cpu" and query.shape[3] == value.shape[3]:
         step.note("extend-tiles")
         tiles = (_tile(step, layer, table, *tile) for tile in _tiles(table, step.store.page_size, start))
-        return _cascade(query, key, value, tiles, scaling).transpose(1, 2)
+        own = _mask(step, layer, span, range(start, end), range(start, end)) if span.branches else None
+        return _cascade(query, key, value, tiles, scaling, own).transpose(1, 2)
     step.note("extend-sdpa" if plain else "extend-matmul")
     if start > 0 or rounded:
         key, value = _tile(step, layer, table, first, end)
     parts = []
     for tile in range(start, end, TILE):
         stop = min(tile + TILE, end)
-        low = group.first_visible(tile)
-        queries = torch.arange(tile, stop, device=query.device)
-        keys = torch.arange(low, stop, device=query.device)
-        mask = reference.visible(queries, keys, group.kind, group.window)
+        low = group.first_visible(min(tile, end - len(span.parents or ())))
+        mask = _mask(step, layer, span, range(tile, stop), range(low, stop))
         part, seen = query[:, :, tile - start : stop - start], slice(low - first, stop - first)
         if plain:
             groups = query.shape[1] // key.shape[1]
@@ -145,6 +145,16 @@ def _extend(step: StepInputs, call: Call, span: Span) -> Tensor:
         else:
             parts.append(reference.attention(part, key[:, :, seen], value[:, :, seen], mask, scaling, softcap, sinks))
     return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _mask(step: StepInputs, layer: int, span: Span, queries: range, keys: range) -> Tensor:
+    """Which of a request's slots are seen by some of a span's, bool `[queries, keys]`."""
+    group, index, device = step.group(layer), step.store.group_of[layer], step.store.layers[layer].device
+    if span.branches:
+        base = span.end(index) - len(span.parents or ())
+        return visible(queries, keys, group, base, span.nodes(group, index), device)
+    rows, columns = (torch.arange(slots.start, slots.stop, device=device) for slots in (queries, keys))
+    return reference.visible(rows, columns, group.kind, group.window)
 
 
 def _tiles(table: BlockTable, page_size: int, end: int) -> Iterator[tuple[int, int]]:
@@ -170,15 +180,30 @@ def _tile(step: StepInputs, layer: int, table: BlockTable, start: int, stop: int
 
 
 def _cascade(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Iterable[tuple[Tensor, Tensor]], scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Iterable[tuple[Tensor, Tensor]],
+    scaling: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """A span's causal attention over its own keys, joined with that over tiles of earlier keys, which it sees whole.
+    """A span's attention over its own keys, joined with that over tiles of earlier keys, which it sees whole.
 
     Parts of a softmax are joined by the logarithms of their sums (Dao et al. 2022, section 3.1). Query heads that
     share a key head are its queries one after the other, so that no key is repeated and no mask is made.
+
+    Args:
+        query: `[1, heads, tokens, width]`.
+        key: The span's, `[1, kv_heads, tokens, width]`.
+        value: Likewise.
+        tiles: Keys and values of earlier tokens.
+        scaling: Factor on the dot products.
+        mask: Which of its own keys each token sees, bool `[tokens, tokens]`; `None` for all before it.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    total, weight = attend(query, key, value, 0.0, True, scale=scaling)
+    if mask is not None:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    total, weight = attend(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scaling)
     total, folded = total.float(), query.reshape(1, key.shape[1], -1, query.shape[3])
     for keys, values in tiles:
         part, own = attend(folded, keys, values, 0.0, False, scale=scaling)

@@ -157,6 +157,8 @@ def key_of(batch: Batch) -> Key | None:
     length, rows = max(lengths), len(batch.spans)
     if len(lengths) > 1 or length > LONGEST or rows * length > MOST_TOKENS:
         return None
+    if any(span.branches for span in batch.spans):  # its bits lie nowhere that a graph reads
+        return None
     if any(span.context <= length for span in batch.spans):  # a prompt's beginning: nothing that comes again and again
         return None
     rounded = -(-rows // 16) * 16 if rows > 16 else 1 << (rows - 1).bit_length()

@@ -23,6 +23,7 @@ from ..errors import OutOfPages, UnsupportedModel
 from ..kernels import cpu, reference
 from ..kernels.arguments import PAGE_FORMATS, PageFormat, Shape
 from .pool import BlockTable, PagePool
+from .transfer import upload
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,28 @@ class PagedStore:
             for slots in (self.keys[index], self.values[index]):
                 pages = slots.view(-1, self.page_size, *slots.shape[1:])
                 pages[list(target)] = pages[list(source)]
+
+    def move(self, group: int, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy single slots (from, to) in all layers of a group: all are read before the first is written.
+
+        Example:
+            >>> from hf_llmopt import KVCacheConfig
+            >>> spec = LayerSpec("full", 0, 1, 1, 1, torch.float32, torch.device("cpu"))
+            >>> store = PagedStore([spec], KVCacheConfig(page_size=4))
+            >>> store.write(0, torch.arange(4), torch.arange(4.0).view(4, 1, 1), torch.ones(4, 1, 1))
+            >>> store.move(0, [(2, 1), (3, 2)])
+            >>> store.keys[0].flatten().tolist()
+            [0.0, 2.0, 3.0, 3.0]
+        """
+        self.settle()
+        places: dict[torch.device, Tensor] = {}
+        for slots in self._tensors(group):
+            if slots.device not in places:
+                places[slots.device] = upload(
+                    torch.tensor(moves, dtype=torch.long, device="cpu").view(-1, 2).T, slots.device
+                )
+            source, target = places[slots.device]
+            slots.index_copy_(0, target, slots.index_select(0, source))
 
     def wipe(self, group: int, pages: Sequence[int]) -> None:
         """Zero pages that a request leaves unfinished: they may hold NaN, which masks do not stop."""

@@ -11,6 +11,7 @@
  * table   [rows, pages]                      page ids of each request
  * items   [tokens, 3]                        row of the table, first visible token, end of the visible tokens; those with
  *                                            the same row follow one another and are a span, the shortest first
+ * tree    [tokens]                           bits: which of the last tokens are seen, where guesses form a tree; or NULL
  * output  [tokens, heads, value_dim]         contiguous */
 #ifndef LLMOPT_ATTENTION
 #define LLMOPT_ATTENTION
@@ -96,10 +97,10 @@ EVERY(4, 4, 2, 1, fp8, uint8_t, FP8, FP8_PART)
 #undef EVERY
 #undef WHOLE
 
-/* Tokens [from, to) of one item: maximum, sum and unnormalised values of each head. `query` and `acc` have rows of whole
- * vectors, `acc` a power of two of them. */
+/* Tokens [from, to) of one item, which sees those before `end` by its bits: maximum, sum and unnormalised values of each head.
+ * `query` and `acc` have rows of whole vectors, `acc` a power of two of them. */
 LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, const FN(element) * query, long query_room,
-                    int heads, long from, long to, float *m, float *l, float *acc) {
+                    int heads, long from, long to, long end, int32_t bits, float *m, float *l, float *acc) {
     const char *keys = a->keys, *values = a->values;
     long bytes[2] = {a->key_dim * (long)sizeof(E), a->value_dim * (long)sizeof(E)}; /* of a head, and from slot to slot */
     long stride[2] = {a->kv_heads * bytes[0], a->kv_heads * bytes[1]};
@@ -160,6 +161,12 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
             key[t] = to;
         }
         for (int t = count; t < full; t++) key[t] = key[0]; /* read, and weighted with 0 */
+        ivec seen[BLOCK / WIDTH];
+        for (int b = 0; b * WIDTH < full; b++) seen[b] = lane < (float)(count - b * WIDTH);
+        for (long back = 0; bits != SEES_ALL && back < BITS; back++) { /* likewise */
+            long t = end - 1 - back - start;
+            if (t >= 0 && t < count && !((uint32_t)bits >> back & 1)) seen[t / WIDTH][t % WIDTH] = 0;
+        }
         for (int g = 0; g < heads; g++) {
             vec score[BLOCK / WIDTH], best = FN(splat)(m[g]);
             for (int b = 0; b * WIDTH < full; b++) {
@@ -174,16 +181,14 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
                 }
                 s *= a->scaling;
                 if (a->softcap > 0) s = FN(capped)(s, a->softcap);
-                ivec seen = lane < (float)(count - b * WIDTH);
-                score[b] = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
+                score[b] = (vec)(((ivec)s & seen[b]) | ((ivec)FN(splat)(-INFINITY) & ~seen[b]));
                 best = FN(max)(best, score[b]);
             }
             vec lowest = {0};
             float top = FN(top)(best), shrink = m[g] == top ? 1.0f : expf(m[g] - top);
             sum[g] *= shrink;
             for (int b = 0; b * WIDTH < full; b++) {
-                ivec seen = lane < (float)(count - b * WIDTH);
-                vec w = (vec)((ivec)FN(exp)(score[b] - top) & seen), scale, low;
+                vec w = (vec)((ivec)FN(exp)(score[b] - top) & seen[b]), scale, low;
                 sum[g] += w;
                 if (a->form) {
                     memcpy(&scale, scales[1] + b * WIDTH, sizeof scale);
@@ -273,8 +278,8 @@ LOCAL void FN(job_part)(const attention *a, FN(job) job, long p, float *state) {
         FN(query_row)(a, job.token, job.first + g, row);
         memset(row + a->key_dim, 0, (size_t)(query_room - a->key_dim) * sizeof *row);
     }
-    FN(part)(a, a->table + item[0] * a->table_width, job.kv_head, query, query_room, job.heads, from, to, state,
-             state + MAX_GROUP, state + 2 * MAX_GROUP);
+    FN(part)(a, a->table + item[0] * a->table_width, job.kv_head, query, query_room, job.heads, from, to, item[2],
+             a->tree ? a->tree[job.token] : SEES_ALL, state, state + MAX_GROUP, state + 2 * MAX_GROUP);
 }
 
 LOCAL void FN(job_end)(const attention *a, FN(job) job, float *states) {

@@ -6,11 +6,14 @@
 #define MAX_GROUP 8 /* query heads that share one pass over the keys */
 #define MAX_DIM 512
 #define SPLIT 256 /* tokens of a part */
+#define SEES_ALL (-1)
+#define BITS 32 /* tokens before those are seen */
 
 typedef struct {
     const void *query, *keys, *values;
     const int32_t *table, *items;
     const float *sinks; /* [heads], or NULL */
+    const int32_t *tree; /* [tokens], or NULL: bit j says whether a query sees the token j before its last; or SEES_ALL */
     void *output;
     float *states; /* attention_states(threads) floats */
     long tiled, leading; /* tokens of a span from which on it goes to flash.c; tokens of the spans before, which are shorter */

@@ -126,15 +126,16 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
 }
 
 /* A block's scores become weights; maxima and sums follow, and `shrink` is what the output so far is worth. */
-INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end, int whole,
-                              vec *best, vec *sum, vec *shrink, const int N) {
+INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end,
+                              const ivec *bits, int whole, vec *best, vec *sum, vec *shrink, const int N) {
     for (int n = 0; n < N; n++) {
         vec top = best[n], total = {0};
         for (int t = 0; t < BLOCK; t++) {
             vec s = score[t * N + n] * a->scaling;
             if (a->softcap > 0) s = FN(capped)(s, a->softcap);
             if (!whole) {
-                ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]);
+                ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]), back = end[n] - 1 - at;
+                if (a->tree) seen &= (back >= BITS) | ((bits[n] >> (back & (BITS - 1)) & 1) != 0);
                 s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
             }
             score[t * N + n] = s;
@@ -153,17 +154,21 @@ INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const i
 
 INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_room) * room, const int N) {
     long group = a->heads / a->kv_heads, rows = tile->rows, low = INT32_MAX, high = 0, all_first = 0, all_end = INT32_MAX;
-    int32_t limits[2][ROWS] = {0};
+    int32_t limits[3][ROWS] = {0};
     const int32_t *pages = a->table + a->items[3 * tile->token] * a->table_width;
     for (long i = 0; i < rows; i++) {
         const int32_t *item = a->items + 3 * (tile->token + (tile->row + i) / group);
         long first = limits[0][i] = item[1], end = limits[1][i] = item[2];
         low = first < low ? first : low, all_first = first > all_first ? first : all_first;
-        high = end > high ? end : high, all_end = end < all_end ? end : all_end;
+        high = end > high ? end : high;
+        limits[2][i] = a->tree ? a->tree[tile->token + (tile->row + i) / group] : SEES_ALL;
+        if (limits[2][i] != SEES_ALL) end -= BITS;
+        all_end = end < all_end ? end : all_end;
     }
-    ivec first[MOST], end[MOST];
+    ivec first[MOST], end[MOST], bits[MOST];
     memcpy(first, limits[0], sizeof first);
     memcpy(end, limits[1], sizeof end);
+    memcpy(bits, limits[2], sizeof bits);
     vec best[MOST], sum[MOST] = {0}, shrink[MOST];
     for (int n = 0; n < N; n++) best[n] = FN(splat)(-3.4e38f);
     memset(room->output, 0, (size_t)(room->value_room * N) * sizeof *room->output);
@@ -175,7 +180,7 @@ INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_
         memset(score, 0, (size_t)(BLOCK * N) * sizeof *score);
         for (int t = 0; t < BLOCK; t += M)
             FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, room->query, room->key_units, N);
-        FN(flash_softmax)(a, score, from, first, end, whole, best, sum, shrink, N);
+        FN(flash_softmax)(a, score, from, first, end, bits, whole, best, sum, shrink, N);
 #if PAIR == 2
         for (int t = 0; t < BLOCK; t += 2)
             for (int n = 0; n < N; n++) { /* two weights of a row side by side */

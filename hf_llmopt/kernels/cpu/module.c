@@ -72,6 +72,11 @@ static void *pointer(reader *r) {
     return (void *)(intptr_t)number(r);
 }
 
+/* A pointer that a call may end with. */
+static void *last_pointer(reader *r) {
+    return r->next < r->count ? pointer(r) : NULL;
+}
+
 static float real(reader *r) {
     r->next++;
     return r->next <= r->count ? (float)PyFloat_AsDouble(r->items[r->next - 1]) : 0;
@@ -133,6 +138,7 @@ static PyObject *py_attention(PyObject *self, PyObject *const *items, Py_ssize_t
     OPEN
     attention a = read_attention(&r);
     a.query = pointer(&r), a.query_token = number(&r), a.query_head = number(&r), a.output = pointer(&r);
+    a.tree = last_pointer(&r);
     return run(attention_table, &r, level, format, threads, &a);
 }
 
@@ -225,6 +231,7 @@ static PyObject *py_layers(PyObject *self, PyObject *const *items, Py_ssize_t co
     all.layers = r.next < 0 ? NULL : PyMem_Calloc((size_t)all.count, sizeof(layer));
     if (r.next >= 0 && !all.layers) return PyErr_NoMemory();
     for (long i = 0; all.layers && i < all.count; i++) all.layers[i] = read_layer(&r);
+    for (long i = 0; all.layers && i < all.count; i++) all.layers[i].attention.tree = last_pointer(&r);
     PyObject *result = run(layers_table, &r, level, format, threads, &all);
     PyMem_Free(all.layers);
     return result;

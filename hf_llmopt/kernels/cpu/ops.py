@@ -132,6 +132,11 @@ def _seen_numbers(seen: Seen, tokens: int, heads: int) -> tuple[int | float, ...
     )  # fmt: skip
 
 
+def _trees(*seen: Seen) -> list[int]:
+    """What a call ends with if any token sees less than all before it."""
+    return [_address(each.tree) for each in seen] if any(each.tree is not None for each in seen) else []
+
+
 def _add_stage(numbers: list[int | float], stage: Stage, tokens: int, dtype: torch.dtype) -> None:
     layer, seen, (cosine, sine, slots, pairs), heads = stage
     _, key_dim, value_dim = seen.shape
@@ -157,6 +162,7 @@ def layers(x: Tensor, stages: Sequence[Stage]) -> Tensor:
     numbers: list[int | float] = [x.data_ptr(), y.data_ptr(), _address(_spent), tokens, hidden, len(stages)]
     for stage in stages:
         _add_stage(numbers, stage, tokens, x.dtype)
+    numbers += _trees(*(stage.seen for stage in stages))
     _C.layers(_level, DTYPES[x.dtype], torch.get_num_threads(), *numbers)
     return y
 
@@ -183,7 +189,7 @@ def attention(query: Tensor, seen: Seen) -> Tensor:
         seen = seen._replace(sinks=seen.sinks.float().contiguous())
     _C.attention(
         _level, DTYPES[query.dtype], torch.get_num_threads(), *_seen_numbers(seen, tokens, heads),
-        query.data_ptr(), query.stride(0), query.stride(1), output.data_ptr(),
+        query.data_ptr(), query.stride(0), query.stride(1), output.data_ptr(), *_trees(seen),
     )  # fmt: skip
     return output
 

@@ -112,8 +112,12 @@ def _extend(
     whole = 0
     if WINDOWED:  # pages before the window may be somebody else's by now
         lowest = tl.load(items + start * 3 + 1)
+        latest = tl.load(items + (start + count - 1) * 3 + 1)
+        if TREE:  # nodes are in no order of their depths
+            lowest = tl.min(tl.where(mine, first, stop), 0)
+            latest = tl.max(first, 0)
         begin = lowest // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.load(items + (start + count - 1) * 3 + 1), BLOCK_N) * BLOCK_N, stop)
+        whole = tl.minimum(tl.cdiv(latest, BLOCK_N) * BLOCK_N, stop)
     whole_stop = tl.maximum(whole_stop // BLOCK_N * BLOCK_N, whole)
     pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
     keys += head * KEY_DIM
