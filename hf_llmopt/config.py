@@ -241,7 +241,9 @@ class SpeculativeConfig(Section):
         method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"draft_model"`: a
             smaller model. `"layer_skip"`: the model's own first layers, where it was trained for that. `"auto"`: the
             draft model if there is one, else `"suffix"`.
-        draft_model: A model with the same vocabulary on the same device, or its name.
+        draft_model: A model on the same device, or its name.
+        tokenizer: The tokenizer of the model that generates, or its name, where the draft model has another.
+        draft_tokenizer: The draft model's.
         exit_layer: The layer behind which `"layer_skip"` guesses, counted from 1; `None` for about a quarter of all.
         num_tokens: Guesses of a request in each step; `None` for as many as pay, none among them: by what passes of
             different lengths take here, and how often guesses were right.
@@ -255,6 +257,8 @@ class SpeculativeConfig(Section):
     main: ClassVar[str | None] = "method"
     method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip"))
     draft_model: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    draft_tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     exit_layer: int | None = _option(None, kind=int, low=1)
     num_tokens: int | None = _option(None, kind=int, low=1, high=64)
 
@@ -267,6 +271,16 @@ class SpeculativeConfig(Section):
             )
         if not (self.draft_model is None or isinstance(self.draft_model, str) or hasattr(self.draft_model, "forward")):
             raise InvalidOption(f"draft_model is a model or its name, got {type(self.draft_model).__name__}.")
+        for name in ("tokenizer", "draft_tokenizer"):
+            given = getattr(self, name)
+            if not (given is None or isinstance(given, str) or hasattr(given, "get_vocab")):
+                raise InvalidOption(f"{name} is a tokenizer or its name, got {type(given).__name__}.")
+        tokenizers = [given for given in (self.tokenizer, self.draft_tokenizer) if given is not None]
+        if tokenizers and (len(tokenizers) < 2 or self.draft_model is None):
+            raise InvalidOption(
+                "SpeculativeConfig(tokenizer=..., draft_tokenizer=...): the model's tokenizer and the draft model's "
+                "come together, and with draft_model=. Leave both out where they are the same."
+            )
         if self.exit_layer is not None and self.method != "layer_skip":
             raise InvalidOption(
                 f"SpeculativeConfig(method={self.method!r}, exit_layer={self.exit_layer}): only method 'layer_skip' "

@@ -242,12 +242,17 @@ def _assisted(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: A
     early, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
     if assistant is None and lookup is None and early is None:
         return _not_served("assisted decoding with the model's own heads", active, stock, *args, **kwargs)
-    if call.get("assistant_tokenizer") is not None:
-        return _not_served("an assistant_model with another tokenizer", active, stock, *args, **kwargs)
     if lookup is not None and (type(lookup) is not int or lookup < 1):
         raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
-    method = "layer_skip" if early is not None else "suffix" if assistant is None else "draft_model"
-    who = {"method": method, "draft_model": assistant if method == "draft_model" else None, "exit_layer": early}
+    who: dict[str, Any] = dict.fromkeys(("draft_model", "tokenizer", "draft_tokenizer", "exit_layer"))
+    if early is not None:
+        who |= {"method": "layer_skip", "exit_layer": early}
+    elif assistant is None:
+        who |= {"method": "suffix"}
+    else:
+        who |= {"method": "draft_model", "draft_model": assistant}
+        if call.get("assistant_tokenizer") is not None:
+            who |= {"tokenizer": call.get("tokenizer"), "draft_tokenizer": call["assistant_tokenizer"]}
     asked = replace(active.config.speculative or SpeculativeConfig(), **who)
     active.config = replace(active.config, speculative=asked)
     inputs["tokenizer"] = call.get("tokenizer")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig, SpeculativeConfig
-from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, first_layers
+from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
 from .proof import pass_seconds
 from .runner import Runner
 from .second import SecondModel, second_model
@@ -46,17 +46,20 @@ def _suffix(*_: Any) -> Drafter:
 
 
 def _draft_model(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:
-    return _with(second_model(asked.draft_model, runner.model), config, new_loop)
+    second, translation = second_model(asked, runner.model)
+    return _with(second, config, new_loop, translation)
 
 
 def _layer_skip(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:
     return _with(first_layers(runner.model, asked.exit_layer), config, new_loop)
 
 
-def _with(second: PreTrainedModel, config: LLMOptConfig, new_loop: NewLoop) -> Drafter:
+def _with(
+    second: PreTrainedModel, config: LLMOptConfig, new_loop: NewLoop, translation: Translation | None = None
+) -> Drafter:
     """A drafter that runs a second model, in an engine of its own."""
     own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention)
-    return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition())))
+    return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation))
 
 
 _MAKERS: dict[str, Callable[..., Drafter]] = {  # by method

@@ -7,10 +7,11 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..config import SpeculativeConfig
 from ..errors import InvalidOption
-from ..speculative.drafter import Text
+from ..speculative import Reading, Text, Translation
 from .probe import input_device
 from .request import Request, Share
 
@@ -18,42 +19,59 @@ if TYPE_CHECKING:
     from .engine import EngineLoop
 
 
-def second_model(given: Any, model: PreTrainedModel) -> PreTrainedModel:
-    """The model that is to draft.
+def second_model(asked: SpeculativeConfig, model: PreTrainedModel) -> tuple[PreTrainedModel, Translation | None]:
+    """The model that is to draft, and what its tokens are to the other, unless they are the same.
 
     Args:
-        given: It, or its name.
+        asked: Names it, and the tokenizers.
         model: The one that it drafts for.
 
     Raises:
-        InvalidOption: It has another vocabulary, or lies on another device.
+        InvalidOption: It has another vocabulary and no tokenizers say which, or lies on another device.
     """
-    device = input_device(model)
+    given, device = asked.draft_model, input_device(model)
     if isinstance(given, str):
         loaded: Any = AutoModelForCausalLM.from_pretrained(given, dtype=model.dtype)
         given = loaded.to(device).eval()
     if not isinstance(given, PreTrainedModel):
         raise InvalidOption(f"draft_model is a transformers PreTrainedModel or its name, got {type(given).__name__}.")
-    sizes = [each.config.get_text_config().vocab_size for each in (given, model)]
-    if sizes[0] != sizes[1]:
-        raise InvalidOption(
-            f"draft_model knows {sizes[0]} tokens, the model {sizes[1]}: a draft model shares the model's tokenizer. "
-            "Take a smaller model of the same family, or method='suffix', which needs none."
-        )
     if input_device(given) != device:
         raise InvalidOption(
             f"draft_model lies on {input_device(given)}, the model on {device}. Move it: draft_model.to('{device}')."
         )
-    return given
+    size, draft_size = (each.config.get_text_config().vocab_size for each in (model, given))
+    if asked.tokenizer is not None:
+        own, theirs = (
+            AutoTokenizer.from_pretrained(each) if isinstance(each, str) else each
+            for each in (asked.tokenizer, asked.draft_tokenizer)
+        )
+        if size != draft_size or own.get_vocab() != theirs.get_vocab():
+            return given, Translation(own, theirs, (size, draft_size))
+    elif size != draft_size:
+        raise InvalidOption(
+            f"draft_model knows {draft_size} tokens, the model {size}: their tokenizers differ, or their logits are "
+            "padded to different sizes. Give both tokenizers, tokenizer= and draft_tokenizer=, or take a smaller model "
+            "of the same family, or method='suffix', which needs none."
+        )
+    return given, None
 
 
 class _Twin:
     """The second model's request for a text: a group of its own, so that its failure is nobody else's."""
 
-    def __init__(self, request: Request, known: int) -> None:
-        self.requests = [request]
+    def __init__(self, reading: Reading | None) -> None:
+        self.requests: list[Request] = []
         self.thread = get_ident()
-        self.known = known  # tokens that are the text's, not guesses
+        self.reading = reading  # of a text in other tokens
+        self.known = 0  # tokens that are the text's, not guesses
+
+    def read(self, text: Text) -> tuple[int, list[int], list[int]]:
+        """How many tokens are as they were, those that follow now, and their positions."""
+        if self.reading is not None:
+            kept, tokens = self.reading.extend(text.tokens)
+            return kept, tokens, list(range(kept, kept + len(tokens)))
+        kept, self.known = self.known, len(text.tokens)
+        return kept, text.tokens[kept:], text.positions[kept:]
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Its passes are nobody's figures."""
@@ -68,11 +86,13 @@ class SecondModel:
     Args:
         model: The second model; one that was loaded by its name is nobody else's.
         loop: Its engine, which nobody else uses.
+        translation: What its tokens are to the texts; `None` where they are the same.
     """
 
-    def __init__(self, model: PreTrainedModel, loop: EngineLoop) -> None:
+    def __init__(self, model: PreTrainedModel, loop: EngineLoop, translation: Translation | None = None) -> None:
         self._model = model  # the engine holds it weakly
         self._loop = loop
+        self._translation = translation
         self._twins: dict[Text, _Twin] = {}
 
     def follow(self, texts: Sequence[Text]) -> None:
@@ -87,30 +107,33 @@ class SecondModel:
 
     def _begin(self, text: Text) -> None:
         self._loop.refresh()
-        length = len(text.tokens)
+        twin = _Twin(None if self._translation is None else Reading(self._translation))
+        _, tokens, positions = twin.read(text)
+        length = len(tokens)
         request = Request(
-            list(text.tokens),
-            list(text.positions),
-            text.next_position,
+            tokens,
+            positions,
+            text.next_position if twin.reading is None else length,
             self._loop.budget.rooms(length, length, keeps_passed=True),
-            left_padding=text.left_padding,
+            left_padding=text.left_padding if twin.reading is None else 0,
             keeps_passed=True,  # windows go back too
         )
-        self._twins[text] = _Twin(request, length)
-        self._loop.add(self._twins[text])
+        twin.requests.append(request)
+        self._twins[text] = twin
+        self._loop.add(twin)
 
     def _go_on(self, text: Text, twin: _Twin) -> None:
         (request,) = twin.requests
-        same = twin.known
-        last = min(len(request.tokens), len(text.tokens) - 1)  # the last one is computed anew, for its logits
-        while same < last and request.tokens[same] == text.tokens[same]:
+        kept, tokens, positions = twin.read(text)
+        last = min(len(request.tokens) - kept, len(tokens) - 1)  # the last one is computed anew, for its logits
+        same = 0
+        while same < last and request.tokens[kept + same] == tokens[same]:
             same += 1
-        request.tokens[same:] = text.tokens[same:]
-        request.positions[same:] = text.positions[same:]
-        request.next_position = text.next_position
-        request.computed = min(request.computed, same)
+        request.tokens[kept:] = tokens
+        request.positions[kept:] = positions
+        request.next_position = text.next_position if twin.reading is None else kept + len(tokens)
+        request.computed = min(request.computed, kept + same)
         request.logits = None
-        twin.known = len(text.tokens)
 
     def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
         """Behind all tokens of each text, `[vocabulary]`; `None` where the model failed, or has no room for it."""
@@ -119,11 +142,15 @@ class SecondModel:
             while any(request.logits is None and request.error is None for request in requests):
                 if not self._loop.step():
                     break
-        return [request.logits for request in requests]
+        found = [request.logits for request in requests]
+        if self._translation is not None:
+            return [None if logits is None else self._translation.logits(logits) for logits in found]
+        return found
 
     def append(self, text: Text, token: int) -> None:
         """A guess follows."""
-        self._twins[text].requests[0].append(token)
+        own = token if self._translation is None else self._translation.token(token)
+        self._twins[text].requests[0].append(own)
 
     def forget(self, text: Text) -> None:
         """The text has ended."""

@@ -1,4 +1,4 @@
-"""Guesses of a smaller model with the same vocabulary (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023).
+"""Guesses of a smaller model (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023).
 
 The published rule accepts a guess x ~ q with probability min(1, p(x) / q(x)), and draws what is rejected anew. Here the
 guess is what the model's own choice would be if its scores were the smaller model's: the same processors, the same
@@ -11,6 +11,7 @@ most 1 - d, which the published rule reaches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from time import perf_counter
 from typing import Protocol
 
@@ -78,7 +79,7 @@ class DraftModelDrafter:
             for index, logits in zip(list(going), found, strict=True):
                 draft, text = drafts[index], texts[index]
                 token, confidence = (-1, 0.0) if logits is None else text.guess(logits, len(draft.tokens))
-                if token < 0:  # no logits, or NaN among them
+                if token < 0 or isnan(confidence):  # no logits, or NaN among them, or no token is allowed
                     going.remove(index)
                     continue
                 grounds = min(len(draft.tokens), 3), min(BINS - 1, int(BINS * confidence))
