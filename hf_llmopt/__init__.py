@@ -28,6 +28,7 @@ from .hooks import install, optimize, uninstall
 from .kv_cache import PagedCache
 from .prompt_cache import PromptHandle
 from .quantization import QuantizationReport, QuantizedLinear
+from .speculative.mixin import SpeculativeGenerationMixin
 from .stats import PromptCacheStats, Stats
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "QuantizedLinear",
     "RequestHandle",
     "SpeculativeConfig",
+    "SpeculativeGenerationMixin",
     "Stats",
     "errors",
     "generate_batch",

@@ -421,7 +421,8 @@ class LLMOptConfig:
             not been measured yet.
         batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
             and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
-        strict: Raise `NotServed` where a call would otherwise run on transformers with a warning.
+        strict: Raise `NotServed` where a call would otherwise run on transformers with a warning, or without guesses
+            though `speculative` asks for them.
 
     Each section also takes `True`, a dict, or a string where it has a main field.
 

@@ -4,7 +4,7 @@
 LLMOptError
 ├── InvalidOption        llmopt= names an option or value that does not exist            (ValueError)
 ├── UnsupportedModel     this model cannot be optimized at all                          (TypeError)
-├── NotServed            strict=True, and this call would have run on transformers      (ValueError)
+├── NotServed            strict=True, and the call would not get what it asks for       (ValueError)
 ├── InvalidRequest       the inputs of one request cannot be generated from             (ValueError)
 │   ├── EmptyPrompt      a row without a single unmasked token
 │   ├── ObjectInUse      a processor, criterion or streamer of the user serves another live request
@@ -46,7 +46,7 @@ class UnsupportedModel(LLMOptError, TypeError):
 
 
 class NotServed(LLMOptError, ValueError):
-    """`strict=True` was set and the call needs something only transformers' own loop does."""
+    """`strict=True` was set, and only transformers' own loop serves the call, or nothing would be guessed for it."""
 
 
 class InvalidRequest(LLMOptError, ValueError):

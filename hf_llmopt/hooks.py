@@ -132,11 +132,10 @@ def _from_pretrained(original: Any) -> Any:
             model = original.__func__(cls, *args, **kwargs)
         finally:
             quantization.LOADING.reset(token)
-        if config is None:
-            return model
-        if isinstance(model, tuple):  # output_loading_info=True
-            return optimize(model[0], config), *model[1:]
-        return optimize(model, config)
+        loaded = model[0] if isinstance(model, tuple) else model  # output_loading_info=True
+        if config is not None or (llmopt is False and "llmopt" in vars(loaded)):  # whose class has a default
+            optimize(loaded, config)
+        return model
 
     wrapped: Any = from_pretrained
     return classmethod(wrapped)
@@ -224,6 +223,9 @@ def _serve(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: Any)
         _fall_through(active, str(reason))
         return stock(*args, **kwargs)
     active.settled = True
+    undrafted = groups[0].stats.undrafted
+    if active.config.strict and undrafted is not None:
+        raise NotServed(f"strict=True, and nothing would be guessed for this call: {undrafted}.")
     if active.submitted:
         raise Prepared(groups)
     (group,) = groups

@@ -112,6 +112,11 @@ def translate(
         _check_rows(groups, prompt, generation_config)
     elif engine.speculator is not None:
         groups = [_ahead(groups[0], generation_config)]
+    if active.config.speculative is not None and engine.speculator is None:
+        for group in groups:
+            group.stats.undrafted = (
+                "whoever guessed failed before, of which a warning told; llmopt.release() starts anew"
+            )
     for group in groups:
         _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submitted)
     return groups

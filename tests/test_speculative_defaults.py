@@ -1,0 +1,142 @@
+"""Classes that speculate by themselves, what `strict` asks of speculation, and draft models that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from architectures import build
+from transformers import LlamaForCausalLM, StoppingCriteria
+
+import hf_llmopt
+from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, SpeculativeGenerationMixin
+from hf_llmopt.errors import InvalidOption, NotServed
+
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 3.0}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Speculating(SpeculativeGenerationMixin, LlamaForCausalLM):
+    """As the documentation says it."""
+
+
+class Behind(LlamaForCausalLM, SpeculativeGenerationMixin):
+    """With the bases the other way round."""
+
+
+def inputs(rows: int = 1) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 20, (rows, 6), generator=torch.Generator().manual_seed(rows)).repeat(1, 3)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def run(model, rows=1, **kwargs):
+    torch.manual_seed(3)
+    return model.generate(**inputs(rows), max_new_tokens=16, pad_token_id=0, **{**GREEDY, **kwargs}).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    build("llama").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [Speculating, Behind])
+def test_a_class_that_inherits_the_mixin_speculates_by_default(folder, kind):
+    expected = run(LlamaForCausalLM.from_pretrained(folder))
+    default = LLMOptConfig(speculative=SpeculativeConfig())
+    model = kind.from_pretrained(folder)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), kind(model.config)):
+        assert each.llmopt.config == default
+        assert each.llmopt.stats is None
+    assert run(model) == expected
+    assert (model.llmopt.stats.served_by, model.llmopt.stats.undrafted) == ("llmopt", None)
+    assert model.llmopt.engine.config.speculative == SpeculativeConfig()
+
+
+def test_a_call_says_otherwise(folder):
+    model = Speculating.from_pretrained(folder)
+    expected = run(model, llmopt=False)
+    assert model.llmopt.stats is None, "transformers' own"
+    assert run(model, 2, assistant_model=build("llama", seed=5)) == run(model, 2, llmopt=False)
+    assert model.llmopt.engine.config.speculative.effective_method == "draft_model"
+    assert run(model, llmopt="kv_cache") == expected
+    assert model.llmopt.engine.config.speculative is None
+    assert run(model) == expected, "the default is as before"
+    assert model.llmopt.engine.config.speculative == SpeculativeConfig()
+
+
+def test_loading_and_optimize_say_otherwise(folder):
+    assert Speculating.from_pretrained(folder, llmopt=False).llmopt.config is None
+    model, _ = Speculating.from_pretrained(folder, llmopt="kv_cache", output_loading_info=True)
+    assert model.llmopt.config == LLMOptConfig()
+    assert hf_llmopt.optimize(model, llmopt=False).llmopt.config is None
+    run(model)
+    assert model.llmopt.stats is None
+    assert "llmopt" not in vars(LlamaForCausalLM.from_pretrained(folder, llmopt=False))
+
+
+class Looks(StoppingCriteria):
+    """May look at all rows of a step."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_strict_refuses_calls_for_which_nothing_would_be_guessed():
+    model, strict = build("llama"), LLMOptConfig(speculative={"num_tokens": 3}, strict=True)
+    expected = run(model, 2)
+    assert run(model, 2, llmopt=strict) == expected
+    with pytest.raises(NotServed, match=r"strict=True, and nothing would be guessed.*criterion of yours"):
+        run(model, 2, llmopt=strict, stopping_criteria=[Looks()])
+    assert run(model, 1, llmopt=strict, stopping_criteria=[Looks()]) == run(model), "one row by itself drafts"
+    with pytest.raises(NotServed, match=r"strict=True, and transformers would have to serve"):
+        run(model, 1, llmopt=strict, num_beams=2)
+
+
+def test_strict_refuses_calls_after_the_drafter_failed(monkeypatch):
+    model, strict = build("llama"), LLMOptConfig(speculative={"num_tokens": 3}, strict=True)
+    expected = run(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_llmopt.speculative.suffix.SuffixDrafter.propose", lambda *args: 1 / 0)
+        with pytest.warns(UserWarning, match="nothing is guessed any more"):
+            assert run(model, llmopt=strict) == expected
+    assert run(model, llmopt={"speculative": {"num_tokens": 3}}) == expected
+    assert "failed before" in model.llmopt.stats.undrafted
+    with pytest.raises(NotServed, match=r"nothing would be guessed.*failed before.*release\(\) starts anew"):
+        run(model, llmopt=strict)
+    with Engine(model, strict) as engine, pytest.raises(NotServed, match="failed before"):
+        engine.submit(inputs()["input_ids"][0], max_new_tokens=4)
+    model.llmopt.release()
+    assert run(model, llmopt=strict) == expected
+    assert model.llmopt.stats.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_model_as_its_own_assistant_is_always_right(arguments):
+    model = build("llama")
+    arguments = {**arguments, "eos_token_id": None}
+    expected = run(model, 3, **arguments)
+    config = {"speculative": {"num_tokens": 3}}
+    assert run(model, 3, llmopt=config, assistant_model=model, **arguments) == expected
+    stats = model.llmopt.stats
+    assert stats.accepted_tokens == stats.drafted_tokens > 0
+
+
+def test_draft_models_that_do_not_fit_are_refused():
+    model = build("llama")
+
+    def asked(**options):
+        run(model, llmopt={"speculative": options})
+
+    with pytest.raises(InvalidOption, match=r"lies on meta, the model on cpu. Move it: draft_model.to\('cpu'\)"):
+        asked(draft_model=build("llama", seed=5).to("meta"))
+    with pytest.raises(InvalidOption, match=r"num_tokens=\.\.\.\) must be at least 1 and at most 64, got 65"):
+        asked(num_tokens=65)
+    with pytest.raises(InvalidOption, match="Give both tokenizers, tokenizer= and draft_tokenizer="):
+        asked(draft_model=build("llama", vocab_size=30))
+    with pytest.raises(InvalidOption, match="'draft_model' needs draft_model="):
+        asked(method="layer_skip", draft_model=model)
