@@ -140,3 +140,16 @@ def test_draft_models_that_do_not_fit_are_refused():
         asked(draft_model=build("llama", vocab_size=30))
     with pytest.raises(InvalidOption, match="'draft_model' needs draft_model="):
         asked(method="layer_skip", draft_model=model)
+
+
+def test_a_draft_model_with_fewer_positions_guesses_as_long_as_it_has_some(monkeypatch):
+    model, draft, asked = build("llama"), build("gpt2", max_position_embeddings=24), []
+    table = draft.transformer.wpe
+    monkeypatch.setattr(
+        table, "forward", lambda ids: asked.extend(ids.flatten().tolist()) or type(table).forward(table, ids)
+    )
+    expected = run(model, 2, eos_token_id=None)
+    assert run(model, 2, llmopt={"speculative": {"draft_model": draft, "num_tokens": 3}}, eos_token_id=None) == expected
+    assert model.llmopt.stats.drafted_tokens > 0
+    assert 18 < max(asked) < 24, "a GPU would not forgive more"
+    assert model.llmopt.engine.speculator.drafter._second._loop.store.pages_used == 0

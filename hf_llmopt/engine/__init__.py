@@ -1,7 +1,7 @@
 """The engine: spans over pages, one loop for everything."""
 
 from .engine import EngineLoop
-from .probe import input_weight, unsupported
+from .probe import input_weight, position_limit, unsupported
 from .request import Request, Share
 
-__all__ = ["EngineLoop", "Request", "Share", "input_weight", "unsupported"]
+__all__ = ["EngineLoop", "Request", "Share", "input_weight", "position_limit", "unsupported"]

@@ -20,6 +20,7 @@ from ..attention import configs_of, serving
 from ..errors import UnsupportedModel
 from ..kernels import reference
 from ..kv_cache import LayerSpec, SpanCache
+from ..walk import modules
 
 # Keywords of the attention call that change its result and that our attention knows.
 KNOWN = {"softcap", "s_aux", "sliding_window"}
@@ -86,6 +87,22 @@ def input_device(model: PreTrainedModel) -> torch.device:
     device = input_weight(model).device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", device)) if device.type == "meta" else device
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions of a learned position table, which cannot be exceeded; `None` if positions are computed."""
+    table = next(
+        (
+            module
+            for parent in modules(model)
+            for name, module in parent._modules.items()
+            if isinstance(module, nn.Embedding) and (name.endswith("wpe") or "position" in name)
+        ),
+        None,
+    )
+    if table is None:
+        return None
+    return table.num_embeddings - int(getattr(table, "offset", 0))
 
 
 def unsupported(model: PreTrainedModel) -> str | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..config import SpeculativeConfig
-from ..errors import InvalidOption
+from ..errors import InvalidOption, PromptTooLong
 from ..speculative import Reading, Text, Translation
-from .probe import input_device
+from .probe import input_device, position_limit
 from .request import Request, Share
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class SecondModel:
         self._model = model  # the engine holds it weakly
         self._loop = loop
         self._translation = translation
+        self._positions = position_limit(model)
         self._twins: dict[Text, _Twin] = {}
 
     def follow(self, texts: Sequence[Text]) -> None:
@@ -139,6 +140,12 @@ class SecondModel:
         """Behind all tokens of each text, `[vocabulary]`; `None` where the model failed, or has no room for it."""
         requests = [self._twins[text].requests[0] for text in texts]
         with self._loop.lock:
+            for text, request in zip(texts, requests, strict=True):
+                # A GPU that is asked for a position behind the table is lost. The last one stays free, for a guess that
+                # is computed though nobody goes on from it.
+                if self._positions is not None and request.next_position >= self._positions:
+                    request.error = PromptTooLong("The draft model has too few positions for this text.")
+                    self._loop.remove(self._twins[text])
             while any(request.logits is None and request.error is None for request in requests):
                 if not self._loop.step():
                     break

@@ -127,19 +127,3 @@ def rope_limit(model: PreTrainedModel) -> int | None:
         if values.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=None)
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions of a learned position table, which cannot be exceeded; `None` if positions are computed."""
-    table = next(
-        (
-            module
-            for parent in modules(model)
-            for name, module in parent._modules.items()
-            if isinstance(module, torch.nn.Embedding) and (name.endswith("wpe") or "position" in name)
-        ),
-        None,
-    )
-    if table is None:
-        return None
-    return table.num_embeddings - int(getattr(table, "offset", 0))

@@ -23,7 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..engine import EngineLoop, Request, input_weight
+from ..engine import EngineLoop, Request, input_weight, position_limit
 from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, TokenOutOfRange, UnsupportedModel
 from ..kv_cache import PagedCache
 from ..prompt_cache import Prefix
@@ -32,7 +32,7 @@ from .ahead import AheadGroup, why_not
 from .group import Group
 from .output import export_cache, goes_on, import_cache, keeps_every_key, write_back
 from .row import Row
-from .support import position_limit, reason_against, rope_limit
+from .support import reason_against, rope_limit
 
 
 def translate(
