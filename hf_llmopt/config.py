@@ -239,9 +239,10 @@ class SpeculativeConfig(Section):
 
     Args:
         method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"draft_model"`: a
-            smaller model. `"layer_skip"`: the model's own first layers, where it was trained for that. `"auto"`: the
-            draft model if there is one, else `"suffix"`.
-        draft_model: A model on the same device, or its name.
+            smaller model. `"layer_skip"`: the model's own first layers, where it was trained for that. `"eagle"`: a
+            drafter that was trained for this very model and reads its hidden states. `"auto"`: the draft model if there
+            is one, else `"suffix"`.
+        draft_model: A model on the same device, or its name; for `"eagle"` the drafter.
         tokenizer: The tokenizer of the model that generates, or its name, where the draft model has another.
         draft_tokenizer: The draft model's.
         exit_layer: The layer behind which `"layer_skip"` guesses, counted from 1; `None` for about a quarter of all.
@@ -255,7 +256,7 @@ class SpeculativeConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip"))
+    method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle"))
     draft_model: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     draft_tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
@@ -264,10 +265,10 @@ class SpeculativeConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.effective_method == "draft_model") != (self.draft_model is not None):
+        if (self.effective_method in ("draft_model", "eagle")) != (self.draft_model is not None):
             raise InvalidOption(
-                f"SpeculativeConfig(method={self.method!r}, draft_model={type(self.draft_model).__name__}): method "
-                "'draft_model' needs draft_model=, a model or its name, and no other method takes one."
+                f"SpeculativeConfig(method={self.method!r}, draft_model={type(self.draft_model).__name__}): methods "
+                "'draft_model' and 'eagle' need draft_model=, a model or its name, and no other method takes one."
             )
         if not (self.draft_model is None or isinstance(self.draft_model, str) or hasattr(self.draft_model, "forward")):
             raise InvalidOption(f"draft_model is a model or its name, got {type(self.draft_model).__name__}.")
@@ -276,7 +277,7 @@ class SpeculativeConfig(Section):
             if not (given is None or isinstance(given, str) or hasattr(given, "get_vocab")):
                 raise InvalidOption(f"{name} is a tokenizer or its name, got {type(given).__name__}.")
         tokenizers = [given for given in (self.tokenizer, self.draft_tokenizer) if given is not None]
-        if tokenizers and (len(tokenizers) < 2 or self.draft_model is None):
+        if tokenizers and (len(tokenizers) < 2 or self.effective_method != "draft_model"):
             raise InvalidOption(
                 "SpeculativeConfig(tokenizer=..., draft_tokenizer=...): the model's tokenizer and the draft model's "
                 "come together, and with draft_model=. Leave both out where they are the same."

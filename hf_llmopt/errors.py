@@ -14,7 +14,7 @@ LLMOptError
 ├── InvalidPromptCache   a saved prompt is damaged or belongs to another model          (ValueError)
 ├── CalibrationFailed    nothing to calibrate on, or the model cannot be calibrated     (ValueError)
 ├── InvalidText          a text to evaluate on is empty or too short                    (ValueError)
-├── InvalidCheckpoint    quantized files are damaged, mixed, or not as configured       (ValueError)
+├── InvalidCheckpoint    files are damaged, mixed, or not what their config says        (ValueError)
 ├── UnsupportedQuantization  a format, or a weight in it, that cannot be handled        (ValueError)
 ├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
@@ -86,7 +86,7 @@ class InvalidText(LLMOptError, ValueError):
 
 
 class InvalidCheckpoint(LLMOptError, ValueError):
-    """A quantized checkpoint is damaged, mixed, or not what its `quantization_config` says."""
+    """Quantized files, or those of a drafter, are damaged, mixed, or not what their config says."""
 
 
 class UnsupportedQuantization(LLMOptError, ValueError):

@@ -461,7 +461,7 @@ def test_the_suffix_drafter_takes_the_longest_match_the_most_frequent_and_follow
 
 
 def test_bad_options_are_refused(model):
-    with pytest.raises(InvalidOption, match="needs draft_model="):
+    with pytest.raises(InvalidOption, match="need draft_model="):
         SpeculativeConfig("draft_model")
     with pytest.raises(InvalidOption, match="no other method takes one"):
         SpeculativeConfig("suffix", draft_model=model)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig, SpeculativeConfig
+from ..errors import InvalidOption
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
+from ..speculative.eagle import EagleModel, Follower, check_fits, load_eagle
 from .proof import pass_seconds
 from .runner import Runner
 from .second import SecondModel, second_model
+from .taps import Taps
 
 if TYPE_CHECKING:
     from .engine import EngineLoop
@@ -62,8 +65,24 @@ def _with(
     return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation))
 
 
+def _eagle(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:
+    given, model = asked.draft_model, runner.model
+    if isinstance(given, str):
+        given = load_eagle(given, model)
+    if not isinstance(given, EagleModel):
+        raise InvalidOption(
+            f"method='eagle' takes an EAGLE drafter, its folder or its name on the hub, got {type(given).__name__}. A "
+            "model of its own drafts with method='draft_model'."
+        )
+    check_fits(given, model, runner.device)
+    follower = Follower(given, config)
+    runner.taps = Taps(model, len(runner.store.layers), given.shape.needs, follower.observe)
+    return DraftModelDrafter(follower)
+
+
 _MAKERS: dict[str, Callable[..., Drafter]] = {  # by method
     "suffix": _suffix,
     "draft_model": _draft_model,
     "layer_skip": _layer_skip,
+    "eagle": _eagle,
 }

@@ -248,7 +248,7 @@ class EngineLoop:
         try:
             speculator.draft([request for request, _ in wanted], [limit for _, limit in wanted])
         except Exception as error:  # of the draft model, say: whoever generates can do without
-            self.speculator = None
+            self.speculator = self.runner.taps = None
             for request, _ in wanted:
                 request.retract()
             warnings.warn(f"llmopt: nothing is guessed any more: {type(error).__name__}: {error}", stacklevel=2)

@@ -26,6 +26,7 @@ from .fixed import Batch
 from .graphs import Graphs
 from .probe import input_device
 from .request import Request
+from .taps import Taps
 
 OFFLOADED = {"cuda"}  # types of devices whose pages host memory can take
 
@@ -65,6 +66,7 @@ class Runner:
         self.fusion = Fusion(model, store.layers, layers, self._invariant) if device.type == "cpu" else None
         self._less: tuple[str, ...] = ()  # what the engine does without
         self.graphs = Graphs(model, store, config) if config.graphs is True else None
+        self.taps: Taps | None = None  # of a drafter that reads hidden states
 
     def _offloading(self, store: PagedStore) -> dict[torch.device, Streams]:
         """What copies pages to and from each device."""
@@ -117,6 +119,8 @@ class Runner:
     @property
     def no_graphs(self) -> str | None:
         """Why none is replayed though graphs were asked for, or `None`."""
+        if self.graphs is not None and self.taps is not None:
+            return "a drafter reads the model's hidden states, which a replay would not hand out"
         return None if self.graphs is None else self.graphs.why_not
 
     @property
@@ -185,7 +189,8 @@ class Runner:
         names = [request.adapter for request, length in spans for _ in range(length)]
         batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
         put_unknown, logits = partial(self._put_unknown, spans), None
-        if self.graphs is not None and self.graphs.store is self.store and not (embeds or any(names) or watches):
+        eager = embeds or any(names) or watches or self.taps is not None
+        if self.graphs is not None and self.graphs.store is self.store and not eager:
             clock = Clock(device)
             logits = self.graphs.run(batch, partial(self._compute, model), put_unknown, note)
             clock.stop()
@@ -197,6 +202,8 @@ class Runner:
             else:
                 put_unknown(given)
             logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches))
+        if self.taps is not None:
+            self.taps.hand_out(spans)
         lengths = dict(spans)
         for request, row in inside:
             if request.on_prompt is not None:
@@ -239,7 +246,8 @@ class Runner:
         step = StepInputs(store, spans, [upload(each, device) for each in slots], attend, note, tiled, watched)
         fused = nullcontext() if self.fusion is None else self.fusion.entered(model, tokens)
         adapted = self._lora.entered(adapters, kept or [0], device) if any(adapters) else nullcontext()
-        with fused, adapted:
+        tapped = nullcontext() if self.taps is None else self.taps.entered()
+        with fused, adapted, tapped:
             positions, clock = _long(batch.positions, device), Clock(device)
             logits = self._compute(model, given, positions, keep, columns, step)
             clock.stop()

@@ -112,6 +112,12 @@ class Joined:
         """Whether no structure gave the layer's result."""
         return self._proofs.get(self._signature, False) is None
 
+    def keep_apart(self) -> None:
+        """Never run in one call with the layer before: somebody wants to see what that gives."""
+        self._apart = True
+        if self._before is not None:
+            self._before._next = None
+
     def _part(self) -> None:
         """Join the layers that ran together never again."""
         first = self

@@ -1,0 +1,245 @@
+"""An EAGLE drafter that follows texts, in pages of its own.
+
+What it attends over are pairs: the features of token t, and token t + 1. Pairs of tokens that the model computed and
+that are the text's for good are kept, each computed once. Those of guesses are written behind them and overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...attention import Span, StepInputs, backend, serving
+from ...config import KVCacheConfig, LLMOptConfig
+from ...errors import OutOfPages
+from ...fusion import Fusion
+from ...kv_cache import BlockTable, LayerSpec, PagedStore, SpanCache, upload
+from ..drafter import Text
+from .model import EagleModel
+
+WAITING = 256  # tokens of a text whose features may wait until somebody wants a guess
+ROOM = 1024  # tokens that a text may grow by within one run of pages
+
+
+class Seen(NamedTuple):
+    """What the model computed of a text in a pass.
+
+    Attributes:
+        text: Whose tokens.
+        start: The first of them.
+        length: How many.
+        known: Tokens of the text, from its beginning, whose next token is known for good.
+    """
+
+    text: Text
+    start: int
+    length: int
+    known: int
+
+
+@dataclass(eq=False)
+class _Followed:
+    """A text as far as it is known.
+
+    Attributes:
+        tables: Of its pages; one, since all layers attend to everything.
+        start: The first token with features; its pair lies in the first slot.
+        done: Tokens whose pairs are in pages.
+        waiting: Features of the tokens from `done` on, in parts `[tokens, hidden]`.
+        hidden: The layers' output behind the last pair, `[hidden]`, guesses not counted.
+        guessed: That behind the last guess.
+        guesses: How many are in pages.
+        next: A guess that is yet to be computed.
+    """
+
+    tables: list[BlockTable]
+    start: int
+    done: int
+    waiting: list[Tensor] = field(default_factory=list)
+    hidden: Tensor | None = None
+    guessed: Tensor | None = None
+    guesses: int = 0
+    next: int | None = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens whose features are there, or were."""
+        return self.done + sum(map(len, self.waiting))
+
+    def crop(self, tokens: int) -> None:
+        """Forget features from this token on, as far as they wait."""
+        while self.waiting and self.seen > tokens:
+            last = self.waiting.pop()
+            kept = len(last) - (self.seen + len(last) - tokens)
+            if kept > 0:
+                self.waiting.append(last[:kept])
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a text that a pass computes."""
+
+    text: Text
+    followed: _Followed
+    ids: list[int]
+    hidden: Tensor
+    positions: list[int]
+    place: int  # slot of the first
+
+
+class Follower:
+    """Follows texts; a `Second` for `DraftModelDrafter`.
+
+    Args:
+        model: The drafter.
+        config: What the engine's caller asked for.
+    """
+
+    def __init__(self, model: EagleModel, config: LLMOptConfig) -> None:
+        self._model = model
+        own, weight = model.config, model.fc.weight
+        self._device = weight.device
+        heads, width = own.num_key_value_heads, own.head_dim
+        spec = LayerSpec("full", 0, heads, width, width, weight.dtype, weight.device)
+        if set(getattr(own, "layer_types", None) or ()) == {"sliding_attention"}:
+            spec = replace(spec, kind="sliding", window=own.sliding_window)
+        specs, pages = [spec] * len(model.layers), config.kv_cache
+        limits = {name: getattr(pages, name) for name in ("page_size", "max_tokens", "memory_fraction")}
+        self.store = PagedStore(specs, KVCacheConfig(**limits))
+        self._attend = backend(config.attention.backend, self._device)
+        found: Any = model
+        self._fusion = Fusion(found, specs, layers=False) if self._device.type == "cpu" else None
+        self._cache = SpanCache(len(specs))
+        self._texts: dict[Text, _Followed] = {}
+
+    @torch.no_grad()
+    def observe(self, spans: Sequence[Seen], features: Sequence[Tensor]) -> None:
+        """A pass of the model has computed these spans.
+
+        Args:
+            spans: In the order of their tokens.
+            features: What the drafter needs, each `[tokens of all spans, target hidden]`.
+        """
+        hidden = self._model.fuse([feature.to(self._device) for feature in features])
+        offset, long = 0, []
+        for span in spans:
+            followed = self._take_in(span, hidden[offset : offset + span.length])
+            offset += span.length
+            if followed.seen - followed.done > WAITING:
+                long.append(self._pairs(span.text, followed, span.known))
+        self._compute_known(long)
+
+    def _take_in(self, span: Seen, hidden: Tensor) -> _Followed:
+        followed = self._texts.get(span.text)
+        if followed is None or span.start > followed.seen:  # what lies between was found, and never seen
+            self.forget(span.text)
+            room = -(-(len(span.text.tokens) + ROOM) // self.store.page_size)
+            followed = self._texts[span.text] = _Followed(self.store.tables([room]), span.start, span.start)
+        followed.crop(span.start)  # guesses that were wrong
+        if span.start + span.length > followed.done:  # else it is computed again, after its pages were taken away
+            followed.waiting.append(hidden[max(0, followed.done - span.start) :])
+        return followed
+
+    def _pairs(self, text: Text, followed: _Followed, known: int) -> _Pairs:
+        """Those that can be computed of a text, of whose tokens so many have a next one that is known for good."""
+        start, stop = followed.done, max(followed.done, min(known, followed.seen))
+        hidden = torch.cat(followed.waiting) if followed.waiting else torch.empty(0)
+        followed.waiting = [hidden[stop - start :]] if stop < followed.seen else []
+        followed.done = stop
+        ids, positions = text.tokens[start + 1 : stop + 1], text.positions[start:stop]
+        return _Pairs(text, followed, ids, hidden[: stop - start], positions, start - followed.start)
+
+    @torch.no_grad()
+    def follow(self, texts: Sequence[Text]) -> None:
+        """Know the tokens of these texts, and nothing behind them."""
+        missing = []
+        for text in texts:
+            if (followed := self._texts.get(text)) is not None:
+                followed.guesses, followed.next = 0, None
+                known = len(text.tokens) - 1
+                missing.append(self._pairs(text, followed, known))
+        self._compute_known(missing)
+        for text in texts:
+            if (followed := self._texts.get(text)) is not None:
+                complete = followed.done == len(text.tokens) - 1
+                followed.guessed = followed.hidden if complete else None
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
+        """Behind all tokens of each text, `[vocabulary]`; `None` where features or pages are missing."""
+        behind = []
+        for text in texts:
+            followed = self._texts.get(text)
+            if followed is not None and followed.next is not None and followed.guessed is not None:
+                place = followed.done - followed.start + followed.guesses
+                position = text.next_position - 1 + followed.guesses
+                behind.append(_Pairs(text, followed, [followed.next], followed.guessed[None], [position], place))
+                followed.guesses, followed.next = followed.guesses + 1, None
+        for pairs, hidden in zip(behind, self._compute(behind), strict=True):
+            pairs.followed.guessed = hidden
+        found = [self._texts[text].guessed if text in self._texts else None for text in texts]
+        rows = [hidden for hidden in found if hidden is not None]
+        logits = iter(self._model.logits(torch.stack(rows)) if rows else ())
+        return [None if hidden is None else next(logits) for hidden in found]
+
+    def append(self, text: Text, token: int) -> None:
+        """A guess follows."""
+        if text in self._texts:
+            self._texts[text].next = token
+
+    def forget(self, text: Text) -> None:
+        """The text has ended."""
+        if (followed := self._texts.pop(text, None)) is not None:
+            self._give_back(followed)
+
+    def _give_back(self, followed: _Followed) -> None:
+        for table in followed.tables:
+            table.clear()
+
+    def _compute_known(self, wanted: Sequence[_Pairs]) -> None:
+        for pairs, hidden in zip(wanted, self._compute(wanted), strict=True):
+            if hidden is not None:
+                pairs.followed.hidden = hidden
+
+    def _compute(self, wanted: Sequence[_Pairs]) -> list[Tensor | None]:
+        """The layers' output behind the last pair of each, `[hidden]`; `None` where there is no pair, or no page."""
+        pairs = self._fitting(sorted((each for each in wanted if each.ids), key=lambda each: len(each.ids)))
+        if not pairs:
+            return [None] * len(wanted)
+        spans: list[Span] = []
+        slots: list[int] = []
+        size = self.store.page_size
+        for each in pairs:
+            (table,) = each.followed.tables
+            stop = each.place + len(each.ids)
+            table.reserve(each.place, stop)
+            spans.append(Span(each.followed.tables, len(slots), len(each.ids), stop))
+            slots += [table.pages[place // size] * size + place % size for place in range(each.place, stop)]
+        listed = [token for each in pairs for token in each.ids], [p for each in pairs for p in each.positions], slots
+        ids, positions, places = (upload(torch.tensor(values, device="cpu"), self._device) for values in listed)
+        step = StepInputs(self.store, spans, [places], self._attend, lambda path: None)
+        model: Any = self._model
+        fused = nullcontext() if self._fusion is None else self._fusion.entered(model, len(slots))
+        with fused, serving([model.config], step):
+            hidden = model(ids, torch.cat([each.hidden for each in pairs]), positions, self._cache)
+        last = {id(each): hidden[span.offset + span.length - 1] for each, span in zip(pairs, spans, strict=True)}
+        return [last.get(id(each)) for each in wanted]
+
+    def _fitting(self, pairs: list[_Pairs]) -> list[_Pairs]:
+        """Those that there are pages for; texts that give theirs up for it begin anew with what is computed of them."""
+        (group,) = self.store.groups
+        while pairs:
+            need = sum(p.followed.tables[0].missing(p.place, p.place + len(p.ids)) for p in pairs)
+            with suppress(OutOfPages):  # the device is full
+                self.store.provide([need])
+            if need <= group.pool.free:
+                break
+            inside = [each.text for each in pairs]
+            victim = next((text for text in self._texts if text not in inside), inside[-1])
+            pairs = [each for each in pairs if each.text is not victim]
+            self.forget(victim)
+        return pairs
