@@ -138,7 +138,7 @@ def test_draft_models_that_do_not_fit_are_refused():
         asked(num_tokens=65)
     with pytest.raises(InvalidOption, match="Give both tokenizers, tokenizer= and draft_tokenizer="):
         asked(draft_model=build("llama", vocab_size=30))
-    with pytest.raises(InvalidOption, match="'draft_model' needs draft_model="):
+    with pytest.raises(InvalidOption, match="no other method takes one"):
         asked(method="layer_skip", draft_model=model)
 
 
@@ -153,3 +153,22 @@ def test_a_draft_model_with_fewer_positions_guesses_as_long_as_it_has_some(monke
     assert model.llmopt.stats.drafted_tokens > 0
     assert 18 < max(asked) < 24, "a GPU would not forgive more"
     assert model.llmopt.engine.speculator.drafter._second._loop.store.pages_used == 0
+
+
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_draft_model_reads_a_prompt_once_for_all_rows_that_begin_with_it(arguments):
+    model, draft = build("llama"), build("llama", seed=5)
+    config, arguments = {"speculative": {"draft_model": draft, "num_tokens": 2}}, {**arguments, "eos_token_id": None}
+    run(model, llmopt=config)  # makes the engine
+    second, lengths = model.llmopt.engine.speculator.drafter._second, []
+    second._loop.on_step = lambda plan, began: lengths.extend(length for _, length in plan.spans)
+    expected = (
+        run(model, num_return_sequences=3, **arguments) if arguments["do_sample"] else [run(model, **arguments)[0]] * 3
+    )
+    same = {name: tensor.expand(3, -1) for name, tensor in inputs().items()}
+    torch.manual_seed(3)
+    found = model.generate(**same, max_new_tokens=16, pad_token_id=0, llmopt=config, **arguments)
+    assert found.tolist() == expected
+    assert sorted(length for length in lengths if length > 4) == [19], "prompt and first token"
+    assert model.llmopt.stats.drafted_tokens > 0
+    assert second._loop.store.pages_used == 0

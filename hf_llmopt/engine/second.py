@@ -80,6 +80,17 @@ class _Twin:
         """Whoever waits looks by itself."""
 
 
+def _begins_with(other: Request, request: Request) -> bool:
+    """Whether all tokens of a request but its last are the first of another one's, in the same places."""
+    last = len(request.tokens) - 1
+    return (
+        not other.finished
+        and other.left_padding == request.left_padding
+        and other.tokens[:last] == request.tokens[:last]
+        and other.positions[:last] == request.positions[:last]
+    )
+
+
 class SecondModel:
     """Follows texts.
 
@@ -107,6 +118,7 @@ class SecondModel:
                     self._go_on(text, twin)
 
     def _begin(self, text: Text) -> None:
+        """Read a text, from behind what another one has in common with it."""
         self._loop.refresh()
         twin = _Twin(None if self._translation is None else Reading(self._translation))
         _, tokens, positions = twin.read(text)
@@ -119,6 +131,8 @@ class SecondModel:
             left_padding=text.left_padding if twin.reading is None else 0,
             keeps_passed=True,  # windows go back too
         )
+        others = (other.requests[0] for other in self._twins.values())
+        request.parent = next((other for other in others if _begins_with(other, request)), None)
         twin.requests.append(request)
         self._twins[text] = twin
         self._loop.add(twin)
