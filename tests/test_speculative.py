@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,37 +12,16 @@ from transformers import StoppingCriteria, pipeline
 
 import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
+from hf_llmopt.bench.oracle import Oracle
 from hf_llmopt.engine.sampling import Tape
 from hf_llmopt.errors import CallbackFailed, InvalidOption
-from hf_llmopt.speculative import Draft, PassCosts, SuffixDrafter, choose_lengths
-from hf_llmopt.speculative.drafter import Odds, Text
+from hf_llmopt.speculative import PassCosts, SuffixDrafter, choose_drafts
 
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
 PENALTIES = {"do_sample": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5}
 NEW = 24
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Oracle:
-    """Knows what will come, and says so a given share of the time."""
-
-    def __init__(self, ends: Sequence[list[int]], right: float) -> None:
-        self.ends, self.right, self.random = ends, right, random.Random(0)
-
-    def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds) -> list[Draft]:
-        drafts = []
-        for text, limit in zip(texts, limits, strict=True):
-            end = next((end for end in self.ends if end[: len(text.tokens)] == text.tokens), [])
-            tokens = [
-                token if self.random.random() < self.right else (token + 1) % 64
-                for token in end[len(text.tokens) : len(text.tokens) + limit]
-            ]
-            drafts.append(Draft(tokens, ["oracle"] * len(tokens)))
-        return drafts
-
-    def forget(self, text: Text) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +67,14 @@ def test_the_tokens_are_those_of_stock_and_so_is_the_generator(architecture, row
     assert drafted(model).drafted_tokens > 0
 
 
-@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("right", "width"), [(0.0, 1), (0.7, 1), (1.0, 1), (0.7, 2)])
 @pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_guesses_that_are_partly_right(model, monkeypatch, right, arguments):
+def test_guesses_that_are_partly_right(model, monkeypatch, right, width, arguments):
     inputs, arguments = prompts(4), {**arguments, "eos_token_id": None}  # guesses behind an end are never right
     expected = generate(model, inputs, None, **arguments)
     starts = inputs["attention_mask"].argmax(1).tolist()
     ends = [row[start:] for row, start in zip(expected[0], starts, strict=True)]
-    monkeypatch.setattr("hf_llmopt.engine.drafters.SuffixDrafter", lambda: Oracle(ends, right))
+    monkeypatch.setattr("hf_llmopt.engine.drafters.SuffixDrafter", lambda: Oracle(ends, right, 64, width))
     model.llmopt.release() if hasattr(model, "llmopt") else None
     assert generate(model, inputs, speculating(3), **arguments) == expected
     stats = drafted(model)
@@ -436,7 +414,7 @@ def test_lengths_maximise_tokens_per_second():
                 chance *= generator.random()
                 row.append(chance)
             chances.append(row)
-        lengths = choose_lengths(chances, cost)
+        lengths = [len(drafts) for drafts in choose_drafts(chances, cost)]
 
         def rate(lengths, chances=chances):
             tokens = len(chances) + sum(sum(row[:n]) for row, n in zip(chances, lengths, strict=True))
@@ -452,6 +430,7 @@ def test_the_suffix_drafter_takes_the_longest_match_the_most_frequent_and_follow
     class Words:
         def __init__(self, tokens):
             self.tokens = tokens
+            self.salt = None
 
     propose = SuffixDrafter().propose
     assert propose([Words([1, 2, 9, 5, 2, 7, 1, 2])], [1])[0].tokens == [9], "1 2 is longer than 2"

@@ -80,7 +80,12 @@ def worst(
     for output in outputs:
         if not any(torch.equal(output, other) for other, _ in seen):
             seen.append((output, compare(model, inputs, expected, output)))
-    return min((outcome for _, outcome in seen), key=lambda o: (o.same, o.identical))
+    return least(outcome for _, outcome in seen)
+
+
+def least(outcomes: Iterable[Equality]) -> Equality:
+    """The worst of several outcomes."""
+    return min(outcomes, key=lambda outcome: (outcome.same, outcome.identical))
 
 
 def rounding_noise(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:

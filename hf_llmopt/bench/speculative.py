@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from hf_llmopt import Stats
 from hf_llmopt.generation import handle_of
 
-from .equality import worst
+from .equality import compare, least
 from .kv_cache import describe
 from .measure import environment, interleave, paired_ratio, summary
 from .report import Table, machine_text, model_text, ratio_text, same_text
 
 PLAIN, SUFFIX, DRAFT = "plain", "suffix", "draft model"
 STOCK, STOCK_LOOKUP, STOCK_ASSISTED = "stock", "stock, prompt lookup", "stock, assistant"
+DECODING = "plain, decoding"  # the part of a call behind its first token
 LOOKUP = 10  # tokens that stock's prompt lookup guesses
 
 
@@ -46,7 +47,8 @@ class Workload:
     new_tokens: int = 128
 
 
-WORKLOADS = tuple(Workload(f"{kind}, {rows}", kind, rows) for kind in ("code", "editing", "random") for rows in (1, 8))
+_ROWS = {"code": (1, 2, 4, 8, 16), "editing": (1, 8), "random": (1, 8)}
+WORKLOADS = tuple(Workload(f"{kind}, {rows}", kind, rows) for kind, sizes in _ROWS.items() for rows in sizes)
 QUICK = tuple(Workload(f"{kind}, 2", kind, 2, tokens=24, new_tokens=8) for kind in ("code", "editing", "random"))
 
 
@@ -55,6 +57,12 @@ class _Run:
     output: Tensor
     seconds: float
     stats: Stats | None
+    drafting: float = 0.0  # part of the seconds that the drafter took
+
+    @property
+    def decoding(self) -> float:
+        """Seconds behind the first token."""
+        return self.seconds if self.stats is None else self.seconds - self.stats.time_to_first_token
 
 
 def bench(
@@ -69,8 +77,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measure every workload in every way and compare the tokens of every run with stock's.
 
-    Greedy, and EOS ends no row. What is learned about guesses in one run serves the next, as in any process that goes
-    on; the first run of each way is not timed.
+    Greedy, and EOS ends no row. Every round has prompts of its own, the same for all ways: what a drafter remembers of
+    a round does not answer the next. What it has learned about chances does help, as in any process that goes on; a
+    first round is not timed.
 
     Args:
         model: A causal language model.
@@ -88,17 +97,20 @@ def bench(
     results = []
     for workload in workloads:
         ways = ways_of(workload, draft)
-        inputs = {name: value.to(model.device) for name, value in _prompts(model, workload, texts, seed).items()}
-        calls = {name: partial(_run, model, inputs, workload, way) for name, way in ways.items()}
+        given = [
+            {name: value.to(model.device) for name, value in each.items()}
+            for each in _prompts(model, workload, texts, seed, repeats + 1)
+        ]
+        calls = {name: partial(_next_run, model, iter(given), workload, way) for name, way in ways.items()}
         note = partial(on_run, workload.name)
         for name, call in calls.items():
             call()
             note(name)
         runs = interleave(calls, repeats, note)
-        results.append(_result(model, workload, inputs, runs))
+        results.append(_result(model, workload, given[1:], runs))
     return {
         "bench": "speculative",
-        "schema": 1,
+        "schema": 2,
         "seed": seed,
         "repeats": repeats,
         "environment": environment(),
@@ -109,13 +121,25 @@ def bench(
     }
 
 
-def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor], workload: Workload, way: Mapping[str, Any]) -> _Run:
+def _next_run(
+    model: PreTrainedModel, prompts: Iterator[Mapping[str, Tensor]], workload: Workload, way: Mapping[str, Any]
+) -> _Run:
     # No streamer: rows that go their own way have none.
-    generate: Any = model.generate
+    inputs, generate = next(prompts), cast(Any, model.generate)
+    before = _drafting(model) if way["llmopt"] else 0.0
     began = perf_counter()
     output = generate(**inputs, max_new_tokens=workload.new_tokens, do_sample=False, eos_token_id=None, **way)
     seconds = perf_counter() - began
-    return _Run(output.cpu(), seconds, handle_of(model).stats if way["llmopt"] else None)
+    if not way["llmopt"]:
+        return _Run(output.cpu(), seconds, None)
+    return _Run(output.cpu(), seconds, handle_of(model).stats, _drafting(model, before))
+
+
+def _drafting(model: PreTrainedModel, before: float = 0.0) -> float:
+    """Seconds that the drafter of the last call's engine has taken, less those before."""
+    engine = handle_of(model).engine
+    speculator = None if engine is None else engine.speculator
+    return 0.0 if speculator is None else speculator.seconds - before
 
 
 def ways_of(workload: Workload, draft: PreTrainedModel | None) -> dict[str, dict[str, Any]]:
@@ -134,53 +158,58 @@ def ways_of(workload: Workload, draft: PreTrainedModel | None) -> dict[str, dict
     return ways
 
 
-def _prompts(model: PreTrainedModel, workload: Workload, texts: Sequence[list[int]], seed: int) -> dict[str, Tensor]:
-    rng = np.random.default_rng([seed, workload.rows, workload.tokens])
+def _prompts(
+    model: PreTrainedModel, workload: Workload, texts: Sequence[list[int]], seed: int, rounds: int
+) -> list[dict[str, Tensor]]:
+    """Prompts of every round; no part of a text is in two of them, as long as the texts are enough."""
+    rng = np.random.default_rng([seed, workload.tokens])
     if workload.kind == "random":
         embeddings: Any = model.get_input_embeddings()
-        ids = rng.integers(0, embeddings.weight.shape[0], (workload.rows, workload.tokens))
+        ids = rng.integers(0, embeddings.weight.shape[0], (rounds * workload.rows, workload.tokens))
     else:
-        whole = [text for text in texts if len(text) >= workload.tokens]
-        chosen = rng.choice(len(whole), workload.rows, replace=len(whole) < workload.rows)
-        rows = []
-        for index in chosen.tolist():
-            text = whole[index][: workload.tokens]
-            if workload.kind == "editing":  # a text, and the beginning of its repetition
-                text = (text[: 4 * workload.tokens // 5] + text[: workload.tokens // 5 + 4])[: workload.tokens]
-            rows.append(text)
-        ids = np.asarray(rows)
-    given = torch.as_tensor(ids)
-    return {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        size = workload.tokens
+        parts = [text[i : i + size] for text in texts for i in range(0, len(text) - size + 1, size)]
+        order = np.resize(rng.permutation(len(parts)), rounds * workload.rows)
+        ids = np.asarray([parts[index] for index in order.tolist()])
+        if workload.kind == "editing":  # a text, and the beginning of its repetition
+            ids = np.concatenate([ids[:, : 4 * size // 5], ids[:, : size - 4 * size // 5]], axis=1)
+    given = torch.as_tensor(ids).split(workload.rows)
+    return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in given]
 
 
 def _result(
-    model: PreTrainedModel, workload: Workload, inputs: Mapping[str, Tensor], runs: Mapping[str, list[_Run]]
+    model: PreTrainedModel, workload: Workload, inputs: Sequence[Mapping[str, Tensor]], runs: Mapping[str, list[_Run]]
 ) -> dict[str, Any]:
-    expected = runs[STOCK][0].output
-    equality = {name: worst(model, inputs, expected, [run.output for run in found]) for name, found in runs.items()}
+    equality = {
+        name: least(
+            compare(model, given, stock.output, run.output)
+            for given, stock, run in zip(inputs, runs[STOCK], found, strict=True)
+        )
+        for name, found in runs.items()
+    }
     reasons = [f"{name} gave other tokens than stock" for name, outcome in equality.items() if not outcome.same]
     for run in (run for found in runs.values() for run in found):
         if run.stats is not None and run.stats.served_by != "llmopt":
             reasons.append(f"transformers served an llmopt call: {run.stats.reason}")
     ways = {}
     for name, found in runs.items():
-        seconds, stats = [run.seconds for run in found], found[-1].stats
-        new = workload.rows * workload.new_tokens
+        seconds, new = [run.seconds for run in found], workload.rows * workload.new_tokens
+        like = STOCK_LOOKUP if name == SUFFIX else STOCK_ASSISTED
         over = {
             other: paired_ratio([run.seconds for run in runs[other]], seconds)
-            for other in (PLAIN, STOCK_LOOKUP if name == SUFFIX else STOCK_ASSISTED)
+            for other in (PLAIN, like)
             if other in runs and name not in (PLAIN, other) and not reasons
         }
+        if name in (SUFFIX, DRAFT) and not reasons:
+            over[DECODING] = paired_ratio([run.decoding for run in runs[PLAIN]], [run.decoding for run in found])
         ways[name] = {
             "seconds": summary(seconds),
             "tokens_per_second": summary(new / each for each in seconds),
-            "steps": None if stats is None else stats.steps,
-            "drafted_tokens": None if stats is None else stats.drafted_tokens,
-            "accepted_tokens": None if stats is None else stats.accepted_tokens,
             "over": {
                 other: {"ratio": r.ratio, "low": r.low, "high": r.high, "not_slower": r.not_slower}
                 for other, r in over.items()
             },
+            **_figures(found),
         }
     return {
         "name": workload.name,
@@ -195,32 +224,60 @@ def _result(
     }
 
 
+def _figures(runs: Sequence[_Run]) -> dict[str, Any]:
+    """What the runs' stats say, all runs together; empty for stock."""
+    stats = [run.stats for run in runs if run.stats is not None]
+    if not stats:
+        return {}
+    whole, passes = sum(run.decoding for run in runs), sum(each.forward_seconds for each in stats)
+    return {
+        "steps": sum(each.steps for each in stats),
+        "drafted_tokens": sum(each.drafted_tokens for each in stats),
+        "accepted_tokens": sum(each.accepted_tokens for each in stats),
+        "forward_share": passes / sum(run.seconds for run in runs),
+        "drafting_share": sum(run.drafting for run in runs) / whole,
+    }
+
+
 def table(report: dict[str, Any]) -> Table:
     """The table of a report: a row for each workload and way."""
-    columns = ["workload, rows", "way", "tokens/s", "tokens/step", "right", "same tokens", "× plain", "× stock's like"]
+    columns = [
+        "workload, rows",
+        "way",
+        "tokens/s",
+        "tokens/step",
+        "right",
+        "drafting",
+        "same tokens",
+        "× plain",
+        "× plain, decoding",
+        "× stock's like",
+    ]
     rows = []
     for workload in report["workloads"]:
         for name, way in workload["ways"].items():
-            outcome, over = workload["equality"][name], dict(way["over"])
-            plain = over.pop(PLAIN, None)
-            like = next(iter(over.values()), None) if name in (SUFFIX, DRAFT) else None
-            per_step = workload["new_tokens"] / way["steps"] if way["steps"] else None
-            drafted = way["drafted_tokens"]
+            over, drafted = way["over"], way.get("drafted_tokens")
+            like = over.get(STOCK_LOOKUP if name == SUFFIX else STOCK_ASSISTED)
+            new = report["repeats"] * workload["new_tokens"]
             rows.append(
                 [
                     workload["name"],
                     name,
                     f"{way['tokens_per_second']['median']:.1f}",
-                    f"{per_step:.2f}" if per_step else "",
+                    f"{new / way['steps']:.2f}" if way.get("steps") else "",
                     f"{way['accepted_tokens']} of {drafted}" if drafted else "",
-                    same_text(outcome),
-                    ratio_text(plain),
-                    ratio_text(like),
+                    f"{way['drafting_share']:.0%}" if drafted else "",
+                    same_text(workload["equality"][name]),
+                    ratio_text(over.get(PLAIN)),
+                    ratio_text(over.get(DECODING)),
+                    ratio_text(like if name in (SUFFIX, DRAFT) else None),
                 ]
             )
     title = f"speculative: {model_text(report['model'])}"
     caption = (
-        f"{machine_text(report['environment'])}; greedy; medians of {report['repeats']} interleaved runs; × is the "
-        "geometric mean of paired ratios with its 95 % interval; stock's like: prompt lookup or assistant"
+        f"{machine_text(report['environment'])}; greedy; medians of {report['repeats']} interleaved runs, each with "
+        "prompts of its own; × is the geometric mean of paired ratios with its 95 % interval, of whole calls or of "
+        "what comes behind the first token; drafting: share of the time in the drafter; stock's like: prompt lookup or "
+        "assistant"
     )
     return Table(title, columns, rows, 2, caption)

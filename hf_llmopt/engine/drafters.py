@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from ..attention.tree import MOST_NODES
 from ..config import LLMOptConfig, SpeculativeConfig
 from ..errors import InvalidOption
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
@@ -41,7 +42,9 @@ def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> 
     if asked is None:
         return None
     drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
-    return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens)
+    # Where columns stand for positions, tokens beside one another have no place of their own.
+    branches = not runner.store.reads_columns and (asked.num_tokens or 0) <= MOST_NODES
+    return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens, branches)
 
 
 def _suffix(*_: Any) -> Drafter:

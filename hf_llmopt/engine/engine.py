@@ -183,6 +183,7 @@ class EngineLoop:
     def settle_drafts(self, request: Request) -> None:
         """A request takes no further token: what was guessed beyond is forgotten, and what was right is counted."""
         request.retract()
+        self._close_ranks([request])
         if self.speculator is not None:
             self.speculator.forget(request)
 
@@ -206,6 +207,7 @@ class EngineLoop:
     def step(self) -> bool:
         """Compute one step for whoever has missing tokens; `False` if nobody can be served now. Call without grad."""
         self.store.reclaim()
+        self._close_ranks(self.scheduler.running)
         if self.prompts is not None:
             self.prompts.begin_step()
         if self.speculator is not None:
@@ -252,6 +254,18 @@ class EngineLoop:
             for request, _ in wanted:
                 request.retract()
             warnings.warn(f"llmopt: nothing is guessed any more: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _close_ranks(self, requests: Sequence[Request]) -> None:
+        """The keys of drafts that were confirmed move to where their tokens stand now."""
+        moving = [request for request in requests if request.moves]
+        for index in range(len(self.store.groups)) if moving else ():
+            places: list[tuple[int, int]] = []
+            for request in moving:
+                sources, targets = (request.tables[index].slots(tokens) for tokens in zip(*request.moves, strict=True))
+                places += zip(sources, targets, strict=True)
+            self.store.move(index, places)
+        for request in moving:
+            request.moves.clear()
 
     def _move_pages(self, plan: Plan) -> None:
         """What must happen to pages before anything else is written to them."""

@@ -81,8 +81,14 @@ class Request:
         swapped: Keys and values that lie in host memory until the request goes on, or `None`.
         tables: Block tables, one per cache group; none before it starts.
         drafted: How many of the last tokens are drafts: guesses, which the model's own choices confirm or not.
+        parents: For each draft the place among the drafts of the one it stands behind, -1 for the last known token;
+            `None` if each stands behind the one before.
+        depths: How many drafts each stands behind.
+        node: The last draft that was confirmed, -1 for none.
+        chosen: By draft, -1 for before them, the token that was chosen behind it in the last step.
+        moves: Tokens (from, to) whose keys have to be moved before anybody reads them: confirmed drafts close ranks.
         logits: Row `[vocabulary]` behind the last token that is no draft, once it is computed, else `None`.
-        later: Rows `[vocabulary]` behind the drafts, which count as far as the drafts are confirmed.
+        later: Rows `[vocabulary]` behind all drafts of the last step, which count where the drafts are confirmed.
         most_drafts: How many drafts can be of use, asked for before each step; `None` where nothing is drafted.
         guess: The token that it would choose with these logits, so many tokens behind its next one, and how likely its
             choice is; for drafters.
@@ -119,6 +125,11 @@ class Request:
     swapped: Any = None
     tables: list[BlockTable] = field(default_factory=list)
     drafted: int = 0
+    parents: list[int] | None = None
+    depths: list[int] = field(default_factory=list)
+    node: int = -1
+    chosen: dict[int, int] = field(default_factory=dict)
+    moves: list[tuple[int, int]] = field(default_factory=list)
     logits: Any = None
     later: list[Any] = field(default_factory=list)
     pending: tuple[Any, int] | None = None
@@ -157,20 +168,43 @@ class Request:
         """Tokens that are computed, and that the host knows."""
         return min(self.computed, len(self.tokens) - max(self.drafted, self.pending is not None))
 
-    def draft(self, tokens: Sequence[int]) -> None:
-        """Guess the tokens that follow: they are computed together with the last one."""
-        for token in tokens:
-            self._add(token)
-        self.drafted = len(tokens)
+    @property
+    def salt(self) -> str | None:
+        """With whom it may share what was computed, or guessed."""
+        return None if self.prefix is None else self.prefix.salt
+
+    def draft(self, tokens: Sequence[int], parents: list[int] | None = None) -> None:
+        """Guess tokens that follow: they are computed together with the last one.
+
+        Args:
+            tokens: The guesses.
+            parents: As the attribute.
+        """
+        self.parents, self.node, self.drafted = parents, -1, len(tokens)
+        self.depths, self.chosen = [], {}
+        for index in range(len(tokens)):
+            parent = index - 1 if parents is None else parents[index]
+            self.depths.append(0 if parent < 0 else self.depths[parent] + 1)
+        self.tokens += tokens
+        self.positions += [self.next_position + depth for depth in self.depths]
 
     def retract(self) -> None:
         """Forget all drafts that are not confirmed, and what was computed of them."""
         if self.drafted:
             del self.tokens[-self.drafted :], self.positions[-self.drafted :]
-            self.next_position -= self.drafted
             self.computed = min(self.computed, len(self.tokens))
             self.drafted = 0
+        self.parents = None
         self.later.clear()
+
+    def _confirmed(self, token: int) -> int | None:
+        """The draft behind the last known token that guessed this one."""
+        first = len(self.tokens) - len(self.later)
+        for index in range(self.node + 1, len(self.later)):
+            parent = index - 1 if self.parents is None else self.parents[index]
+            if parent == self.node and self.tokens[first + index] == token:
+                return index
+        return None
 
     @property
     def findable(self) -> int:
@@ -191,10 +225,15 @@ class Request:
         The key of a new token will be computed in the next step. That of a confirmed draft is there, and so are the
         logits behind it.
         """
-        if self.later and self.tokens[-self.drafted] == token:
-            self.proven = len(self.tokens) - self.drafted
+        if (node := self._confirmed(token)) is not None:
+            # What stands at its place is itself, or a guess before it that was wrong.
+            place, source = len(self.tokens) - self.drafted, len(self.tokens) - len(self.later) + node
+            self.tokens[place], self.positions[place] = token, self.next_position
+            if source != place:
+                self.moves.append((source, place))
+            self.next_position += 1
             self.drafted -= 1
-            self.logits = self.later.pop(0)
+            self.node, self.proven, self.logits = node, place, self.later[node]
             return
         self.retract()
         if self.pending is None:
@@ -241,3 +280,4 @@ class Request:
         for table in self.tables:
             table.clear()
         self.tables = []
+        self.moves.clear()

@@ -170,7 +170,7 @@ class Runner:
         for request, length in spans:
             start, stop = request.computed, request.computed + length
             context = stop - (request.masked_tail and stop == len(request.tokens))
-            placed.append(Span(request.tables, len(positions), length, context))
+            placed.append(Span(request.tables, len(positions), length, context, request.parents))
             if request.on_prompt is not None:
                 inside.append((request, len(kept)))
                 kept += range(len(positions), len(positions) + length - 1)
@@ -309,14 +309,11 @@ class Runner:
 
     def _slots(self, spans: Sequence[tuple[Request, int]]) -> list[Tensor]:
         """Per cache group, where each token of the pass is written, `[tokens]`."""
-        size = self.store.page_size
         per_group = []
         for group in range(len(self.store.groups)):
             slots: list[int] = []
             for request, length in spans:
-                table = request.tables[group]
-                pages, start = table.pages, request.computed - table.evicted
-                slots += [pages[i // size] * size + i % size for i in range(start, start + length)]
+                slots += request.tables[group].slots(range(request.computed, request.computed + length))
             per_group.append(torch.tensor(slots, device="cpu"))
         return per_group
 

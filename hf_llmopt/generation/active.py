@@ -55,6 +55,9 @@ class Prepared(Exception):
 ACTIVE: ContextVar[Active | None] = ContextVar("hf_llmopt_active", default=None)
 
 
+IDLE = 3  # engines without pages that are kept
+
+
 class ModelHandle:
     """`model.llmopt`: the default config of later `generate` calls, the engine, cached prompts, and figures.
 
@@ -106,19 +109,25 @@ class ModelHandle:
             return latest[1]
         with self._lock:
             self.bind(model)
-            if key not in self._engines:
-                engine = EngineLoop(model, config, self._lock)
-                # Engines nobody is waiting for make way, unless their prompts can still be found.
-                self._engines = {
-                    k: e
-                    for k, e in self._engines.items()
-                    if e.groups or e.owners or e.store.pages_used or (e.prompts and k[1:] == key[1:])
-                }
-            else:
-                engine = self._engines.pop(key)
+            engine = self._engines.pop(key, None) or EngineLoop(model, config, self._lock)
+            self._make_way(key)
             self._engines[key] = engine
             self._latest = key, engine
             return engine
+
+    def _make_way(self, key: Any) -> None:
+        """Engines nobody is waiting for give their pages up, unless their prompts can still be found."""
+        idle = [
+            k
+            for k, e in self._engines.items()
+            if not (e.groups or e.owners or e.store.pages_used or (e.prompts and k[1:] == key[1:]))
+        ]
+        for number, k in enumerate(reversed(idle)):
+            engine = self._engines[k]
+            if number < IDLE and k[1:] == key[1:] and engine.runner.graphs is None:  # what it has learned is kept
+                engine.store.clear()
+            else:
+                del self._engines[k]
 
     def bind(self, model: PreTrainedModel) -> None:
         """Belong to this model; engines of another one are given up."""

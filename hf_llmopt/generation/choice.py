@@ -71,13 +71,16 @@ class Chosen:
             place += count
 
     def _accept(self, row: Row, places: range, tokens: dict[int, int]) -> None:
-        for place in places:
+        place, node = places.start, row.request.node
+        row.request.chosen |= {node + index: tokens[place] for index, place in enumerate(places) if place in tokens}
+        while place in places:
             if place in self.failed:
                 raise self.failed[place]
             if tokens[place] < 0:
                 raise invalid([0])
             if row.request.finished or not row.accept(tokens[place], self.logprobs.get(place)):
-                return  # cancelled meanwhile, or another token than the draft
+                return  # cancelled meanwhile, or a token that nobody guessed
+            place = places.start + 1 + row.request.node
         with row.engine.lock:
             row.notice()  # there are logits that nothing was chosen from
 
@@ -87,12 +90,14 @@ def choose(rows: Sequence[Row], logits: Sequence[Sequence[Tensor]]) -> Chosen:
 
     Args:
         rows: Rows whose requests have caught up.
-        logits: The logits `[vocabulary]` of each, and those behind its drafts.
+        logits: The logits `[vocabulary]` of each, and those behind each of its drafts.
     """
-    counts = [len(own) if row.foresees else 1 for row, own in zip(rows, logits, strict=True)]
+    counts = [len(own) if row.foresees and row.request.node < 0 else 1 for row, own in zip(rows, logits, strict=True)]
     chosen = Chosen(rows, counts)
-    places = [
-        (row, ahead, own[ahead]) for row, own, count in zip(rows, logits, counts, strict=True) for ahead in range(count)
+    places = [  # each with how many tokens behind the row's next one it is
+        (row, row.request.depths[index - 1] + 1 if index else 0, own[index])
+        for row, own, count in zip(rows, logits, counts, strict=True)
+        for index in range(count)
     ]
     plain: list[int] = []
     shaped: list[int] = []

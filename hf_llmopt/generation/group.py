@@ -243,7 +243,7 @@ class Group:
             )
 
     def _at_limit(self, request: Request) -> bool:
-        return self.position_limit is not None and request.next_position - request.drafted >= self.position_limit
+        return self.position_limit is not None and request.next_position >= self.position_limit
 
     def _finish_all(self) -> None:
         """Every row has its last token: figures, the caller's cache, and the pages go back."""

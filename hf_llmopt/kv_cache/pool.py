@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -35,15 +35,22 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int) -> None:
-        self.num_pages = 0
         self.used = 0
         self.kept: dict[int, None] = {}
         self.most_kept = sys.maxsize
         self.on_evict: Callable[[Sequence[int]], None] = lambda pages: None
         self._found: set[int] = set()  # pages that the prompt cache can find, held or kept
+        self.clear()
+        self.grow(num_pages)
+
+    def clear(self) -> None:
+        """Have no pages any longer; nobody may hold one."""
+        if self.used:
+            raise AssertionError(f"{self.used} pages are held")
+        self.evict(len(self.kept))
+        self.num_pages = 0
         self._state = bytearray([_HELD])
         self._refs = [0]
-        self.grow(num_pages)
 
     @property
     def free(self) -> int:
@@ -214,6 +221,11 @@ class BlockTable:
     def held(self) -> int:
         """Pages this table holds."""
         return len(self.pages) - self.passed
+
+    def slots(self, tokens: Iterable[int]) -> list[int]:
+        """Where tokens lie, or will."""
+        pages, size, evicted = self.pages, self.page_size, self.evicted
+        return [pages[(i - evicted) // size] * size + (i - evicted) % size for i in tokens]
 
     def _plan(self, start: int, stop: int) -> tuple[int, int]:
         """Entries to keep, and pages to take, so that tokens [start, stop) can be written.

@@ -146,6 +146,13 @@ class PagedStore:
                         f"{index} are {odd[0]} wide. Use 'int8' or 'fp8'."
                     )
         self.settle: Callable[[], None] = lambda: None  # waits until nobody copies pages to or from host memory
+        self.clear()
+
+    def clear(self) -> None:
+        """Give the memory of all pages back; nobody may hold one."""
+        self.settle()
+        for group in self.groups:
+            group.pool.clear()
         self.keys = [layer.slots(layer.key_dim, self.page_size) for layer in self.layers]
         self.values = [layer.slots(layer.value_dim, self.page_size) for layer in self.layers]
 

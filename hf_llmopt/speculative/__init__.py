@@ -3,7 +3,7 @@
 from .draft_model import DraftModelDrafter
 from .drafter import Draft, Drafter, Text
 from .layer_skip import first_layers
-from .length import PassCosts, choose_lengths
+from .length import PassCosts, choose_drafts
 from .speculator import Speculator
 from .suffix import SuffixDrafter
 from .vocabulary import Reading, Translation
@@ -18,6 +18,6 @@ __all__ = [
     "SuffixDrafter",
     "Text",
     "Translation",
-    "choose_lengths",
+    "choose_drafts",
     "first_layers",
 ]

@@ -10,7 +10,7 @@ most 1 - d, which the published rule reaches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 from time import perf_counter
 from typing import Protocol
@@ -95,6 +95,9 @@ class DraftModelDrafter:
     def _pays(self, index: int, survival: float, odds: Odds) -> bool:
         """Whether the next guess is worth its pass, by how often guesses at its place were right so far."""
         return survival * odds.chance(place(index)) > odds.worth(self._seconds)
+
+    def learn(self, text: Text, start: int, draft: Draft, chosen: Mapping[int, int]) -> None:
+        """The model reads the text itself."""
 
     def forget(self, text: Text) -> None:
         """The text has ended."""

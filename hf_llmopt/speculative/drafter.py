@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Draft(NamedTuple):
-    """Guessed tokens of one request, in order.
+    """Guessed tokens of one request.
 
     Attributes:
         tokens: The guesses; none is a guess too.
         grounds: For each token what it was guessed from, anything hashable: tokens with the same grounds are about
             equally often right, and `Speculator` learns how often that is.
+        parents: For each token the place in `tokens` of the one it stands behind, which comes before it; -1 for a token
+            that stands behind the text. `None` if each stands behind the one before.
     """
 
     tokens: list[int]
     grounds: list[Any]
+    parents: list[int] | None = None
+
+    def parent(self, index: int) -> int:
+        """What a token stands behind."""
+        return index - 1 if self.parents is None else self.parents[index]
 
 
 class Text(Protocol):
@@ -32,6 +39,11 @@ class Text(Protocol):
     # how likely its choice is; -1 if there is none, because the logits have NaN.
     guess: Callable[[Tensor, int], tuple[int, float]]
 
+    @property
+    def salt(self) -> str | None:
+        """With whom it may share what was computed, or guessed."""
+        ...
+
 
 class Odds(NamedTuple):
     """What is known about guesses and their price.
@@ -39,10 +51,12 @@ class Odds(NamedTuple):
     Attributes:
         chance: How often guesses with these grounds were right.
         worth: The chance from which on a guess pays that takes so many seconds to find.
+        branches: Whether several guesses may stand behind one.
     """
 
     chance: Callable[[Any], float]
     worth: Callable[[float], float]
+    branches: bool = False
 
 
 class Drafter(Protocol):
@@ -55,6 +69,17 @@ class Drafter(Protocol):
             texts: Requests; their tokens are those of the last call with some more behind them.
             limits: The most tokens that can be used, for each.
             odds: May be asked.
+        """
+        ...
+
+    def learn(self, text: Text, start: int, draft: Draft, chosen: Mapping[int, int]) -> None:
+        """See what the model chose.
+
+        Args:
+            text: Whose guesses were computed.
+            start: Tokens of the text that were known then.
+            draft: What was computed.
+            chosen: For places in `draft`, -1 for before it, the token that the model chose there.
         """
         ...
 

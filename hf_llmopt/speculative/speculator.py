@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 from time import perf_counter
 from typing import Any, Protocol
 
 from .drafter import Draft, Drafter, Odds, Text, place
-from .length import PassCosts, choose_lengths
+from .length import PassCosts, choose_drafts
 
 LONGEST = 16  # drafts of a request in a step
+AHEAD = 8  # tokens over which the price of one more is taken: T(n) rises in steps
 FIRST = 0.5  # chance of a draft about whose grounds nothing is known yet
 PRIOR = 2.0  # how many drafts that first guess weighs as much as
 PLAIN = 32  # of so many steps one computes no guess: what that takes has to be known
@@ -23,20 +23,21 @@ MEMORY = 200.0  # drafts that are remembered for each grounds
 class Request(Text, Protocol):
     """What is drafted for; the engine's `Request`."""
 
+    chosen: dict[int, int]  # by guess, -1 for before them, the token that was chosen behind it
     drafted_tokens: int
     accepted_tokens: int
 
-    def draft(self, tokens: Sequence[int]) -> None:
-        """Take these guesses."""
+    def draft(self, tokens: Sequence[int], parents: list[int] | None) -> None:
+        """Take these guesses; `parents` as in `Draft`."""
         ...
 
 
 @dataclass
 class _Open:
-    """Guesses whose outcome is not known yet, how many were computed, and where the first stands in the text."""
+    """Guesses whose outcome is not known yet, which of them were computed, and where the first stands in the text."""
 
     draft: Draft
-    computed: int
+    computed: list[int]
     start: int
 
 
@@ -47,11 +48,16 @@ class Speculator:
         drafter: Who guesses.
         measure: Returns the seconds of one pass over so many tokens.
         num_tokens: Drafts of a request in each step; `None` for as many as pay.
+        branches: Whether a pass can compute several drafts behind one token.
     """
 
-    def __init__(self, drafter: Drafter, measure: Callable[[int], float], num_tokens: int | None) -> None:
+    def __init__(
+        self, drafter: Drafter, measure: Callable[[int], float], num_tokens: int | None, branches: bool = False
+    ) -> None:
         self.drafter = drafter
         self.num_tokens = num_tokens
+        self.branches = branches
+        self.seconds = 0.0  # that the drafter has taken
         self._measure = measure
         self._costs: PassCosts | None = None
         self._open: dict[Request, _Open] = {}
@@ -66,37 +72,47 @@ class Speculator:
             requests: All that take part in the next step and compute one token.
             limits: The most drafts each can use.
         """
-        goes_on = any(request in self._open for request in requests)  # with what the last step computed
+        began = perf_counter()
+        if self._costs is not None and any(request in self._open for request in requests):  # whom the last step served
+            self._costs.observe(self._tokens, began - self._began)
         for request in requests:
             self._settle(request)
         most = LONGEST if self.num_tokens is None else self.num_tokens
         limits = [min(most, limit) for limit in limits]
         rows = len(requests)
         if self.num_tokens is None:
-            if self._costs is None:
-                self._costs = PassCosts(self._measure)
-            elif goes_on:
-                self._costs.observe(self._tokens, perf_counter() - self._began)
-            costs = self._costs
+            costs = self._costs = self._costs or PassCosts(self._measure)
             self._steps += 1
             if self._resting or self._steps % PLAIN == 0:
                 self._resting = max(0, self._resting - 1)
                 limits = [0] * rows
-            more, each = costs(rows + 1) - costs(rows), costs(rows) / rows  # seconds of a draft, and of a token
-            drafts = self.drafter.propose(requests, limits, Odds(self._chance, lambda seconds: (seconds + more) / each))
-            chances = [list(accumulate(map(self._chance, draft.grounds), mul)) for draft in drafts]
-            lengths = choose_lengths(chances, costs)
-            if any(lengths):
+            more, each = (costs(rows + AHEAD) - costs(rows)) / AHEAD, costs(rows) / rows  # of a draft, and of a token
+            odds = Odds(self._chance, lambda seconds: (seconds + more) / each, self.branches)
+            drafts = self.drafter.propose(requests, limits, odds)
+            computed = choose_drafts([self._chances(draft) for draft in drafts], costs)
+            if any(computed):
                 self._rest = 0
             elif any(limits):
                 self._resting = self._rest = min(REST, 2 * self._rest + 1)
         else:
-            drafts = self.drafter.propose(requests, limits, Odds(self._chance, lambda seconds: 0.0))
-            lengths = [len(draft.tokens) for draft in drafts]
-        for request, draft, length in zip(requests, drafts, lengths, strict=True):
-            self._open[request] = _Open(draft, length, len(request.tokens))
-            request.draft(draft.tokens[:length])
-        self._tokens, self._began = rows + sum(lengths), perf_counter()
+            odds = Odds(self._chance, lambda seconds: 0.0, self.branches)
+            drafts = self.drafter.propose(requests, limits, odds)
+            computed = [list(range(len(draft.tokens))) for draft in drafts]
+        for request, draft, chosen in zip(requests, drafts, computed, strict=True):
+            self._open[request] = _Open(draft, chosen, len(request.tokens))
+            part = _part(draft, chosen)
+            request.draft(part.tokens, part.parents)
+        now = perf_counter()
+        self.seconds += now - began
+        self._tokens, self._began = rows + sum(map(len, computed)), now
+
+    def _chances(self, draft: Draft) -> list[float]:
+        """The chance of each guess to count: that it is right, and all it stands behind are."""
+        chances: list[float] = []
+        for index, grounds in enumerate(draft.grounds):
+            parent = draft.parent(index)
+            chances.append(self._chance(grounds) * (1.0 if parent < 0 else chances[parent]))
+        return chances
 
     def forget(self, request: Request) -> None:
         """A request has ended; harmless if nothing was drafted for it."""
@@ -112,17 +128,33 @@ class Speculator:
         known = self._open.pop(request, None)
         if known is None:
             return
-        right = 0
-        for index, (token, guess, grounds) in enumerate(zip(request.tokens[known.start :], *known.draft, strict=False)):
-            self._learn(grounds, token == guess)  # of a guess that was not computed too
-            self._learn(place(index), token == guess)
-            if token != guess:
+        draft, behind = known.draft, defaultdict[int, list[int]](list)
+        for index in range(len(draft.tokens)):
+            behind[draft.parent(index)].append(index)
+        node, right = -1, 0
+        for depth, token in enumerate(request.tokens[known.start :]):
+            guesses, hit = behind[node], None
+            for index in guesses:  # of a guess that was not computed too
+                self._learn(draft.grounds[index], draft.tokens[index] == token)
+                hit = index if draft.tokens[index] == token else hit
+            if guesses:
+                self._learn(place(depth), hit is not None)
+            if hit is None:
                 break
-            right += 1
-        request.drafted_tokens += known.computed
-        request.accepted_tokens += min(right, known.computed)
+            node, right = hit, right + (hit in known.computed)
+        self.drafter.learn(request, known.start, _part(draft, known.computed), request.chosen)
+        request.drafted_tokens += len(known.computed)
+        request.accepted_tokens += right
 
     def _learn(self, grounds: Any, hit: bool) -> None:
         right, tried = self._record.get(grounds, (0.0, 0.0))
         keep = 1.0 if tried < MEMORY else 1.0 - 1.0 / MEMORY
         self._record[grounds] = keep * right + hit, keep * tried + 1
+
+
+def _part(draft: Draft, chosen: Sequence[int]) -> Draft:
+    """The guesses that were chosen; nobody who stands behind another is chosen without it."""
+    tokens, grounds = [draft.tokens[index] for index in chosen], [draft.grounds[index] for index in chosen]
+    places = {index: place for place, index in enumerate(chosen)}
+    parents = [places.get(draft.parent(index), -1) for index in chosen]
+    return Draft(tokens, grounds, None if parents == list(range(-1, len(parents) - 1)) else parents)
