@@ -15,13 +15,21 @@ from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
 from hf_llmopt.bench.oracle import Oracle
 from hf_llmopt.engine.sampling import Tape
 from hf_llmopt.errors import CallbackFailed, InvalidOption
-from hf_llmopt.speculative import PassCosts, SuffixDrafter, choose_drafts
+from hf_llmopt.speculative import Draft, PassCosts, SuffixDrafter, choose_drafts
+from hf_llmopt.speculative.drafter import Odds
 
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
 PENALTIES = {"do_sample": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5}
 NEW = 24
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Words:
+    """A text."""
+
+    def __init__(self, tokens: list[int], salt: str | None = None) -> None:
+        self.tokens, self.salt = tokens, salt
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +95,26 @@ def test_guesses_that_are_partly_right(model, monkeypatch, right, width, argumen
         assert stats.steps <= 1 + -(-NEW // 4) + 1, "four tokens a step"
     if right == 0.7:
         assert 0.2 < stats.accepted_tokens / stats.drafted_tokens < 0.9
+
+
+@pytest.mark.parametrize("pages", [{}, {"dtype": "int8"}], ids=["exact", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "llama4_text"])
+def test_trees(monkeypatch, architecture, pages):
+    """Of three guesses behind every token one may be right: the keys of those that were close ranks."""
+    model, inputs = build(architecture), prompts(3)
+    pages = {"kv_cache": {"page_size": 4, **pages}}
+    for arguments in ({**GREEDY, "eos_token_id": None}, {**SAMPLED, "eos_token_id": None}):
+        expected = generate(model, inputs, pages, **arguments)
+        starts = inputs["attention_mask"].argmax(1).tolist()
+        ends = [row[start:] for row, start in zip(expected[0], starts, strict=True)]
+        width = 1 if architecture == "llama4_text" else 3  # its columns stand for positions: chains only
+        monkeypatch.setattr(
+            "hf_llmopt.engine.drafters.SuffixDrafter", lambda ends=ends, width=width: Oracle(ends, 0.8, 64, width)
+        )
+        model.llmopt.release()
+        assert generate(model, inputs, {**pages, **speculating(9)}, **arguments) == expected
+        model.llmopt.release()
+        assert drafted(model).accepted_tokens > 0.1 * drafted(model).drafted_tokens
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -427,11 +455,6 @@ def test_lengths_maximise_tokens_per_second():
 
 
 def test_the_suffix_drafter_takes_the_longest_match_the_most_frequent_and_follows_loops():
-    class Words:
-        def __init__(self, tokens):
-            self.tokens = tokens
-            self.salt = None
-
     propose = SuffixDrafter().propose
     assert propose([Words([1, 2, 9, 5, 2, 7, 1, 2])], [1])[0].tokens == [9], "1 2 is longer than 2"
     assert propose([Words([2, 7, 2, 8, 2, 8, 2])], [1])[0].tokens == [8], "twice beats once"
@@ -470,3 +493,39 @@ def test_optimize_and_lists_of_names(model):
         assert model.llmopt.stats.served_by == "llmopt"
     finally:
         hf_llmopt.optimize(model, llmopt=False)
+
+
+def test_what_the_model_chose_is_remembered_behind_wrong_guesses_and_for_texts_of_the_same_salt_alone():
+    drafter, first = SuffixDrafter(), Words([1, 2, 3], "a")
+    draft = Draft([7, 8, 9], ["-"] * 3, [-1, -1, 1])
+    drafter.learn(first, 3, draft, {-1: 8, 0: 20, 1: 30, 2: 40})
+    assert drafter.propose([Words([50, 3], "a")], [2])[0].tokens == [8, 30], "what it chose, and chose behind that"
+    assert drafter.propose([Words([50, 7], "a")], [1])[0].tokens == [20], "7 was a wrong guess"
+    assert drafter.propose([Words([50, 3], "b"), Words([50, 3])], [2, 2]) == [Draft([], [], [])] * 2
+
+
+def test_the_likeliest_guesses_make_a_tree():
+    odds = Odds(lambda grounds: 0.9 if grounds[2] > 1 else 0.3, lambda seconds: 0.0, branches=True)
+    text = Words([1, 2, 5, 40, 1, 2, 5, 41, 1, 2, 6, 42, 1, 2])
+    (draft,) = SuffixDrafter().propose([text], [4], odds)
+    assert (draft.tokens, draft.parents) == ([5, 6, 41, 40], [-1, -1, 0, 0]), "5 twice, 6 once, and two behind 5"
+    (draft,) = SuffixDrafter().propose([text], [2], odds._replace(branches=False))
+    assert (draft.tokens, draft.parents) == ([5, 41], [-1, 0])
+
+
+def test_no_draft_is_chosen_without_what_it_stands_behind():
+    chances = [[0.9, 0.5, 0.45, 0.05], [0.6]]
+    assert choose_drafts(chances, lambda tokens: 1.0 + 0.1 * tokens) == [[0, 1, 2], [0]]
+    assert choose_drafts(chances, lambda tokens: tokens) == [[], []]
+
+
+def test_calls_that_alternate_between_configs_keep_what_was_learned(model):
+    inputs = prompts(2)
+    generate(model, inputs, speculating(3), **GREEDY)
+    engine = model.llmopt.engine
+    assert engine.store.groups[0].pool.num_pages > 0
+    generate(model, inputs, "kv_cache", **GREEDY)
+    assert model.llmopt.engine is not engine
+    assert engine.store.groups[0].pool.num_pages == 0, "its memory is free"
+    generate(model, inputs, speculating(3), **GREEDY)
+    assert model.llmopt.engine is engine
