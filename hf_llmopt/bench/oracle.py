@@ -42,7 +42,7 @@ class Oracle:
             guesses = guesses[: limit - len(draft.tokens)]
             first = len(draft.tokens)
             draft.tokens.extend(guesses)
-            draft.grounds.extend(("oracle", index == place) for index in range(len(guesses)))
+            draft.grounds.extend(("oracle", self._right, index == place) for index in range(len(guesses)))
             parents.extend([node] * len(guesses))
             node = first + min(place, len(guesses) - 1)
             if len(draft.tokens) >= limit:

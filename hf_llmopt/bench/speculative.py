@@ -101,7 +101,7 @@ def bench(
             {name: value.to(model.device) for name, value in each.items()}
             for each in _prompts(model, workload, texts, seed, repeats + 1)
         ]
-        calls = {name: partial(_next_run, model, iter(given), workload, way) for name, way in ways.items()}
+        calls = {name: _Way(model, iter(given), workload, way) for name, way in ways.items()}
         note = partial(on_run, workload.name)
         for name, call in calls.items():
             call()
@@ -121,25 +121,31 @@ def bench(
     }
 
 
-def _next_run(
-    model: PreTrainedModel, prompts: Iterator[Mapping[str, Tensor]], workload: Workload, way: Mapping[str, Any]
-) -> _Run:
-    # No streamer: rows that go their own way have none.
-    inputs, generate = next(prompts), cast(Any, model.generate)
-    before = _drafting(model) if way["llmopt"] else 0.0
-    began = perf_counter()
-    output = generate(**inputs, max_new_tokens=workload.new_tokens, do_sample=False, eos_token_id=None, **way)
-    seconds = perf_counter() - began
-    if not way["llmopt"]:
-        return _Run(output.cpu(), seconds, None)
-    return _Run(output.cpu(), seconds, handle_of(model).stats, _drafting(model, before))
+class _Way:
+    """Calls `generate` in one way, each time with the next prompts."""
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Iterator[Mapping[str, Tensor]],
+        workload: Workload,
+        way: Mapping[str, Any],
+    ) -> None:
+        self._model, self._prompts, self._new_tokens, self._way = model, prompts, workload.new_tokens, way
+        self._drafted = 0.0  # seconds that the drafter had taken before
 
-def _drafting(model: PreTrainedModel, before: float = 0.0) -> float:
-    """Seconds that the drafter of the last call's engine has taken, less those before."""
-    engine = handle_of(model).engine
-    speculator = None if engine is None else engine.speculator
-    return 0.0 if speculator is None else speculator.seconds - before
+    def __call__(self) -> _Run:
+        # No streamer: rows that go their own way have none.
+        inputs, generate = next(self._prompts), cast(Any, self._model.generate)
+        began = perf_counter()
+        output = generate(**inputs, max_new_tokens=self._new_tokens, do_sample=False, eos_token_id=None, **self._way)
+        seconds = perf_counter() - began
+        if not self._way["llmopt"]:
+            return _Run(output.cpu(), seconds, None)
+        handle = handle_of(self._model)
+        speculator = None if handle.engine is None else handle.engine.speculator
+        before, self._drafted = self._drafted, 0.0 if speculator is None else speculator.seconds
+        return _Run(output.cpu(), seconds, handle.stats, self._drafted - before)
 
 
 def ways_of(workload: Workload, draft: PreTrainedModel | None) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import typer
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
 from ..texts import read_text
-from .options import Markdown, Output, Quick, Repeat, Seed, chosen, parent, require_folders
+from .options import Markdown, Output, Quick, Repeat, Seed, chosen, parent, require_folders, require_known
 from .shown import record, show
 
 
@@ -24,6 +24,14 @@ def speculative(
         list[str] | None,
         typer.Option(help='"code, 1", "code, 8", "editing, 1", "random, 8", ...; may be repeated.'),
     ] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHAPE",
+            help="Instead: a model of this shape, 0.5b say, with random weights, and guesses of a known chance.",
+        ),
+    ] = None,
+    weights: Annotated[str, typer.Option(help="With --oracle: int8, int4, fp8 or bfloat16.")] = "int8",
     repeat: Repeat = 5,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -40,6 +48,9 @@ def speculative(
     """
     from hf_llmopt.bench import speculative as bench
     from hf_llmopt.bench.workloads import held_out_ids
+
+    if oracle is not None:
+        return _oracle(oracle, weights, repeat, seed, quick, markdown, output, json)
 
     from ..models import load as load_model
 
@@ -78,3 +89,37 @@ def speculative(
     record(report, output, quick)
     failures = [f"{item['name']}: {reason}" for item in report["workloads"] for reason in item["reasons"]]
     show(report, [bench.table(report)], failures, json, markdown)
+
+
+def _oracle(
+    shape: str,
+    weights: str,
+    repeat: int,
+    seed: int,
+    quick: bool,
+    markdown: bool,
+    output: Path | None,
+    json: bool,
+) -> None:
+    from hf_llmopt.bench import speculative_oracle as bench
+    from hf_llmopt.bench.quantized import METHODS
+    from hf_llmopt.bench.workloads import SHAPES
+
+    require_folders(parent(output))
+    require_known("shape", [shape], SHAPES)
+    require_known("weights", [weights], ["bfloat16", *METHODS])
+    with ui.progress("speculative", len(bench.ROWS) * (1 + len(bench.RIGHT)) * (repeat + 1)) as on_run:
+        report = bench.bench(
+            shape,
+            None if weights == "bfloat16" else weights,
+            new_tokens=8 if quick else 64,
+            repeats=repeat,
+            seed=seed,
+            miniature=quick,
+            on_run=on_run,
+        )
+    record(report, output, quick)
+    failures = [
+        f"{case['rows']} rows: other tokens than plain decoding" for case in report["cases"] if not case["passed"]
+    ]
+    show(report, bench.tables(report), failures, json, markdown)
