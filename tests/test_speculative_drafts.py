@@ -132,7 +132,7 @@ def test_assistant_early_exit_chooses_the_first_layers(rows):
     model, inputs = build("llama"), prompts(rows)
     expected = generate(model, inputs, None, **GREEDY)
     assert generate(model, inputs, True, **GREEDY, assistant_early_exit=2) == expected
-    drafted(model)
+    assert model.llmopt.stats.served_by == "llmopt"
     assert model.llmopt.engine.config.speculative == SpeculativeConfig("layer_skip", exit_layer=2)
 
 
