@@ -240,8 +240,8 @@ class SpeculativeConfig(Section):
     Args:
         method: Who guesses. `"suffix"`: what followed when the last tokens stood in the text before. `"draft_model"`: a
             smaller model. `"layer_skip"`: the model's own first layers, where it was trained for that. `"eagle"`: a
-            drafter that was trained for this very model and reads its hidden states. `"auto"`: the draft model if there
-            is one, else `"suffix"`.
+            drafter that was trained for this very model and reads its hidden states. `"mtp"`: such a layer in the
+            model's own files. `"auto"`: the draft model if there is one, else `"suffix"`.
         draft_model: A model on the same device, or its name; for `"eagle"` the drafter.
         tokenizer: The tokenizer of the model that generates, or its name, where the draft model has another.
         draft_tokenizer: The draft model's.
@@ -256,7 +256,7 @@ class SpeculativeConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle"))
+    method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle", "mtp"))
     draft_model: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
     draft_tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others

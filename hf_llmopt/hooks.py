@@ -242,12 +242,15 @@ def _assisted(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: A
     inputs = call.pop("model_kwargs", {})
     generation_config, assistant = call["generation_config"], call.get("assistant_model")
     early, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
-    if assistant is None and lookup is None and early is None:
+    own = getattr(generation_config, "use_mtp", None)  # 5.17 does not know it
+    if assistant is None and lookup is None and early is None and not own:
         return _not_served("assisted decoding with the model's own heads", active, stock, *args, **kwargs)
     if lookup is not None and (type(lookup) is not int or lookup < 1):
         raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
     who: dict[str, Any] = dict.fromkeys(("draft_model", "tokenizer", "draft_tokenizer", "exit_layer"))
-    if early is not None:
+    if own:
+        who |= {"method": "mtp"}
+    elif early is not None:
         who |= {"method": "layer_skip", "exit_layer": early}
     elif assistant is None:
         who |= {"method": "suffix"}

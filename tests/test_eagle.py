@@ -585,7 +585,7 @@ def test_files_that_do_not_fit_are_refused(target, tmp_path, change, error, says
 
 
 def test_files_that_are_damaged_or_not_there_are_refused(target, tmp_path):
-    with pytest.raises(InvalidOption, match="neither a folder nor a drafter on the hub"):
+    with pytest.raises(InvalidOption, match="neither a folder nor a name on the hub"):
         load_eagle(str(tmp_path / "nowhere"), target)
     folder = files_of("SpecForge").save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")

@@ -13,7 +13,7 @@ from ..attention.tree import MOST_NODES
 from ..config import LLMOptConfig, SpeculativeConfig
 from ..errors import InvalidOption
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
-from ..speculative.eagle import EagleModel, Follower, check_fits, load_eagle
+from ..speculative.eagle import EagleModel, Follower, Head, check_fits, load_eagle, load_mtp
 from .proof import pass_seconds
 from .runner import Runner
 from .second import SecondModel, second_model
@@ -78,8 +78,18 @@ def _eagle(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_l
             "model of its own drafts with method='draft_model'."
         )
     check_fits(given, model, runner.device)
-    follower = Follower(given, config)
-    runner.taps = Taps(model, len(runner.store.layers), given.shape.needs, follower.observe)
+    return _reading(given, runner, config)
+
+
+def _mtp(runner: Runner, config: LLMOptConfig, *_: Any) -> Drafter:
+    layers = runner.store.layers
+    return _reading(load_mtp(runner.model, layers[-1], len(layers)), runner, config)
+
+
+def _reading(head: Head, runner: Runner, config: LLMOptConfig) -> Drafter:
+    """A drafter that reads the model's hidden states."""
+    follower = Follower(head, config)
+    runner.taps = Taps(runner.model, len(runner.store.layers), head.needs, follower.observe)
     return DraftModelDrafter(follower)
 
 
@@ -88,4 +98,5 @@ _MAKERS: dict[str, Callable[..., Drafter]] = {  # by method
     "draft_model": _draft_model,
     "layer_skip": _layer_skip,
     "eagle": _eagle,
+    "mtp": _mtp,
 }

@@ -29,8 +29,8 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         InvalidOption: There is no such drafter.
         InvalidCheckpoint: Its files are damaged, or some are missing.
     """
-    config = _find(name, "config.json")
-    weights = next((path for file in WEIGHTS if (path := _find(name, file)) is not None), None)
+    config = find(name, "config.json")
+    weights = next((path for file in WEIGHTS if (path := find(name, file)) is not None), None)
     if config is None or weights is None:
         missing = "config.json" if config is None else " nor ".join(WEIGHTS)
         raise InvalidOption(f"draft_model={name!r} is no drafter: it holds no {missing}.")
@@ -39,7 +39,7 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         paths = [weights]
         if weights.name == INDEX:
             shards = sorted(set(json.loads(weights.read_text("utf-8"))["weight_map"].values()))
-            paths = [path for shard in shards if (path := _find(name, shard)) is not None]
+            paths = [path for shard in shards if (path := find(name, shard)) is not None]
             if len(paths) < len(shards):
                 raise InvalidCheckpoint(f"draft_model={name!r}: {INDEX} names {shards}, and some are not there.")
         tensors: dict[str, Tensor] = {}
@@ -53,12 +53,20 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return options, tensors
 
 
-def _find(name: str, file: str) -> Path | None:
-    """A file of it, downloaded if need be; `None` if it has no such file."""
+def find(name: str, file: str) -> Path | None:
+    """A file of a model, downloaded if need be; `None` if it has no such file.
+
+    Args:
+        name: The model's folder, or its name on the hub.
+        file: The file's name.
+
+    Raises:
+        InvalidOption: There is no such model.
+    """
     try:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise InvalidOption(
-            f"draft_model={name!r} is neither a folder nor a drafter on the hub that can be reached: {error}"
+            f"{name!r} is neither a folder nor a name on the hub that can be reached: {error}"
         ) from error
     return None if found is None else Path(found)

@@ -1,4 +1,4 @@
-"""An EAGLE drafter that follows texts, in pages of its own.
+"""A drafter that reads hidden states follows texts, in pages of its own.
 
 What it attends over are pairs: the features of token t, and token t + 1. Pairs of tokens that the model computed and
 that are the text's for good are kept, each computed once. Those of guesses are written behind them and overwritten.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from ...attention import Span, StepInputs, backend, serving
 from ...config import KVCacheConfig, LLMOptConfig
@@ -20,10 +21,38 @@ from ...errors import OutOfPages
 from ...fusion import Fusion
 from ...kv_cache import BlockTable, LayerSpec, PagedStore, SpanCache, upload
 from ..drafter import Text
-from .model import EagleModel
 
 WAITING = 256  # tokens of a text whose features may wait until somebody wants a guess
 ROOM = 1024  # tokens that a text may grow by within one run of pages
+
+
+class Head(Protocol):
+    """What the drafter computes; `EagleModel` or `MtpHead`.
+
+    Attributes:
+        needs: Indices into the model's `hidden_states`, 0 for the embeddings, of the features.
+        configs: From which its attention modules read their implementation.
+    """
+
+    needs: tuple[int, ...]
+    configs: list[Any]
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """What each of its layers stores for a token; all store alike."""
+        ...
+
+    def fuse(self, features: Sequence[Tensor]) -> Tensor:
+        """What the first layer reads of features, each `[tokens, target hidden]`: `[tokens, hidden]`."""
+        ...
+
+    def __call__(self, ids: Tensor, hidden: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """The layers' output `[tokens, hidden]` for tokens, each one place behind its features."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of that output `[rows, hidden]`, in the model's vocabulary, `[rows, vocabulary]`."""
+        ...
 
 
 class Seen(NamedTuple):
@@ -99,21 +128,16 @@ class Follower:
         config: What the engine's caller asked for.
     """
 
-    def __init__(self, model: EagleModel, config: LLMOptConfig) -> None:
+    def __init__(self, model: Head, config: LLMOptConfig) -> None:
         self._model = model
-        own, weight = model.config, model.fc.weight
-        self._device = weight.device
-        heads, width = own.num_key_value_heads, own.head_dim
-        spec = LayerSpec("full", 0, heads, width, width, weight.dtype, weight.device)
-        if set(getattr(own, "layer_types", None) or ()) == {"sliding_attention"}:
-            spec = replace(spec, kind="sliding", window=own.sliding_window)
-        specs, pages = [spec] * len(model.layers), config.kv_cache
+        self._device = model.specs[0].device
+        pages = config.kv_cache
         limits = {name: getattr(pages, name) for name in ("page_size", "max_tokens", "memory_fraction")}
-        self.store = PagedStore(specs, KVCacheConfig(**limits))
+        self.store = PagedStore(model.specs, KVCacheConfig(**limits))
         self._attend = backend(config.attention.backend, self._device)
         found: Any = model
-        self._fusion = Fusion(found, specs, layers=False) if self._device.type == "cpu" else None
-        self._cache = SpanCache(len(specs))
+        self._fusion = Fusion(found, self.store.layers, layers=False) if self._device.type == "cpu" else None
+        self._cache = SpanCache(len(model.specs))
         self._texts: dict[Text, _Followed] = {}
 
     @torch.no_grad()
@@ -224,7 +248,7 @@ class Follower:
         step = StepInputs(self.store, spans, [places], self._attend, lambda path: None)
         model: Any = self._model
         fused = nullcontext() if self._fusion is None else self._fusion.entered(model, len(slots))
-        with fused, serving([model.config], step):
+        with fused, serving(self._model.configs, step):
             hidden = model(ids, torch.cat([each.hidden for each in pairs]), positions, self._cache)
         last = {id(each): hidden[span.offset + span.length - 1] for each, span in zip(pairs, spans, strict=True)}
         return [last.get(id(each)) for each in wanted]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ...kv_cache import LayerSpec
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -100,6 +102,17 @@ class EagleModel(nn.Module):
         self.input_norm, self.fc_norm = feature_norm, nn.ModuleList(feature_norms)
         self.rotary_emb = rotary
         self.targets = targets
+        self.needs = shape.needs
+        self.configs = [config]
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """What each layer stores for a token."""
+        own, weight = self.config, self.fc.weight
+        sliding = set(getattr(own, "layer_types", None) or ()) == {"sliding_attention"}
+        kind, window = ("sliding", own.sliding_window) if sliding else ("full", 0)
+        shape = own.num_key_value_heads, own.head_dim, own.head_dim
+        return [LayerSpec(kind, window, *shape, weight.dtype, weight.device)] * len(self.layers)
 
     def fuse(self, features: Sequence[Tensor]) -> Tensor:
         """What the first layer reads of features, each `[tokens, target hidden]`: `[tokens, hidden]`."""
