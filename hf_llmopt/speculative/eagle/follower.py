@@ -236,13 +236,12 @@ class Follower:
             return [None] * len(wanted)
         spans: list[Span] = []
         slots: list[int] = []
-        size = self.store.page_size
         for each in pairs:
             (table,) = each.followed.tables
             stop = each.place + len(each.ids)
             table.reserve(each.place, stop)
             spans.append(Span(each.followed.tables, len(slots), len(each.ids), stop))
-            slots += [table.pages[place // size] * size + place % size for place in range(each.place, stop)]
+            slots += table.slots(range(each.place, stop))
         listed = [token for each in pairs for token in each.ids], [p for each in pairs for p in each.positions], slots
         ids, positions, places = (upload(torch.tensor(values, device="cpu"), self._device) for values in listed)
         step = StepInputs(self.store, spans, [places], self._attend, lambda path: None)
