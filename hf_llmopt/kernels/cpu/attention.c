@@ -109,7 +109,7 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
         bytes[1] = page_codes(a->form, a->value_dim), stride[1] = page_row(a->form, a->kv_heads, a->value_dim);
     }
     long key_room = (a->key_dim + WIDTH - 1) / WIDTH * WIDTH, room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH;
-    E open_keys[a->form ? BLOCK * key_room : 1]; /* only as much of the stack as the pages need */
+    E open_keys[a->form ? BLOCK * key_room + WIDTH : 1]; /* no more of the stack than pages need; vectors end behind */
     float open_values[a->form == INT4_PAGES ? BLOCK * room + WIDTH : 1];
     float scales[2][BLOCK] = {0}, lows[2][BLOCK] = {0}, query_sum[MAX_GROUP];
     const float *wide[BLOCK];
