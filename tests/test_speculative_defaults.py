@@ -172,3 +172,22 @@ def test_a_draft_model_reads_a_prompt_once_for_all_rows_that_begin_with_it(argum
     assert sorted(length for length in lengths if length > 4) == [19], "prompt and first token"
     assert model.llmopt.stats.drafted_tokens > 0
     assert second._loop.store.pages_used == 0
+
+
+@pytest.mark.parametrize("method", ["draft_model", "layer_skip"])
+def test_what_a_draft_model_has_read_is_found_again_by_those_who_may(method):
+    model = build("llama")
+    drafter = {"method": method, "draft_model": build("llama", seed=5) if method == "draft_model" else None}
+    config = {"speculative": {"num_tokens": 2, **drafter}, "prompt_cache": True, "kv_cache": {"page_size": 4}}
+    first = run(model, llmopt=config, eos_token_id=None)
+    assert first == run(model, llmopt=False, eos_token_id=None)
+    second, lengths = model.llmopt.engine.speculator.drafter._second, []
+    second._loop.on_step = lambda plan, began: lengths.extend(length for _, length in plan.spans)
+    ids = torch.tensor([[*first[0], 5, 6, 7]])  # the next turn: whole pages of what was read are known
+    for salt, expected in ((None, range(4, 15)), ("another tenant", range(38, 39))):
+        llmopt = {**config, "prompt_cache": {"salt": salt}}
+        arguments = {**GREEDY, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **arguments, llmopt=llmopt), model.generate(ids, **arguments))
+        assert model.llmopt.stats.drafted_tokens > 0
+        assert max(lengths) in expected
+        lengths.clear()

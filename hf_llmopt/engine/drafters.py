@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,8 @@ def _with(
     second: PreTrainedModel, config: LLMOptConfig, new_loop: NewLoop, translation: Translation | None = None
 ) -> Drafter:
     """A drafter that runs a second model, in an engine of its own."""
-    own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention)
+    prompts = config.prompt_cache and replace(config.prompt_cache, path=None)
+    own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts)
     return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..config import SpeculativeConfig
 from ..errors import InvalidOption, PromptTooLong
+from ..prompt_cache import Prefix
 from ..speculative import Reading, Text, Translation
 from .probe import input_device, position_limit
 from .request import Request, Share
@@ -56,22 +58,60 @@ def second_model(asked: SpeculativeConfig, model: PreTrainedModel) -> tuple[PreT
     return given, None
 
 
+@dataclass(eq=False)
+class _Copy(Request):
+    """The second model's request for a text.
+
+    Attributes:
+        sure: How many of its first tokens are the text's and stay; those behind may be guesses, or be cut anew.
+    """
+
+    sure: int = 0
+
+    @property
+    def known(self) -> int:
+        """Tokens that are computed and stay: others may find them."""
+        return min(self.computed, self.sure)
+
+
 class _Twin:
-    """The second model's request for a text: a group of its own, so that its failure is nobody else's."""
+    """A group of its own for each copy of a text, so that its failure is nobody else's.
 
-    def __init__(self, reading: Reading | None) -> None:
-        self.requests: list[Request] = []
+    Args:
+        text: What is copied.
+        translation: What the text's tokens are to the second model; `None` where they are the same.
+    """
+
+    def __init__(self, text: Text, translation: Translation | None) -> None:
         self.thread = get_ident()
-        self.reading = reading  # of a text in other tokens
-        self.known = 0  # tokens that are the text's, not guesses
+        self._reading = None if translation is None else Reading(translation)
+        self.copy = _Copy([], [], 0, [], keeps_passed=True)  # windows go back too
+        self.requests: list[Request] = [self.copy]
+        if translation is None:
+            self.copy.left_padding = text.left_padding
+        self.read(text)
 
-    def read(self, text: Text) -> tuple[int, list[int], list[int]]:
-        """How many tokens are as they were, those that follow now, and their positions."""
-        if self.reading is not None:
-            kept, tokens = self.reading.extend(text.tokens)
-            return kept, tokens, list(range(kept, kept + len(tokens)))
-        kept, self.known = self.known, len(text.tokens)
-        return kept, text.tokens[kept:], text.positions[kept:]
+    def read(self, text: Text) -> None:
+        """Take over what was added to the text, and forget guesses that it does not have. The last token is due."""
+        copy = self.copy
+        if self._reading is None:
+            kept = copy.sure
+            tokens, positions, copy.next_position = text.tokens[kept:], text.positions[kept:], text.next_position
+            copy.sure = len(text.tokens)
+        else:
+            kept, tokens = self._reading.extend(text.tokens)
+            copy.sure = self._reading.fixed
+            copy.next_position = kept + len(tokens)
+            positions = list(range(kept, copy.next_position))
+        last = min(len(copy.tokens) - kept, len(tokens) - 1)  # the last one is computed anew, for its logits
+        same = 0
+        while same < last and copy.tokens[kept + same] == tokens[same]:
+            same += 1
+        copy.tokens[kept:] = tokens
+        copy.positions[kept:] = positions
+        copy.computed = min(copy.computed, kept + same)
+        copy.proven = min(copy.proven, copy.computed)
+        copy.logits = None
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Its passes are nobody's figures."""
@@ -114,45 +154,25 @@ class SecondModel:
                 twin = self._twins.get(text)
                 if twin is None:
                     self._begin(text)
-                elif twin.requests[0].error is None:
-                    self._go_on(text, twin)
+                elif twin.copy.error is None:
+                    twin.read(text)
 
     def _begin(self, text: Text) -> None:
         """Read a text, from behind what another one has in common with it."""
         self._loop.refresh()
-        twin = _Twin(None if self._translation is None else Reading(self._translation))
-        _, tokens, positions = twin.read(text)
-        length = len(tokens)
-        request = Request(
-            tokens,
-            positions,
-            text.next_position if twin.reading is None else length,
-            self._loop.budget.rooms(length, length, keeps_passed=True),
-            left_padding=text.left_padding if twin.reading is None else 0,
-            keeps_passed=True,  # windows go back too
-        )
-        others = (other.requests[0] for other in self._twins.values())
-        request.parent = next((other for other in others if _begins_with(other, request)), None)
-        twin.requests.append(request)
+        twin = _Twin(text, self._translation)
+        copy, length = twin.copy, len(twin.copy.tokens)
+        copy.rooms = self._loop.budget.rooms(length, length, keeps_passed=True)
+        copy.parent = next((each.copy for each in self._twins.values() if _begins_with(each.copy, copy)), None)
+        prefix = getattr(text, "prefix", None)  # what the text allows to be found
+        if prefix is not None and self._loop.prompts is not None:
+            copy.prefix = Prefix(length, prefix.salt)
         self._twins[text] = twin
         self._loop.add(twin)
 
-    def _go_on(self, text: Text, twin: _Twin) -> None:
-        (request,) = twin.requests
-        kept, tokens, positions = twin.read(text)
-        last = min(len(request.tokens) - kept, len(tokens) - 1)  # the last one is computed anew, for its logits
-        same = 0
-        while same < last and request.tokens[kept + same] == tokens[same]:
-            same += 1
-        request.tokens[kept:] = tokens
-        request.positions[kept:] = positions
-        request.next_position = text.next_position if twin.reading is None else kept + len(tokens)
-        request.computed = min(request.computed, kept + same)
-        request.logits = None
-
     def logits(self, texts: Sequence[Text]) -> list[Tensor | None]:
         """Behind all tokens of each text, `[vocabulary]`; `None` where the model failed, or has no room for it."""
-        requests = [self._twins[text].requests[0] for text in texts]
+        requests = [self._twins[text].copy for text in texts]
         with self._loop.lock:
             for text, request in zip(texts, requests, strict=True):
                 # A GPU that is asked for a position behind the table is lost. The last one stays free, for a guess that
@@ -171,7 +191,7 @@ class SecondModel:
     def append(self, text: Text, token: int) -> None:
         """A guess follows."""
         own = token if self._translation is None else self._translation.token(token)
-        self._twins[text].requests[0].append(own)
+        self._twins[text].copy.append(own)
 
     def forget(self, text: Text) -> None:
         """The text has ended."""

@@ -99,7 +99,7 @@ class Reading:
 
     def __init__(self, translation: Translation) -> None:
         self._translation = translation
-        self._fixed = 0
+        self.fixed = 0
         self._start = 0
         self._skip = 0
         self._longest = LONGEST
@@ -114,7 +114,7 @@ class Reading:
             How many of the draft model's tokens are as they were, and all that follow them.
         """
         found = self._translation.encode(tokens, self._start)
-        fixed, end = self._fixed, found[self._skip :]
+        fixed, end = self.fixed, found[self._skip :]
         if len(tokens) - self._start > self._longest:
             self._move(tokens, found)
         return fixed, end
@@ -129,7 +129,7 @@ class Reading:
         if same < AGREE:
             self._longest *= 2  # tried again, but seldom enough to cost little
             return
-        self._fixed += len(found) - self._skip - same
+        self.fixed += len(found) - self._skip - same
         self._start, self._skip, self._longest = start, len(later) - same, LONGEST
 
 
