@@ -405,7 +405,7 @@ def test_a_masked_last_token_is_no_feature(target, watched, tmp_path, monkeypatc
 class Text:
     """What a drafter sees of a request."""
 
-    left_padding = 0
+    left_padding, salt = 0, None
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -429,12 +429,12 @@ def test_wrong_guesses_gaps_and_tokens_that_are_computed_again(watched, tmp_path
     tokens = torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(2)).tolist()
     text = Text(tokens[:10])
 
-    def observe(computed: list[int], start: int, known: int) -> None:
+    def observe(computed: list[int], start: int, known: int, text: Text = text) -> None:
         states = watched(torch.tensor([computed]), output_hidden_states=True).hidden_states
         found = [states[index][0, start:] for index in files.needs]
         follower.observe([Seen(text, start, len(computed) - start, known)], found)
 
-    def expect(start: int = 0) -> None:
+    def expect(start: int = 0, text: Text = text) -> None:
         follower.follow([text])
         guesses, rows = reference.guesses(text.tokens, 3, start)
         for token, logits in zip(guesses, rows, strict=True):
@@ -455,6 +455,15 @@ def test_wrong_guesses_gaps_and_tokens_that_are_computed_again(watched, tmp_path
     observe(tokens[:13], 6, 12)
     text.tokens = tokens[:14]
     expect()
+    # Another one has nine tokens in common with it, found for it, which end inside a page.
+    other = Text([*tokens[:9], 50, 51, 52])
+    observe(other.tokens[:11], 8, 10, other)
+    expect(text=other)
+    observe(tokens[:14], 13, 13)
+    text.tokens = tokens[:15]
+    expect()
+    expect(text=other)
+    follower.forget(other)
     text.tokens = tokens[:23]
     assert follower.logits([text, Text([1, 2])])[1] is None, "a text that was never seen"
     follower.follow([text])
@@ -484,6 +493,19 @@ def test_found_prompts_have_no_features_and_are_drafted_for_all_the_same(target,
     reference = Reference(files, watched)
     for tokens, positions, guesses, start in seen[-6:]:
         assert reference.guesses(tokens, 1, start, positions)[1][0][guesses[0]] > -torch.inf
+
+
+def test_rows_with_the_same_prompt_have_its_features_in_common(target, watched, tmp_path, seen):
+    files, inputs = files_of("SafeAI"), {name: tensor.repeat(3, 1) for name, tensor in prompts(1).items()}
+    config = eagle(files.save(tmp_path), kv_cache={"page_size": 4})
+    for arguments in (SAMPLED, GREEDY):
+        seen.clear()
+        expected = generate(target, inputs, None, **arguments)
+        assert generate(target, inputs, config, **arguments) == expected
+        assert drafted(target).drafted_tokens > 0
+        assert {start for *_, start in seen} == {0}
+    check(seen, files, watched, every=2)
+    assert target.llmopt.engine.speculator.drafter._second.store.pages_used == 0
 
 
 @pytest.mark.parametrize("swap_bytes", [0, 2**20])

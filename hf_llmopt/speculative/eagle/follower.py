@@ -161,12 +161,26 @@ class Follower:
         followed = self._texts.get(span.text)
         if followed is None or span.start > followed.seen:  # what lies between was found, and never seen
             self.forget(span.text)
-            room = -(-(len(span.text.tokens) + ROOM) // self.store.page_size)
-            followed = self._texts[span.text] = _Followed(self.store.tables([room]), span.start, span.start)
+            followed = self._texts[span.text] = self._begin(span.text, span.start)
         followed.crop(span.start)  # guesses that were wrong
         if span.start + span.length > followed.done:  # else it is computed again, after its pages were taken away
             followed.waiting.append(hidden[max(0, followed.done - span.start) :])
         return followed
+
+    def _begin(self, text: Text, start: int) -> _Followed:
+        """A text of which nothing is known before `start`, but what another has in common with it."""
+        for other, known in self._texts.items() if start else ():
+            same = known.start == 0 and known.done >= start and other.salt == text.salt
+            if same and all(
+                ours[: start + 1] == theirs[: start + 1]
+                for ours, theirs in ((text.tokens, other.tokens), (text.positions, other.positions))
+            ):
+                tables = [table.fork() for table in known.tables]
+                for table in tables:
+                    table.crop(start)
+                return _Followed(tables, 0, start)
+        room = -(-(len(text.tokens) + ROOM) // self.store.page_size)
+        return _Followed(self.store.tables([room]), start, start)
 
     def _pairs(self, text: Text, followed: _Followed, known: int) -> _Pairs:
         """Those that can be computed of a text, of whose tokens so many have a next one that is known for good."""
@@ -239,7 +253,8 @@ class Follower:
         for each in pairs:
             (table,) = each.followed.tables
             stop = each.place + len(each.ids)
-            table.reserve(each.place, stop)
+            if copies := table.reserve(each.place, stop):  # of pages that texts have in common
+                self.store.copy_pages(0, copies)
             spans.append(Span(each.followed.tables, len(slots), len(each.ids), stop))
             slots += table.slots(range(each.place, stop))
         listed = [token for each in pairs for token in each.ids], [p for each in pairs for p in each.positions], slots
