@@ -7,7 +7,7 @@ that are the text's for good are kept, each computed once. Those of guesses are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -148,7 +148,8 @@ class Follower:
             spans: In the order of their tokens.
             features: What the drafter needs, each `[tokens of all spans, target hidden]`.
         """
-        hidden = self._model.fuse([feature.to(self._device) for feature in features])
+        with self._fused(len(features[0])):
+            hidden = self._model.fuse([feature.to(self._device) for feature in features])
         offset, long = 0, []
         for span in spans:
             followed = self._take_in(span, hidden[offset : offset + span.length])
@@ -221,7 +222,8 @@ class Follower:
             pairs.followed.guessed = hidden
         found = [self._texts[text].guessed if text in self._texts else None for text in texts]
         rows = [hidden for hidden in found if hidden is not None]
-        logits = iter(self._model.logits(torch.stack(rows)) if rows else ())
+        with self._fused(len(rows)):
+            logits = iter(self._model.logits(torch.stack(rows)) if rows else ())
         return [None if hidden is None else next(logits) for hidden in found]
 
     def append(self, text: Text, token: int) -> None:
@@ -237,6 +239,11 @@ class Follower:
     def _give_back(self, followed: _Followed) -> None:
         for table in followed.tables:
             table.clear()
+
+    def _fused(self, tokens: int) -> AbstractContextManager[None]:
+        """Let our products and norms stand in for the drafter's, on the CPU."""
+        model: Any = self._model
+        return nullcontext() if self._fusion is None else self._fusion.entered(model, tokens)
 
     def _compute_known(self, wanted: Sequence[_Pairs]) -> None:
         for pairs, hidden in zip(wanted, self._compute(wanted), strict=True):
@@ -260,10 +267,8 @@ class Follower:
         listed = [token for each in pairs for token in each.ids], [p for each in pairs for p in each.positions], slots
         ids, positions, places = (upload(torch.tensor(values, device="cpu"), self._device) for values in listed)
         step = StepInputs(self.store, spans, [places], self._attend, lambda path: None)
-        model: Any = self._model
-        fused = nullcontext() if self._fusion is None else self._fusion.entered(model, len(slots))
-        with fused, serving(self._model.configs, step):
-            hidden = model(ids, torch.cat([each.hidden for each in pairs]), positions, self._cache)
+        with self._fused(len(slots)), serving(self._model.configs, step):
+            hidden = self._model(ids, torch.cat([each.hidden for each in pairs]), positions, self._cache)
         last = {id(each): hidden[span.offset + span.length - 1] for each, span in zip(pairs, spans, strict=True)}
         return [last.get(id(each)) for each in wanted]
 
