@@ -1,4 +1,4 @@
-"""Who drafts: the model's own first layers, models with another tokenizer; classes that speculate by themselves."""
+"""The model's own first layers draft: the tokens of plain decoding, and a model that stays as it is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import gc
 import weakref
 
+import peft
 import pytest
 import torch
-from architectures import build
+from architectures import ARCHITECTURES, build
 
-from hf_llmopt import LLMOptConfig, SpeculativeConfig
+import hf_llmopt
+from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.speculative.layer_skip import first_layers
 
@@ -119,12 +121,40 @@ def test_a_model_whose_layers_draft_can_be_deleted_copied_and_moved():
 
 
 def test_quantized_layers_draft():
-    import hf_llmopt
-
     model = hf_llmopt.optimize(silenced(build("llama"), 1), llmopt="int8")
     expected = generate(model, prompts(2), "kv_cache", **GREEDY)
     assert generate(model, prompts(2), skipping(1), **GREEDY) == expected
     assert drafted(model).accepted_tokens > 0
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_the_first_layers_draft_with_the_adapter_that_a_request_names():
+    """Only with it are they right: nothing follows them."""
+    model, ids = silenced(build("llama"), 1), prompts()["input_ids"][0]
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0]}
+        model.add_adapter(peft.LoraConfig(**options, init_lora_weights=False), name)
+    model.eval()
+    arguments = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, **GREEDY}
+    found = []
+    for llmopt in (True, LLMOptConfig(**skipping(1), prompt_cache=True)):
+        with Engine(model, llmopt) as engine:
+            handles = [engine.submit(ids, adapter=name, **arguments) for name in ("a", "b", None, "__base__", "a")]
+            found.append([handle.result() for handle in handles])
+    assert found[0] == found[1]
+    assert len(set(map(tuple, found[0]))) == 3, "adapters change something"
+    for handle in handles:
+        assert handle.stats.accepted_tokens == handle.stats.drafted_tokens > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_first_layers_of_every_architecture_draft(architecture):
+    model, inputs = build(architecture), prompts(2)
+    expected = generate(model, inputs, None, **SAMPLED)
+    assert generate(model, inputs, skipping(2), **SAMPLED) == expected
+    drafted(model)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -58,16 +58,20 @@ def _draft_model(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig,
 
 
 def _layer_skip(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:
-    return _with(first_layers(runner.model, asked.exit_layer), config, new_loop)
+    return _with(first_layers(runner.model, asked.exit_layer), config, new_loop, adapters=True)
 
 
 def _with(
-    second: PreTrainedModel, config: LLMOptConfig, new_loop: NewLoop, translation: Translation | None = None
+    second: PreTrainedModel,
+    config: LLMOptConfig,
+    new_loop: NewLoop,
+    translation: Translation | None = None,
+    adapters: bool = False,
 ) -> Drafter:
-    """A drafter that runs a second model, in an engine of its own."""
+    """A drafter that runs a second model, in an engine of its own; the rest is as for `SecondModel`."""
     prompts = config.prompt_cache and replace(config.prompt_cache, path=None)
     own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts)
-    return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation))
+    return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation, adapters))
 
 
 def _eagle(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:

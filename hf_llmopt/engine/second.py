@@ -126,6 +126,7 @@ def _begins_with(other: Request, request: Request) -> bool:
     return (
         not other.finished
         and other.left_padding == request.left_padding
+        and other.adapter == request.adapter
         and other.tokens[:last] == request.tokens[:last]
         and other.positions[:last] == request.positions[:last]
     )
@@ -138,12 +139,20 @@ class SecondModel:
         model: The second model; one that was loaded by its name is nobody else's.
         loop: Its engine, which nobody else uses.
         translation: What its tokens are to the texts; `None` where they are the same.
+        adapters: It has the adapters that requests name.
     """
 
-    def __init__(self, model: PreTrainedModel, loop: EngineLoop, translation: Translation | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loop: EngineLoop,
+        translation: Translation | None = None,
+        adapters: bool = False,
+    ) -> None:
         self._model = model  # the engine holds it weakly
         self._loop = loop
         self._translation = translation
+        self._adapters = adapters
         self._positions = position_limit(model)
         self._twins: dict[Text, _Twin] = {}
 
@@ -163,10 +172,10 @@ class SecondModel:
         twin = _Twin(text, self._translation)
         copy, length = twin.copy, len(twin.copy.tokens)
         copy.rooms = self._loop.budget.rooms(length, length, keeps_passed=True)
+        copy.adapter = text.adapter if self._adapters else None
         copy.parent = next((each.copy for each in self._twins.values() if _begins_with(each.copy, copy)), None)
-        prefix = getattr(text, "prefix", None)  # what the text allows to be found
-        if prefix is not None and self._loop.prompts is not None:
-            copy.prefix = Prefix(length, prefix.salt)
+        if text.prefix is not None and self._loop.prompts is not None:
+            copy.prefix = Prefix(length, text.salt, copy.adapter)
         self._twins[text] = twin
         self._loop.add(twin)
 

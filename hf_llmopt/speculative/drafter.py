@@ -35,6 +35,8 @@ class Text(Protocol):
     positions: list[int]
     next_position: int
     left_padding: int
+    adapter: str | None  # the LoRA adapter that it goes through
+    prefix: Any  # not `None` if what is computed of it may be found by others
     # The token that the request would choose with these logits `[vocabulary]`, so many tokens behind its next one, and
     # how likely its choice is; -1 if there is none, because the logits have NaN.
     guess: Callable[[Tensor, int], tuple[int, float]]
