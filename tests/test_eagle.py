@@ -475,6 +475,16 @@ def test_wrong_guesses_gaps_and_tokens_that_are_computed_again(watched, tmp_path
     assert follower.store.pages_used == 0
 
 
+@torch.no_grad()
+def test_features_that_wait_do_not_hold_those_of_others(target, tmp_path):
+    follower = Follower(load_eagle(files_of("SafeAI").save(tmp_path), target), LLMOptConfig())
+    long, short = Text([5] * 101), Text([6, 7])
+    follower.observe([Seen(short, 0, 1, 1), Seen(long, 0, 100, 100)], [torch.randn(101, HIDDEN)] * 3)
+    for text, kept in ((short, 1), (long, 101)):
+        (waiting,) = follower._texts[text].waiting
+        assert waiting.untyped_storage().nbytes() == 4 * kept * HIDDEN
+
+
 def test_found_prompts_have_no_features_and_are_drafted_for_all_the_same(target, watched, tmp_path, seen):
     files = files_of("speculators")
     config = eagle(files.save(tmp_path), prompt_cache=True, kv_cache={"page_size": 4})

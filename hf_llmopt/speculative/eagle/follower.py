@@ -165,7 +165,9 @@ class Follower:
             followed = self._texts[span.text] = self._begin(span.text, span.start)
         followed.crop(span.start)  # guesses that were wrong
         if span.start + span.length > followed.done:  # else it is computed again, after its pages were taken away
-            followed.waiting.append(hidden[max(0, followed.done - span.start) :])
+            new = hidden[max(0, followed.done - span.start) :]
+            few = 2 * len(new) < new.untyped_storage().nbytes() // new[0].nbytes  # they must not hold all the others
+            followed.waiting.append(new.clone() if few else new)
         return followed
 
     def _begin(self, text: Text, start: int) -> _Followed:
@@ -187,7 +189,7 @@ class Follower:
         """Those that can be computed of a text, of whose tokens so many have a next one that is known for good."""
         start, stop = followed.done, max(followed.done, min(known, followed.seen))
         hidden = torch.cat(followed.waiting) if followed.waiting else torch.empty(0)
-        followed.waiting = [hidden[stop - start :]] if stop < followed.seen else []
+        followed.waiting = [hidden[stop - start :].clone()] if stop < followed.seen else []
         followed.done = stop
         ids, positions = text.tokens[start + 1 : stop + 1], text.positions[start:stop]
         return _Pairs(text, followed, ids, hidden[: stop - start], positions, start - followed.start)
@@ -264,12 +266,13 @@ class Follower:
                 self.store.copy_pages(0, copies)
             spans.append(Span(each.followed.tables, len(slots), len(each.ids), stop))
             slots += table.slots(range(each.place, stop))
-        listed = [token for each in pairs for token in each.ids], [p for each in pairs for p in each.positions], slots
-        ids, positions, places = (upload(torch.tensor(values, device="cpu"), self._device) for values in listed)
-        step = StepInputs(self.store, spans, [places], self._attend, lambda path: None)
+        tokens, places = [token for each in pairs for token in each.ids], [p for each in pairs for p in each.positions]
+        listed = tokens, places, slots, [span.offset + span.length - 1 for span in spans]
+        ids, positions, to, ends = (upload(torch.tensor(values, device="cpu"), self._device) for values in listed)
+        step = StepInputs(self.store, spans, [to], self._attend, lambda path: None)
         with self._fused(len(slots)), serving(self._model.configs, step):
             hidden = self._model(ids, torch.cat([each.hidden for each in pairs]), positions, self._cache)
-        last = {id(each): hidden[span.offset + span.length - 1] for each, span in zip(pairs, spans, strict=True)}
+        last = {id(each): row for each, row in zip(pairs, hidden[ends], strict=True)}
         return [last.get(id(each)) for each in wanted]
 
     def _fitting(self, pairs: list[_Pairs]) -> list[_Pairs]:
