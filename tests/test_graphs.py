@@ -148,6 +148,29 @@ def test_windows() -> None:
     check(build("gemma3_text", num_key_value_heads=1, **layers), ragged(), config(), 1)
 
 
+def test_drafts() -> None:
+    """Rows whose guesses are not equally many get as many, so that their spans are of one length."""
+    model, llmopt = one_layer(), config(speculative={"num_tokens": 3})
+    ids = torch.randint(3, 90, (2, 1, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids.repeat(1, 3, 1).view(2, 15), "attention_mask": torch.ones(2, 15, dtype=torch.long)}
+    inputs["input_ids"][1, 5:] = torch.arange(20, 30)  # nothing in it repeats itself
+    arguments = {**KW, **SAMPLED, "max_new_tokens": 16, "llmopt": llmopt}
+    torch.manual_seed(1)
+    expected = model.generate(**inputs, **{**arguments, "llmopt": None})
+    replayed = 0
+    for _ in range(3):
+        torch.manual_seed(1)
+        assert torch.equal(model.generate(**inputs, **arguments), expected)
+        stats = model.llmopt.stats
+        assert stats.drafted_tokens
+        assert stats.no_graphs is None
+        replayed += stats.graph_steps
+    assert replayed > 4
+    lengths = {key.length for key in model.llmopt.engine.runner.graphs._graphs}
+    assert lengths <= {1, 4, 2, 3}
+    assert 4 in lengths
+
+
 def test_masked_last_token() -> None:
     """Padding on the right: a query that does not see its own key comes first, and is another kind of pass."""
     inputs = ragged()

@@ -71,6 +71,21 @@ def prompts(cases: Sequence[Mapping[str, Any]], width: int = 760) -> str:
     return lines_of_ratios(lines, "tokens of the prompt; times as fast as torch's attention on contiguous keys", width)
 
 
+def speculation(report: Mapping[str, Any], width: int = 760) -> str:
+    """Times as fast as plain decoding over the rows of a call, a line for each kind of text and drafter.
+
+    Args:
+        report: Of `bench speculative`.
+        width: Of the picture, in pixels.
+    """
+    lines: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for workload in report["workloads"]:
+        for name, way in workload["ways"].items():
+            if ratio := way["over"].get("plain, decoding"):
+                lines.setdefault(f"{workload['kind']}, {name}", []).append((workload["rows"], ratio))
+    return lines_of_ratios(lines, "rows of a call; times as fast as plain decoding, behind the first token", width)
+
+
 def lines_of_ratios(lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]], below: str, width: int = 760) -> str:
     """Ratios with their intervals, a line for each name; the places on the axis are equally far apart.
 

@@ -58,6 +58,7 @@ class _Run:
     seconds: float
     stats: Stats | None
     drafting: float = 0.0  # part of the seconds that the drafter took
+    by_place: tuple[float, ...] = ()  # how often guesses at each place of a draft were right lately
 
     @property
     def decoding(self) -> float:
@@ -144,8 +145,10 @@ class _Way:
             return _Run(output.cpu(), seconds, None)
         handle = handle_of(self._model)
         speculator = None if handle.engine is None else handle.engine.speculator
-        before, self._drafted = self._drafted, 0.0 if speculator is None else speculator.seconds
-        return _Run(output.cpu(), seconds, handle.stats, self._drafted - before)
+        if speculator is None:
+            return _Run(output.cpu(), seconds, handle.stats)
+        before, self._drafted = self._drafted, speculator.seconds
+        return _Run(output.cpu(), seconds, handle.stats, self._drafted - before, tuple(speculator.right_by_place()))
 
 
 def ways_of(workload: Workload, draft: PreTrainedModel | None) -> dict[str, dict[str, Any]]:
@@ -242,6 +245,7 @@ def _figures(runs: Sequence[_Run]) -> dict[str, Any]:
         "accepted_tokens": sum(each.accepted_tokens for each in stats),
         "forward_share": passes / sum(run.seconds for run in runs),
         "drafting_share": sum(run.drafting for run in runs) / whole,
+        "right_by_place": list(runs[-1].by_place),
     }
 
 
@@ -253,6 +257,7 @@ def table(report: dict[str, Any]) -> Table:
         "tokens/s",
         "tokens/step",
         "right",
+        "by place, %",
         "drafting",
         "same tokens",
         "× plain",
@@ -272,6 +277,7 @@ def table(report: dict[str, Any]) -> Table:
                     f"{way['tokens_per_second']['median']:.1f}",
                     f"{new / way['steps']:.2f}" if way.get("steps") else "",
                     f"{way['accepted_tokens']} of {drafted}" if drafted else "",
+                    " ".join(f"{100 * share:.0f}" for share in way["right_by_place"]) if drafted else "",
                     f"{way['drafting_share']:.0%}" if drafted else "",
                     same_text(workload["equality"][name]),
                     ratio_text(over.get(PLAIN)),
@@ -283,7 +289,8 @@ def table(report: dict[str, Any]) -> Table:
     caption = (
         f"{machine_text(report['environment'])}; greedy; medians of {report['repeats']} interleaved runs, each with "
         "prompts of its own; × is the geometric mean of paired ratios with its 95 % interval, of whole calls or of "
-        "what comes behind the first token; drafting: share of the time in the drafter; stock's like: prompt lookup or "
+        "what comes behind the first token; by place: how often guesses there were right lately, where all before them "
+        "were; drafting: share of the time in the drafter; stock's like: prompt lookup or "
         "assistant"
     )
     return Table(title, columns, rows, 2, caption)

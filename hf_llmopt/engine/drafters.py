@@ -44,8 +44,9 @@ def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> 
         return None
     drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
     # Where columns stand for positions, tokens beside one another have no place of their own.
-    branches = not runner.store.reads_columns and (asked.num_tokens or 0) <= MOST_NODES
-    return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens, branches)
+    even = runner.graphs is not None
+    branches = not even and not runner.store.reads_columns and (asked.num_tokens or 0) <= MOST_NODES
+    return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens, branches, even)
 
 
 def _suffix(*_: Any) -> Drafter:
@@ -70,7 +71,9 @@ def _with(
 ) -> Drafter:
     """A drafter that runs a second model, in an engine of its own; the rest is as for `SecondModel`."""
     prompts = config.prompt_cache and replace(config.prompt_cache, path=None)
-    own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts)
+    own = LLMOptConfig(
+        kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts, graphs=config.graphs
+    )
     return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation, adapters))
 
 

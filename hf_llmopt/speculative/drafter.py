@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+PLACES = 8  # of a draft that are told apart
+
 
 class Draft(NamedTuple):
     """Guessed tokens of one request.
@@ -92,4 +94,4 @@ class Drafter(Protocol):
 
 def place(index: int) -> tuple[str, int]:
     """The grounds that all guesses at one place of a draft have in common; those far behind are taken together."""
-    return "place", min(index, 3)
+    return "place", min(index, PLACES - 1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from time import perf_counter
 from typing import Any, Protocol
 
-from .drafter import Draft, Drafter, Odds, Text, place
+from .drafter import PLACES, Draft, Drafter, Odds, Text, place
 from .length import PassCosts, choose_drafts
 
-LONGEST = 16  # drafts of a request in a step
+LONGEST = 15  # drafts of a request in a step
+EVEN = (0, 1, 3, 7, LONGEST)  # drafts of each request, where all have equally many
 AHEAD = 8  # tokens over which the price of one more is taken: T(n) rises in steps
 FIRST = 0.5  # chance of a draft about whose grounds nothing is known yet
 PRIOR = 2.0  # how many drafts that first guess weighs as much as
@@ -23,6 +25,7 @@ MEMORY = 200.0  # drafts that are remembered for each grounds
 class Request(Text, Protocol):
     """What is drafted for; the engine's `Request`."""
 
+    drafted: int  # guesses that stand behind its text now
     chosen: dict[int, int]  # by guess, -1 for before them, the token that was chosen behind it
     drafted_tokens: int
     accepted_tokens: int
@@ -49,14 +52,22 @@ class Speculator:
         measure: Returns the seconds of one pass over so many tokens.
         num_tokens: Drafts of a request in each step; `None` for as many as pay.
         branches: Whether a pass can compute several drafts behind one token.
+        even: All requests of a step compute equally many drafts, of a few numbers only: a pass that is the same for all
+            can be replayed from a graph. What is missing is filled up with guesses that nobody made.
     """
 
     def __init__(
-        self, drafter: Drafter, measure: Callable[[int], float], num_tokens: int | None, branches: bool = False
+        self,
+        drafter: Drafter,
+        measure: Callable[[int], float],
+        num_tokens: int | None,
+        branches: bool = False,
+        even: bool = False,
     ) -> None:
         self.drafter = drafter
         self.num_tokens = num_tokens
         self.branches = branches
+        self.even = even
         self.seconds = 0.0  # that the drafter has taken
         self._measure = measure
         self._costs: PassCosts | None = None
@@ -78,7 +89,7 @@ class Speculator:
         for request in requests:
             self._settle(request)
         most = LONGEST if self.num_tokens is None else self.num_tokens
-        limits = [min(most, limit) for limit in limits]
+        room, limits = limits, [min(most, limit) for limit in limits]
         rows = len(requests)
         if self.num_tokens is None:
             costs = self._costs = self._costs or PassCosts(self._measure)
@@ -98,13 +109,15 @@ class Speculator:
             odds = Odds(self._chance, lambda seconds: 0.0, self.branches)
             drafts = self.drafter.propose(requests, limits, odds)
             computed = [list(range(len(draft.tokens))) for draft in drafts]
-        for request, draft, chosen in zip(requests, drafts, computed, strict=True):
+        longest = next((size for size in EVEN if size >= max(map(len, computed))), 0) if self.even else 0
+        for request, draft, chosen, limit in zip(requests, drafts, computed, room, strict=True):
             self._open[request] = _Open(draft, chosen, len(request.tokens))
             part = _part(draft, chosen)
-            request.draft(part.tokens, part.parents)
+            filling = [0] * (min(longest, limit) - len(chosen))
+            request.draft(part.tokens + filling, part.parents)
         now = perf_counter()
         self.seconds += now - began
-        self._tokens, self._began = rows + sum(map(len, computed)), now
+        self._tokens, self._began = sum(1 + request.drafted for request in requests), now
 
     def _chances(self, draft: Draft) -> list[float]:
         """The chance of each guess to count: that it is right, and all it stands behind are."""
@@ -118,6 +131,11 @@ class Speculator:
         """A request has ended; harmless if nothing was drafted for it."""
         self._settle(request)
         self.drafter.forget(request)
+
+    def right_by_place(self) -> list[float]:
+        """How often guesses at each place of a draft were right lately, where all before them were; none unknown."""
+        found = [self._record.get(place(index)) for index in range(PLACES)]
+        return [record[0] / record[1] for record in takewhile(bool, found) if record is not None]
 
     def _chance(self, grounds: Any) -> float:
         right, tried = self._record.get(grounds, (0.0, 0.0))
@@ -142,7 +160,9 @@ class Speculator:
             if hit is None:
                 break
             node, right = hit, right + (hit in known.computed)
-        self.drafter.learn(request, known.start, _part(draft, known.computed), request.chosen)
+        part = _part(draft, known.computed)
+        chosen = {index: token for index, token in request.chosen.items() if index < len(part.tokens)}
+        self.drafter.learn(request, known.start, part, chosen)
         request.drafted_tokens += len(known.computed)
         request.accepted_tokens += right
 

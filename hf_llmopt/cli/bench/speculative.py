@@ -10,7 +10,7 @@ import typer
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
 from ..texts import read_text
-from .options import Markdown, Output, Quick, Repeat, Seed, chosen, parent, require_folders, require_known
+from .options import Markdown, Output, Plots, Quick, Repeat, Seed, chosen, parent, require_folders, require_known
 from .shown import record, show
 
 
@@ -39,6 +39,7 @@ def speculative(
     quick: Quick = False,
     markdown: Markdown = False,
     output: Output = None,
+    plots: Plots = None,
     json: Json = False,
 ) -> None:
     """Measure drafts from the text and from a draft model, greedily, on code, on editing and on random tokens.
@@ -46,6 +47,7 @@ def speculative(
     Every way interleaved with the others, tokens compared in the same runs. Says nothing about speed and exits with 1
     if tokens differ.
     """
+    from hf_llmopt.bench import plots as drawings
     from hf_llmopt.bench import speculative as bench
     from hf_llmopt.bench.workloads import held_out_ids
 
@@ -54,7 +56,7 @@ def speculative(
 
     from ..models import load as load_model
 
-    require_folders(parent(output))
+    require_folders(parent(output), plots)
     known = {item.name: item for item in (bench.QUICK if quick else bench.WORKLOADS)}
     workloads = chosen("workload", workload, known)
     loaded, tokenizer = load_model(model, dtype, device)
@@ -87,6 +89,8 @@ def speculative(
         )
     report["model"]["name"] = model
     record(report, output, quick)
+    if plots is not None:
+        (plots / "speculative.svg").write_text(drawings.speculation(report), "utf-8")
     failures = [f"{item['name']}: {reason}" for item in report["workloads"] for reason in item["reasons"]]
     show(report, [bench.table(report)], failures, json, markdown)
 
