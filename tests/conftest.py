@@ -81,3 +81,10 @@ def model():
         return built[key]
 
     return get
+
+
+@pytest.fixture
+def cheap_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes take what they should take, however busy the machine is: which guesses pay is the same in every run."""
+    monkeypatch.setattr("hf_llmopt.engine.drafters.pass_seconds", lambda runner, tokens: 1.0 + 0.01 * tokens)
+    monkeypatch.setattr("hf_llmopt.speculative.length.PassCosts.observe", lambda costs, tokens, seconds: None)

@@ -71,9 +71,7 @@ def _with(
 ) -> Drafter:
     """A drafter that runs a second model, in an engine of its own; the rest is as for `SecondModel`."""
     prompts = config.prompt_cache and replace(config.prompt_cache, path=None)
-    own = LLMOptConfig(
-        kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts, graphs=config.graphs
-    )
+    own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts, graphs=config.graphs)
     return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation, adapters))
 
 
