@@ -1,79 +1,15 @@
-"""What the user may ask for: `LLMOptConfig` and one frozen dataclass per part.
-
-`parse` turns every form of the keyword (`True`, a name, several names, a dict, a config) into an `LLMOptConfig`.
-"""
+"""One frozen dataclass per part of the series: what can be asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from .errors import InvalidOption, unknown
-
-S = TypeVar("S", bound="Section")
+from ..errors import InvalidOption
+from .section import Section, option, short_repr
 
 LEAST_KEPT = 64  # tokens that eviction leaves at least: with fewer, what is always kept would leave no choice
-WANTED = {int: "an int", float: "a number", str: "a string", tuple: "a tuple of names", object: "texts or token ids"}
-
-
-def _option(default: Any, *, kind: type = str, low: float = 0, high: float = float("inf"), choices: Any = ()) -> Any:
-    """A dataclass field that carries the rule its value is checked against."""
-    return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Section:
-    """Base of the parts' sections: validates every field when the object is made."""
-
-    main: ClassVar[str | None] = None  # the field that a bare string sets
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            self._check(option.name, getattr(self, option.name), option.default, option.metadata)
-
-    def _check(self, name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
-        where = f"{type(self).__name__}({name}=...)"
-        if value is None and default is None:
-            return
-        if rule["choices"]:
-            if not any(value == choice and _alike(value, choice) for choice in rule["choices"]):
-                raise unknown(f"{where}: value", value, rule["choices"])
-        elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
-            wanted = WANTED[rule["kind"]]
-            raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")
-        elif rule["kind"] in (int, float) and not rule["low"] <= value <= rule["high"]:
-            above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
-            raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
-
-    def names(self, option: str) -> bool:
-        """Whether an option is another than its default."""
-        value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
-        return value is not default and (default is None or value != default)
-
-    @classmethod
-    def parse(cls: type[S], value: Any) -> S:
-        """Accept `True`, a string (the main field), a dict or an object of this class."""
-        if isinstance(value, cls):
-            return value
-        if value is True:
-            return cls()
-        if isinstance(value, str) and cls.main is not None:
-            value = {cls.main: value}
-        if not isinstance(value, Mapping):
-            forms = "True, a dict" + (f", a string ({cls.main})" if cls.main else "")
-            raise InvalidOption(f"{cls.__name__} is made from {forms} or an object of that class, got {value!r}.")
-        names = [option.name for option in fields(cls)]
-        for name in value:
-            if name not in names:
-                raise unknown(f"{cls.__name__}: option", name, names)
-        return cls(**value)
-
-
-def _alike(value: Any, choice: Any) -> bool:
-    """Whether equal values are of one kind: to Python 4.0 is 4, and True is 1."""
-    return isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool)
 
 
 @dataclass(frozen=True)
@@ -104,14 +40,14 @@ class KVCacheConfig(Section):
     """
 
     main: ClassVar[str | None] = "dtype"
-    page_size: int = _option(16, kind=int, low=1, high=4096)
-    dtype: str = _option("auto", choices=("auto", "int8", "fp8", "int4"))
-    max_tokens: int | None = _option(None, kind=int, low=1)
-    memory_fraction: float = _option(0.9, kind=float, low=0.01, high=1.0)
-    eviction: str | None = _option(None, choices=(None, "sink", "snapkv", "h2o", "kvzip"))
-    keep_tokens: int | None = _option(None, kind=int, low=LEAST_KEPT)
-    keep_ratio: float | None = _option(None, kind=float, low=0.01, high=1.0)
-    offload: bool = _option(False, choices=(False, True))
+    page_size: int = option(16, kind=int, low=1, high=4096)
+    dtype: str = option("auto", choices=("auto", "int8", "fp8", "int4"))
+    max_tokens: int | None = option(None, kind=int, low=1)
+    memory_fraction: float = option(0.9, kind=float, low=0.01, high=1.0)
+    eviction: str | None = option(None, choices=(None, "sink", "snapkv", "h2o", "kvzip"))
+    keep_tokens: int | None = option(None, kind=int, low=LEAST_KEPT)
+    keep_ratio: float | None = option(None, kind=float, low=0.01, high=1.0)
+    offload: bool = option(False, choices=(False, True))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +96,7 @@ class AttentionConfig(Section):
     """
 
     main: ClassVar[str | None] = "backend"
-    backend: str = _option("auto", choices=("auto", "cpu", "triton", "sdpa", "reference"))
+    backend: str = option("auto", choices=("auto", "cpu", "triton", "sdpa", "reference"))
 
 
 @dataclass(frozen=True)
@@ -189,14 +125,14 @@ class BatchingConfig(Section):
     """
 
     main: ClassVar[str | None] = "policy"
-    policy: str = _option("fcfs", choices=("fcfs", "priority", "fair"))
-    max_batch_tokens: int = _option(2048, kind=int, low=1)
-    max_requests: int = _option(256, kind=int, low=1)
-    max_waiting: int = _option(10_000, kind=int, low=1)
-    aging: int = _option(256, kind=int, low=1)
-    swap_bytes: int = _option(2**30, kind=int)
-    overlap: bool | None = _option(None, choices=(False, True))
-    continuous: bool | None = _option(None, choices=(False, True))
+    policy: str = option("fcfs", choices=("fcfs", "priority", "fair"))
+    max_batch_tokens: int = option(2048, kind=int, low=1)
+    max_requests: int = option(256, kind=int, low=1)
+    max_waiting: int = option(10_000, kind=int, low=1)
+    aging: int = option(256, kind=int, low=1)
+    swap_bytes: int = option(2**30, kind=int)
+    overlap: bool | None = option(None, choices=(False, True))
+    continuous: bool | None = option(None, choices=(False, True))
 
 
 @dataclass(frozen=True)
@@ -220,12 +156,12 @@ class PromptCacheConfig(Section):
     """
 
     main: ClassVar[str | None] = "path"
-    path: str | Path | None = _option(None)  # noqa: RUF009 - a field, like the others
-    max_bytes: int | None = _option(None, kind=int)
-    host_bytes: int | None = _option(None, kind=int)
-    disk_bytes: int = _option(16 * 2**30, kind=int)
-    ttl: float | None = _option(None, kind=float)
-    salt: str | None = _option(None)
+    path: str | Path | None = option(None)  # noqa: RUF009 - a field, like the others
+    max_bytes: int | None = option(None, kind=int)
+    host_bytes: int | None = option(None, kind=int)
+    disk_bytes: int = option(16 * 2**30, kind=int)
+    ttl: float | None = option(None, kind=float)
+    salt: str | None = option(None)
 
     def __post_init__(self) -> None:
         if isinstance(self.path, Path):
@@ -256,12 +192,12 @@ class SpeculativeConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = _option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle", "mtp"))
-    draft_model: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
-    tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
-    draft_tokenizer: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
-    exit_layer: int | None = _option(None, kind=int, low=1)
-    num_tokens: int | None = _option(None, kind=int, low=1, high=64)
+    method: str = option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle", "mtp"))
+    draft_model: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    tokenizer: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    draft_tokenizer: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    exit_layer: int | None = option(None, kind=int, low=1)
+    num_tokens: int | None = option(None, kind=int, low=1, high=64)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,20 +266,20 @@ class QuantizationConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str | None = _option(None, choices=(None, "int4", "int8", "fp8", "gptq", "awq", "smoothquant"))
-    bits: int | None = _option(None, choices=(None, 2, 3, 4, 8))
-    group_size: int | None = _option(None, kind=int, low=-1)
-    symmetric: bool | None = _option(None, choices=(None, False, True))
-    act_order: bool = _option(True, choices=(False, True))
-    damping: float = _option(0.01, kind=float, low=1e-6, high=1.0)
-    clip: bool = _option(True, choices=(False, True))
-    skip: tuple[str, ...] = _option((), kind=tuple)
-    head_bits: int | None = _option(None, choices=(None, 4, 8))
-    calibration: Any = _option(None, kind=object)  # noqa: RUF009 - a field, like the others
-    samples: int = _option(128, kind=int, low=1)
-    length: int = _option(512, kind=int, low=2)
-    resume: str | Path | None = _option(None)  # noqa: RUF009 - a field, like the others
-    activations: str = _option("auto", choices=("auto", "none"))
+    method: str | None = option(None, choices=(None, "int4", "int8", "fp8", "gptq", "awq", "smoothquant"))
+    bits: int | None = option(None, choices=(None, 2, 3, 4, 8))
+    group_size: int | None = option(None, kind=int, low=-1)
+    symmetric: bool | None = option(None, choices=(None, False, True))
+    act_order: bool = option(True, choices=(False, True))
+    damping: float = option(0.01, kind=float, low=1e-6, high=1.0)
+    clip: bool = option(True, choices=(False, True))
+    skip: tuple[str, ...] = option((), kind=tuple)
+    head_bits: int | None = option(None, choices=(None, 4, 8))
+    calibration: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
+    samples: int = option(128, kind=int, low=1)
+    length: int = option(512, kind=int, low=2)
+    resume: str | Path | None = option(None)  # noqa: RUF009 - a field, like the others
+    activations: str = option("auto", choices=("auto", "none"))
 
     def __post_init__(self) -> None:
         if isinstance(self.resume, Path):
@@ -361,10 +297,10 @@ class QuantizationConfig(Section):
                 "QuantizationConfig: 'fp8' casts with one scale for all inputs of an output and no zeros, got "
                 f"group_size={self.group_size}, symmetric={self.symmetric}. Leave both out, or use 'int8'."
             )
-        for option in fields(self) if self.method not in CALIBRATED else ():
-            if option.name in FOR_CALIBRATED and self.names(option.name):
+        for each in fields(self) if self.method not in CALIBRATED else ():
+            if each.name in FOR_CALIBRATED and self.names(each.name):
                 raise InvalidOption(
-                    f"QuantizationConfig({option.name}=...): {self.effective_method!r} sees only the weights and "
+                    f"QuantizationConfig({each.name}=...): {self.effective_method!r} sees only the weights and "
                     f"calibrates on nothing. Leave it out, or use {', '.join(map(repr, CALIBRATED))}."
                 )
         if self.group_size == 0:
@@ -381,153 +317,12 @@ CALIBRATED = ("gptq", "awq", "smoothquant")  # methods that see activations: the
 EIGHT_BITS = ("int8", "fp8", "smoothquant")  # methods
 
 
-# The names that `llmopt=` accepts, the section that each switches on, and what it sets there.
-PARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "kv_cache": ("kv_cache", {}),
-    "prompt_cache": ("prompt_cache", {}),
-    "continuous_batching": ("batching", {}),
-    "speculative": ("speculative", {}),
-    "int8": ("quantization", {"method": "int8"}),
-    "int4": ("quantization", {"method": "int4"}),
-    "fp8": ("quantization", {"method": "fp8"}),
-    "gptq": ("quantization", {"method": "gptq"}),
-    "awq": ("quantization", {"method": "awq"}),
-    "smoothquant": ("quantization", {"method": "smoothquant"}),
-}
-SECTIONS: dict[str, type[Section]] = {
-    "kv_cache": KVCacheConfig,
-    "prompt_cache": PromptCacheConfig,
-    "attention": AttentionConfig,
-    "batching": BatchingConfig,
-    "speculative": SpeculativeConfig,
-    "quantization": QuantizationConfig,
-}
-OPTIONAL = ("prompt_cache", "quantization", "speculative")  # sections that `None` and `False` switch off
-
-
-@dataclass(frozen=True)
-class LLMOptConfig:
-    """Everything that `llmopt=` can ask for.
-
-    Args:
-        kv_cache: The paged KV cache, see `KVCacheConfig`.
-        prompt_cache: Prompt caching, see `PromptCacheConfig`; `None` and `False` for none.
-        attention: How pages are read, see `AttentionConfig`.
-        batching: How steps are filled, see `BatchingConfig`.
-        quantization: Another number format for weights, see `QuantizationConfig`; `None` and `False` for none. Only
-            where a model is loaded or optimized.
-        speculative: Speculative decoding, see `SpeculativeConfig`; `None` and `False` for none.
-        graphs: Replay passes over spans of up to 16 tokens from CUDA graphs. `True` does where it can, and `Stats` say
-            where not; it is refused where no graph can be recorded. `"auto"` is `False` for now: what graphs gain has
-            not been measured yet.
-        batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
-            and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
-        strict: Raise `NotServed` where a call would otherwise run on transformers with a warning, or without guesses
-            though `speculative` asks for them.
-
-    Each section also takes `True`, a dict, or a string where it has a main field.
-
-    Raises:
-        InvalidOption: An option or value does not exist; the message lists what does.
-
-    Example:
-        >>> from hf_llmopt import LLMOptConfig
-        >>> LLMOptConfig(kv_cache={"page_size": 32}, attention="sdpa")
-        LLMOptConfig(kv_cache=KVCacheConfig(page_size=32), attention=AttentionConfig(backend='sdpa'))
-    """
-
-    kv_cache: KVCacheConfig = KVCacheConfig()
-    prompt_cache: PromptCacheConfig | None = None
-    attention: AttentionConfig = AttentionConfig()
-    batching: BatchingConfig = BatchingConfig(continuous=False)
-    quantization: QuantizationConfig | None = None
-    speculative: SpeculativeConfig | None = None
-    graphs: bool | str = "auto"
-    batch_invariant: bool = False
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        for name, section in SECTIONS.items():
-            value = getattr(self, name)
-            off = name in OPTIONAL and (value is None or value is False)
-            object.__setattr__(self, name, None if off else section.parse(value))
-        if self.batching.continuous is None:  # whoever names the part wants it
-            object.__setattr__(self, "batching", replace(self.batching, continuous=True))
-        if not any(_alike(self.graphs, choice) and self.graphs == choice for choice in ("auto", False, True)):
-            raise InvalidOption(f"graphs is 'auto', False or True, got {self.graphs!r}.")
-        if self.speculative is not None and self.kv_cache.eviction is not None:
-            raise InvalidOption(
-                f"eviction={self.kv_cache.eviction!r} and speculative= exclude each other: which tokens are given up "
-                "would depend on how many guesses a step computes. Choose one of them."
-            )
-        for name in ("batch_invariant", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")
-
-    @classmethod
-    def parse(cls, value: Any) -> LLMOptConfig | None:
-        """Turn any form of the keyword into a config; `False` and `None` mean no config.
-
-        Args:
-            value: `True`, `False`, `None`, a part's name, names joined by commas, a list of names, a dict or a config.
-
-        Raises:
-            InvalidOption: The value has another type, or names something that does not exist.
-        """
-        if value is None or value is False:
-            return None
-        if isinstance(value, cls):
-            return value
-        if value is True:  # every part that is exact
-            return cls(prompt_cache=PromptCacheConfig())
-        if isinstance(value, str):
-            value = [name.strip() for name in value.split(",")]
-        if isinstance(value, Section):
-            home = next(name for name, section in SECTIONS.items() if type(value) is section)
-            return cls._from_dict({home: value})
-        if isinstance(value, Mapping):
-            return cls._from_dict(value)
-        if isinstance(value, Iterable):
-            return cls._from_names(list(value))
-        raise InvalidOption(
-            f"llmopt= takes True, False, a name, a list of names, a dict or an LLMOptConfig, got {value!r}."
-        )
-
-    @classmethod
-    def _from_names(cls, names: list[Any]) -> LLMOptConfig:
-        if not names:
-            raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, PARTS))}, True or False.")
-        for name in names:
-            if isinstance(name, str) and name in SECTIONS and name not in PARTS:
-                raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
-            if not isinstance(name, str) or name not in PARTS:
-                raise unknown("llmopt= option", name, PARTS)
-        sections: dict[str, dict[str, Any]] = {}
-        for name in names:
-            section, values = PARTS[name]
-            for option, value in values.items():
-                if sections.get(section, {}).get(option, value) != value:
-                    raise InvalidOption(f"llmopt= got {names!r}, which ask for two values of {section}.{option}.")
-            sections.setdefault(section, {}).update(values)
-        return cls._from_dict(sections)
-
-    @classmethod
-    def _from_dict(cls, sections: Mapping[str, Any]) -> LLMOptConfig:
-        allowed = [option.name for option in fields(cls)]
-        for name in sections:
-            if name not in allowed:
-                home = next((s for s, section in SECTIONS.items() if name in (o.name for o in fields(section))), None)
-                if home is not None:
-                    raise InvalidOption(f"{name!r} belongs to a section: {{{home!r}: {{{name!r}: ...}}}}.")
-                raise unknown("llmopt= section", name, allowed)
-        return cls(**sections)
-
-
-def _short_repr(self: Any) -> str:
-    """Show what differs from the default: the shortest call that rebuilds the object."""
-    changed = [(o.name, getattr(self, o.name)) for o in fields(self) if getattr(self, o.name) != o.default]
-    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed)})"
-
-
-for _class in (*SECTIONS.values(), LLMOptConfig):
-    _class.__repr__ = _short_repr  # type: ignore[method-assign,assignment]
+for _class in (
+    KVCacheConfig,
+    AttentionConfig,
+    BatchingConfig,
+    PromptCacheConfig,
+    SpeculativeConfig,
+    QuantizationConfig,
+):
+    _class.__repr__ = short_repr  # type: ignore[method-assign]

@@ -1,0 +1,26 @@
+"""What the user may ask for: `LLMOptConfig`, and a section per part of the series."""
+
+from .llmopt import PARTS, LLMOptConfig
+from .sections import (
+    CALIBRATED,
+    EIGHT_BITS,
+    AttentionConfig,
+    BatchingConfig,
+    KVCacheConfig,
+    PromptCacheConfig,
+    QuantizationConfig,
+    SpeculativeConfig,
+)
+
+__all__ = [
+    "CALIBRATED",
+    "EIGHT_BITS",
+    "PARTS",
+    "AttentionConfig",
+    "BatchingConfig",
+    "KVCacheConfig",
+    "LLMOptConfig",
+    "PromptCacheConfig",
+    "QuantizationConfig",
+    "SpeculativeConfig",
+]

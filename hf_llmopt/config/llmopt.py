@@ -1,0 +1,162 @@
+"""`LLMOptConfig`: everything that `llmopt=` can ask for, in every form of the keyword."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import InvalidOption, unknown
+from .section import Section, alike, short_repr
+from .sections import (
+    AttentionConfig,
+    BatchingConfig,
+    KVCacheConfig,
+    PromptCacheConfig,
+    QuantizationConfig,
+    SpeculativeConfig,
+)
+
+# The names that `llmopt=` accepts, the section that each switches on, and what it sets there.
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kv_cache": ("kv_cache", {}),
+    "prompt_cache": ("prompt_cache", {}),
+    "continuous_batching": ("batching", {}),
+    "speculative": ("speculative", {}),
+    "int8": ("quantization", {"method": "int8"}),
+    "int4": ("quantization", {"method": "int4"}),
+    "fp8": ("quantization", {"method": "fp8"}),
+    "gptq": ("quantization", {"method": "gptq"}),
+    "awq": ("quantization", {"method": "awq"}),
+    "smoothquant": ("quantization", {"method": "smoothquant"}),
+}
+SECTIONS: dict[str, type[Section]] = {
+    "kv_cache": KVCacheConfig,
+    "prompt_cache": PromptCacheConfig,
+    "attention": AttentionConfig,
+    "batching": BatchingConfig,
+    "speculative": SpeculativeConfig,
+    "quantization": QuantizationConfig,
+}
+OPTIONAL = ("prompt_cache", "quantization", "speculative")  # sections that `None` and `False` switch off
+
+
+@dataclass(frozen=True)
+class LLMOptConfig:
+    """Everything that `llmopt=` can ask for.
+
+    Args:
+        kv_cache: The paged KV cache, see `KVCacheConfig`.
+        prompt_cache: Prompt caching, see `PromptCacheConfig`; `None` and `False` for none.
+        attention: How pages are read, see `AttentionConfig`.
+        batching: How steps are filled, see `BatchingConfig`.
+        quantization: Another number format for weights, see `QuantizationConfig`; `None` and `False` for none. Only
+            where a model is loaded or optimized.
+        speculative: Speculative decoding, see `SpeculativeConfig`; `None` and `False` for none.
+        graphs: Replay passes over spans of up to 16 tokens from CUDA graphs. `True` does where it can, and `Stats` say
+            where not; it is refused where no graph can be recorded. `"auto"` is `False` for now: what graphs gain has
+            not been measured yet.
+        batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
+            and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
+        strict: Raise `NotServed` where a call would otherwise run on transformers with a warning, or without guesses
+            though `speculative` asks for them.
+
+    Each section also takes `True`, a dict, or a string where it has a main field.
+
+    Raises:
+        InvalidOption: An option or value does not exist; the message lists what does.
+
+    Example:
+        >>> from hf_llmopt import LLMOptConfig
+        >>> LLMOptConfig(kv_cache={"page_size": 32}, attention="sdpa")
+        LLMOptConfig(kv_cache=KVCacheConfig(page_size=32), attention=AttentionConfig(backend='sdpa'))
+    """
+
+    kv_cache: KVCacheConfig = KVCacheConfig()  # noqa: RUF009 - it is frozen
+    prompt_cache: PromptCacheConfig | None = None
+    attention: AttentionConfig = AttentionConfig()  # noqa: RUF009 - it is frozen
+    batching: BatchingConfig = BatchingConfig(continuous=False)  # noqa: RUF009 - it is frozen
+    quantization: QuantizationConfig | None = None
+    speculative: SpeculativeConfig | None = None
+    graphs: bool | str = "auto"
+    batch_invariant: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():
+            value = getattr(self, name)
+            off = name in OPTIONAL and (value is None or value is False)
+            object.__setattr__(self, name, None if off else section.parse(value))
+        if self.batching.continuous is None:  # whoever names the part wants it
+            object.__setattr__(self, "batching", replace(self.batching, continuous=True))
+        if not any(alike(self.graphs, choice) and self.graphs == choice for choice in ("auto", False, True)):
+            raise InvalidOption(f"graphs is 'auto', False or True, got {self.graphs!r}.")
+        if self.speculative is not None and self.kv_cache.eviction is not None:
+            raise InvalidOption(
+                f"eviction={self.kv_cache.eviction!r} and speculative= exclude each other: which tokens are given up "
+                "would depend on how many guesses a step computes. Choose one of them."
+            )
+        for name in ("batch_invariant", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")
+
+    @classmethod
+    def parse(cls, value: Any) -> LLMOptConfig | None:
+        """Turn any form of the keyword into a config; `False` and `None` mean no config.
+
+        Args:
+            value: `True`, `False`, `None`, a part's name, names joined by commas, a list of names, a dict or a config.
+
+        Raises:
+            InvalidOption: The value has another type, or names something that does not exist.
+        """
+        if value is None or value is False:
+            return None
+        if isinstance(value, cls):
+            return value
+        if value is True:  # every part that is exact
+            return cls(prompt_cache=PromptCacheConfig())
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",")]
+        if isinstance(value, Section):
+            home = next(name for name, section in SECTIONS.items() if type(value) is section)
+            return cls._from_dict({home: value})
+        if isinstance(value, Mapping):
+            return cls._from_dict(value)
+        if isinstance(value, Iterable):
+            return cls._from_names(list(value))
+        raise InvalidOption(
+            f"llmopt= takes True, False, a name, a list of names, a dict or an LLMOptConfig, got {value!r}."
+        )
+
+    @classmethod
+    def _from_names(cls, names: list[Any]) -> LLMOptConfig:
+        if not names:
+            raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, PARTS))}, True or False.")
+        for name in names:
+            if isinstance(name, str) and name in SECTIONS and name not in PARTS:
+                raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
+            if not isinstance(name, str) or name not in PARTS:
+                raise unknown("llmopt= option", name, PARTS)
+        sections: dict[str, dict[str, Any]] = {}
+        for name in names:
+            section, values = PARTS[name]
+            for option, value in values.items():
+                if sections.get(section, {}).get(option, value) != value:
+                    raise InvalidOption(f"llmopt= got {names!r}, which ask for two values of {section}.{option}.")
+            sections.setdefault(section, {}).update(values)
+        return cls._from_dict(sections)
+
+    @classmethod
+    def _from_dict(cls, sections: Mapping[str, Any]) -> LLMOptConfig:
+        allowed = [option.name for option in fields(cls)]
+        for name in sections:
+            if name not in allowed:
+                home = next((s for s, section in SECTIONS.items() if name in (o.name for o in fields(section))), None)
+                if home is not None:
+                    raise InvalidOption(f"{name!r} belongs to a section: {{{home!r}: {{{name!r}: ...}}}}.")
+                raise unknown("llmopt= section", name, allowed)
+        return cls(**sections)
+
+
+LLMOptConfig.__repr__ = short_repr  # type: ignore[method-assign]

@@ -1,0 +1,77 @@
+"""What every section of a config has: options, each with the rule that its value is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from ..errors import InvalidOption, unknown
+
+S = TypeVar("S", bound="Section")
+
+WANTED = {int: "an int", float: "a number", str: "a string", tuple: "a tuple of names", object: "texts or token ids"}
+
+
+def option(default: Any, *, kind: type = str, low: float = 0, high: float = float("inf"), choices: Any = ()) -> Any:
+    """A dataclass field that carries the rule its value is checked against."""
+    return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the parts' sections: validates every field when the object is made."""
+
+    main: ClassVar[str | None] = None  # the field that a bare string sets
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            self._check(each.name, getattr(self, each.name), each.default, each.metadata)
+
+    def _check(self, name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
+        where = f"{type(self).__name__}({name}=...)"
+        if value is None and default is None:
+            return
+        if rule["choices"]:
+            if not any(value == choice and alike(value, choice) for choice in rule["choices"]):
+                raise unknown(f"{where}: value", value, rule["choices"])
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
+            wanted = WANTED[rule["kind"]]
+            raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")
+        elif rule["kind"] in (int, float) and not rule["low"] <= value <= rule["high"]:
+            above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
+            raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
+
+    def names(self, name: str) -> bool:
+        """Whether an option is another than its default."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        return value is not default and (default is None or value != default)
+
+    @classmethod
+    def parse(cls: type[S], value: Any) -> S:
+        """Accept `True`, a string (the main field), a dict or an object of this class."""
+        if isinstance(value, cls):
+            return value
+        if value is True:
+            return cls()
+        if isinstance(value, str) and cls.main is not None:
+            value = {cls.main: value}
+        if not isinstance(value, Mapping):
+            forms = "True, a dict" + (f", a string ({cls.main})" if cls.main else "")
+            raise InvalidOption(f"{cls.__name__} is made from {forms} or an object of that class, got {value!r}.")
+        names = [each.name for each in fields(cls)]
+        for name in value:
+            if name not in names:
+                raise unknown(f"{cls.__name__}: option", name, names)
+        return cls(**value)
+
+
+def alike(value: Any, choice: Any) -> bool:
+    """Whether equal values are of one kind: to Python 4.0 is 4, and True is 1."""
+    return isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool)
+
+
+def short_repr(self: Any) -> str:
+    """Show what differs from the default: the shortest call that rebuilds the object."""
+    changed = [(o.name, getattr(self, o.name)) for o in fields(self) if getattr(self, o.name) != o.default]
+    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed)})"
