@@ -348,6 +348,11 @@ def test_a_drafter_that_knows_what_follows_is_right_if_it_reads_the_right_layers
     stats = drafted(model)
     assert any("x decoder layer" in line and "eager" not in line for line in model.llmopt.engine.runner.fused)
     assert stats.accepted_tokens == (stats.drafted_tokens if right else 0)
+    assert generate(model, inputs, eagle(files.save(tmp_path), None), **arguments) == expected
+    record = model.llmopt.engine.speculator._record.items()
+    likeliest = [found for grounds, found in record if grounds[0] == 0]
+    assert all(count == (tried if right else 0) for count, tried in likeliest), "beside others, as branches of a tree"
+    assert not right or any(grounds[0] == 1 for grounds, _ in record)
     assert stats.drafted_tokens > 10
     if right:
         assert stats.steps <= 1 + -(-24 // 4) + 1

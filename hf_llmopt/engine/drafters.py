@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..attention.tree import MOST_NODES
 from ..config import LLMOptConfig, SpeculativeConfig
 from ..errors import InvalidOption
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
@@ -45,7 +44,7 @@ def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> 
     drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
     # Where columns stand for positions, tokens beside one another have no place of their own.
     even = runner.graphs is not None
-    branches = not even and not runner.store.reads_columns and (asked.num_tokens or 0) <= MOST_NODES
+    branches = not even and not runner.store.reads_columns
     return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens, branches, even)
 
 
@@ -96,7 +95,7 @@ def _mtp(runner: Runner, config: LLMOptConfig, *_: Any) -> Drafter:
 def _reading(head: Head, runner: Runner, config: LLMOptConfig) -> Drafter:
     """A drafter that reads the model's hidden states."""
     follower = Follower(head, config)
-    runner.taps = Taps(runner.model, len(runner.store.layers), head.needs, follower.observe)
+    runner.taps = Taps(runner.model, len(runner.store.layers), head.needs, follower.observe, follower.move)
     return DraftModelDrafter(follower)
 
 

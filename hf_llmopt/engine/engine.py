@@ -265,6 +265,8 @@ class EngineLoop:
                 places += zip(sources, targets, strict=True)
             self.store.move(index, places)
         for request in moving:
+            if self.runner.taps is not None:
+                self.runner.taps.move(request, request.moves)
             request.moves.clear()
 
     def _move_pages(self, plan: Plan) -> None:

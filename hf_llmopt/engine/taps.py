@@ -24,6 +24,7 @@ from ..speculative.eagle.follower import Seen
 from .request import Request
 
 Observe = Callable[[Sequence[Seen], Sequence[Tensor]], None]
+Move = Callable[[Request, Sequence[tuple[int, int]]], None]
 
 
 class Taps:
@@ -36,13 +37,14 @@ class Taps:
             for what the head reads.
         observe: Called after each pass with the spans of requests that may draft and their states, one
             `[tokens, hidden]` for each of `needs`.
+        move: Called with a request and those of its tokens, from and to, that stand at other places since.
 
     Raises:
         UnsupportedModel: The model's layers cannot be found.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int, needs: Sequence[int], observe: Observe) -> None:
-        self._needs, self._observe = needs, observe
+    def __init__(self, model: PreTrainedModel, layers: int, needs: Sequence[int], observe: Observe, move: Move) -> None:
+        self._needs, self._observe, self.move = needs, observe, move
         self._points: list[tuple[int, nn.Module]] = []
         stack = _decoder_layers(model, layers)
         for index in sorted(set(needs)):

@@ -19,7 +19,7 @@ from ..engine import Share
 from ..engine.sampling import Tape, pick
 from ..errors import InvalidRequest
 from .group import Group
-from .warp import STAGES, Shaped, apply, count_penalty, logit_bias
+from .warp import REMOVED, STAGES, Shaped, apply, count_penalty, logit_bias
 
 MAX_PROMPT_SPAN = 256  # prompt tokens whose logits are held at one time
 
@@ -204,15 +204,24 @@ class Row(Group):
         """Of the row's next token, or one so many tokens behind it, in the shape of its scores `[1, vocabulary]`."""
         return self.tape.read(0, len(self.tokens) + ahead, like)
 
-    def guess(self, logits: Tensor, ahead: int) -> tuple[int, float]:
-        """The token that the row would choose with these logits `[vocabulary]`, so many tokens behind its next one.
+    def guess(self, logits: Tensor, ahead: int, most: int) -> list[tuple[int, float]]:
+        """The tokens that the row would choose with these logits `[vocabulary]`, so many tokens behind its next one.
 
         Returns:
-            The token, and its probability.
+            The first, and what it would choose if those before were not allowed, with their probabilities.
         """
         scores = apply([([*self.wished, *self.stages], self)], logits[None].float())
-        token = pick(scores, self.noise(scores, ahead) if self.do_sample else None)
-        return int(token), float(scores.softmax(-1)[0, token])
+        noise, chances = self.noise(scores, ahead) if self.do_sample else None, scores.softmax(-1)[0]
+        guesses: list[tuple[int, float]] = []
+        while len(guesses) < most:
+            token = int(pick(scores, noise))
+            chance = float(chances[token]) if token >= 0 else 0.0
+            if not chance > 0:  # NaN, or nothing else is allowed
+                break
+            guesses.append((token, chance))
+            scores = scores.clone() if len(guesses) == 1 else scores
+            scores[0, token] = REMOVED
+        return guesses
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """Count a step; one that may have been in vain counts once it is known that the request goes on."""

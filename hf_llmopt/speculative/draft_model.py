@@ -11,7 +11,6 @@ most 1 - d, which the published rule reaches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isnan
 from time import perf_counter
 from typing import Protocol
 
@@ -57,39 +56,45 @@ class DraftModelDrafter:
         self._waited = 0  # steps since somebody was last guessed for
 
     def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds) -> list[Draft]:
-        """Guess, for each text up to `limit` tokens, as long as the next guess is worth a pass."""
-        drafts = [Draft([], []) for _ in texts]
+        """Guess, for each text `limit` tokens ahead at most, as long as the next guess is worth a pass.
+
+        Where several may stand behind one token, the second likeliest of each place is a guess too: it costs no pass of
+        the smaller model.
+        """
+        parents: list[list[int]] = [[] for _ in texts]
+        drafts = [Draft([], [], own) for own in parents]
+        mains: list[list[int]] = [[] for _ in texts]  # places of the likeliest guesses, which the model goes on from
         chances = [1.0] * len(texts)
         going = [index for index, limit in enumerate(limits) if limit > 0]
         self._waited += 1
         while going:
-            paying = [index for index in going if self._pays(len(drafts[index].tokens), chances[index], odds)]
+            paying = [index for index in going if self._pays(len(mains[index]), chances[index], odds)]
             if not paying and self._waited >= AGAIN:
                 paying = going[:1]  # times may have changed; the model has to read all of a text to guess for it
             if not paying:
                 break
             going, self._waited = paying, 0
             began = perf_counter()
-            if not drafts[going[0]].tokens:
+            if not mains[going[0]]:
                 self._second.follow([texts[index] for index in going])
             found = self._second.logits([texts[index] for index in going])
             each = (perf_counter() - began) / len(going)
-            if drafts[going[0]].tokens:  # the first pass of a step reads more than one token of a text
+            if mains[going[0]]:  # the first pass of a step reads more than one token of a text
                 self._seconds = each if not self._seconds else self._seconds + FORGET * (each - self._seconds)
             for index, logits in zip(list(going), found, strict=True):
-                draft, text = drafts[index], texts[index]
-                token, confidence = (-1, 0.0) if logits is None else text.guess(logits, len(draft.tokens))
-                if token < 0 or isnan(confidence):  # no logits, or NaN among them, or no token is allowed
-                    going.remove(index)
-                    continue
-                grounds = min(len(draft.tokens), 3), min(BINS - 1, int(BINS * confidence))
-                draft.tokens.append(token)
-                draft.grounds.append(grounds)
-                chances[index] *= odds.chance(grounds)
-                if len(draft.tokens) == limits[index]:
+                draft, text, depth = drafts[index], texts[index], len(mains[index])
+                guesses = [] if logits is None else text.guess(logits, depth, 2 if odds.branches else 1)
+                node = mains[index][-1] if depth else -1
+                mains[index].append(len(draft.tokens))
+                for rank, (token, confidence) in enumerate(guesses):
+                    draft.tokens.append(token)
+                    draft.grounds.append((rank, min(depth, 3), min(BINS - 1, int(BINS * confidence))))
+                    parents[index].append(node)
+                if not guesses or depth + 1 == limits[index]:
                     going.remove(index)
                 else:
-                    self._second.append(text, token)
+                    chances[index] *= odds.chance(draft.grounds[mains[index][-1]])
+                    self._second.append(text, guesses[0][0])
         return drafts
 
     def _pays(self, index: int, survival: float, odds: Odds) -> bool:

@@ -39,9 +39,10 @@ class Text(Protocol):
     left_padding: int
     adapter: str | None  # the LoRA adapter that it goes through
     prefix: Any  # not `None` if what is computed of it may be found by others
-    # The token that the request would choose with these logits `[vocabulary]`, so many tokens behind its next one, and
-    # how likely its choice is; -1 if there is none, because the logits have NaN.
-    guess: Callable[[Tensor, int], tuple[int, float]]
+    # The tokens that the request would choose with these logits `[vocabulary]`, so many tokens behind its next one: the
+    # first, then what it would choose if that were not allowed, as many as are asked for; each with its probability.
+    # Fewer where no more are allowed; none if the logits have NaN.
+    guess: Callable[[Tensor, int, int], list[tuple[int, float]]]
 
     @property
     def salt(self) -> str | None:

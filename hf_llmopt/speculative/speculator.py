@@ -106,7 +106,7 @@ class Speculator:
             elif any(limits):
                 self._resting = self._rest = min(REST, 2 * self._rest + 1)
         else:
-            odds = Odds(self._chance, lambda seconds: 0.0, self.branches)
+            odds = Odds(self._chance, lambda seconds: 0.0)
             drafts = self.drafter.propose(requests, limits, odds)
             computed = [list(range(len(draft.tokens))) for draft in drafts]
         longest = next((size for size in EVEN if size >= max(map(len, computed))), 0) if self.even else 0

@@ -158,6 +158,16 @@ class Follower:
                 long.append(self._pairs(span.text, followed, span.known))
         self._compute_known(long)
 
+    def move(self, text: Text, moves: Sequence[tuple[int, int]]) -> None:
+        """Guesses of a tree that were right stand at other places of the text now (from, to): so do their features."""
+        followed = self._texts.get(text)
+        if followed is None:
+            return
+        hidden, first = torch.cat(followed.waiting), followed.done
+        sources, targets = ([place - first for place in places] for places in zip(*moves, strict=True))
+        hidden[targets] = hidden[sources]
+        followed.waiting = [hidden]
+
     def _take_in(self, span: Seen, hidden: Tensor) -> _Followed:
         followed = self._texts.get(span.text)
         if followed is None or span.start > followed.seen:  # what lies between was found, and never seen
