@@ -96,7 +96,8 @@ def _bias(scores: Tensor, settings: Sequence[dict[int, float]], histories: Seque
             last = scores.shape[1] - 1
             raise TokenOutOfRange(f"A bias names tokens {sorted(biases)}; the model's ids are 0 to {last}.")
     index = _flat([torch.tensor(list(biases), dtype=torch.long) for biases in settings], scores)
-    values = torch.tensor([value for biases in settings for value in biases.values()], device=scores.device)
+    given = [value for biases in settings for value in biases.values()]
+    values = torch.tensor(given, dtype=scores.dtype, device=scores.device)  # they may all be ints
     return scores.view(-1).index_add(0, index, values).view_as(scores)
 
 
