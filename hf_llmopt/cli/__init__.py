@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, chat, demo, env, eval, generate, quantize
+from . import bench, chat, demo, env, eval, generate, quantize, serve
 from .command import Command, ModelCommand
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("demo", cls=ModelCommand)(demo.demo)
 app.command("generate", cls=ModelCommand)(generate.generate)
 app.command("chat", cls=ModelCommand)(chat.chat)
 app.command("quantize", cls=ModelCommand)(quantize.quantize)
+app.command("serve", cls=ModelCommand)(serve.serve)
 app.command("env", cls=Command)(env.env)
 app.add_typer(bench.app, name="bench")
 app.add_typer(eval.app, name="eval")

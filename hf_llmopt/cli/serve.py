@@ -1,0 +1,84 @@
+"""`hf-llmopt serve`: a model behind HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import ui
+from .command import Device, Dtype, Llmopt, UserError, keyword
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a name on the hub, or `demo` for the embedded model.")
+    ] = "demo",
+    llmopt: Llmopt = "true",
+    host: Annotated[str, typer.Option(help="Address to listen on; only this machine reaches the default.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    served_name: Annotated[str | None, typer.Option(help="What clients call the model; by default MODEL.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys that are let in, one a line; HF_LLMOPT_API_KEYS adds others.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; others get 429.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = 8 * 2**20,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds after which an answer ends with an error.")
+    ] = None,
+    drain: Annotated[float, typer.Option(min=0.0, help="Seconds that running requests have when it stops.")] = 30.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Serve a model over OpenAI's API. The log goes to stderr, one JSON object a line.
+
+    SIGTERM or Ctrl-C lets running requests end and refuses new ones; the second one stops at once.
+    """
+    wanted = keyword(llmopt)
+    if wanted is False:
+        raise UserError("--llmopt false is stock transformers, which `transformers serve` serves")
+    try:
+        from hf_llmopt import serving
+        from hf_llmopt.serving import logs
+    except ModuleNotFoundError as error:
+        raise UserError(f'{error.name} is not installed: pip install "hf-llmopt[serve]"') from error
+
+    from hf_llmopt import Engine, LLMOptConfig
+
+    from .models import load
+
+    keys = serving.Keys.read(api_key_file)
+    config = LLMOptConfig.parse(wanted)
+    assert config is not None
+    config = replace(config, batching=replace(config.batching, max_waiting=max_waiting))
+    loaded, tokenizer = load(model, dtype, device, wanted)
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    length = max_model_len or positions
+    if length is None:
+        raise UserError("the model does not say how many positions it has; give --max-model-len")
+    service = serving.Service(
+        Engine(loaded, config),
+        tokenizer,
+        served_name or model,
+        serving.Limits(length, max_body_bytes, deadline=deadline),
+        keys,
+        log_prompts,
+    )
+    logs.to_stderr()
+    server = serving.Server(service, drain)
+    listening = server.listen(host, port)
+    if host not in LOOPBACK and not len(keys):
+        ui.warn(f"whoever reaches {host} may use this server; --api-key-file asks for a key")
+    where = f"[{host}]" if ":" in host else host
+    ui.talk(f"serving {service.name} on http://{where}:{listening.getsockname()[1]}/v1")
+    server.run(sockets=[listening])

@@ -1,0 +1,157 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, RootModel
+
+from .. import __version__
+from .chat import chat
+from .completions import completions
+from .errors import APIError
+from .front import Front
+from .limits import read_body
+from .parse import parse
+from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
+from .service import Service
+
+Route = Callable[[Service, Request], Awaitable[Response]]
+
+
+class TokenizeRequest(RootModel[TokenizeChat | TokenizeText]):
+    """Body of `/tokenize`."""
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application for a service, to be run by any ASGI server; it closes the service when it ends.
+
+    Args:
+        service: What is served.
+
+    Example:
+        >>> from hf_llmopt import Engine, demo
+        >>> from hf_llmopt.serving import Service, create_app
+        >>> model, tokenizer = demo.load()
+        >>> app = create_app(Service(Engine(model), tokenizer, "demo"))
+        >>> "/v1/completions" in app.openapi()["paths"]
+        True
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="hf_llmopt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    posts: dict[str, tuple[Route, type[BaseModel]]] = {
+        "/v1/completions": (completions, CompletionRequest),
+        "/v1/chat/completions": (chat, ChatRequest),
+        "/tokenize": (tokenize, TokenizeRequest),
+        "/detokenize": (detokenize, DetokenizeRequest),
+    }
+    gets: dict[str, Route] = {
+        "/v1/models": models,
+        "/v1/models/{name:path}": model,
+        "/health": health,
+        "/metrics": metrics,
+    }
+    for path, (route, body) in posts.items():
+        _add(app, service, path, route, "POST", openapi_extra=_described(body))
+    for path, route in gets.items():
+        _add(app, service, path, route, "GET")
+    for status, says in ((404, "There is no such path."), (405, "The path does not know this method.")):
+        app.add_exception_handler(status, partial(_no_route, status, says))
+    app.add_middleware(Front, service=service)
+    return app
+
+
+def _add(app: FastAPI, service: Service, path: str, route: Route, method: str, **more: Any) -> None:
+    async def answer(request: Request) -> Response:
+        request.state.path = path
+        return await route(service, request)
+
+    # The bodies are read and checked by the routes themselves: their size first.
+    app.add_api_route(path, answer, methods=[method], name=route.__name__, description=route.__doc__, **more)
+
+
+def _described(body: type[BaseModel]) -> dict[str, Any]:
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
+
+
+def _inlined(schema: Any, known: dict[str, Any] | None = None) -> Any:
+    """A schema without references: it stands in the middle of another document."""
+    if isinstance(schema, list):
+        return [_inlined(item, known) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    known = schema.get("$defs", known)
+    if "$ref" in schema and known is not None:
+        return _inlined(known[schema["$ref"].rsplit("/", 1)[-1]], known)
+    return {name: _inlined(value, known) for name, value in schema.items() if name != "$defs"}
+
+
+async def _no_route(status: int, says: str, request: Request, error: Exception) -> Response:
+    return JSONResponse(APIError(status, says, "not_found").body, status)
+
+
+def _card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "hf_llmopt",
+        "max_model_len": service.limits.max_model_len,
+    }
+
+
+async def models(service: Service, request: Request) -> Response:
+    """List the served model."""
+    return JSONResponse({"object": "list", "data": [_card(service)]})
+
+
+async def model(service: Service, request: Request) -> Response:
+    """Describe the served model."""
+    service.check_model(request.path_params["name"])
+    return JSONResponse(_card(service))
+
+
+async def health(service: Service, request: Request) -> Response:
+    """Say whether new requests are taken."""
+    if service.draining:
+        return JSONResponse({"status": "draining"}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    """Give figures to Prometheus."""
+    text, kind = service.metrics.text()
+    return Response(text, media_type=kind)
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """Say which tokens a text or a chat is."""
+    ask = parse(TokenizeRequest, await read_body(request, service.limits), request).root
+    service.check_model(ask.model)
+    if isinstance(ask, TokenizeChat):
+        ids = await service.in_thread(0, lambda: service.prompts.chat(ask))
+    else:
+        special = ask.add_special_tokens is not False
+        ids = await service.in_thread(0, lambda: service.prompts.text(ask.prompt, special))
+    return JSONResponse({"count": len(ids), "max_model_len": service.limits.max_model_len, "tokens": ids})
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """Say which text tokens are."""
+    ask = parse(DetokenizeRequest, await read_body(request, service.limits), request)
+    service.check_model(ask.model)
+    ids = service.prompts.ids(ask.tokens, "tokens")
+    text = await service.in_thread(0, lambda: service.prompts.shown(ids, False))
+    return JSONResponse({"prompt": text})

@@ -1,0 +1,28 @@
+"""From bytes to a request."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from .errors import of_validation
+from .schema import Body
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def parse(kind: type[B], body: bytes, request: Request) -> B:
+    """Read a body; which of its fields are ignored goes into the log.
+
+    Raises:
+        APIError: It is not JSON, or not of this kind.
+    """
+    try:
+        ask = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise of_validation(error) from None  # the error shows what was given, which may be a prompt
+    if isinstance(ask, Body) and ask.model_extra:
+        request.state.note["ignored"] = [name[:64] for name in sorted(ask.model_extra)[:16]]
+    return ask

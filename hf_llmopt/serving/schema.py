@@ -1,0 +1,211 @@
+"""What clients may ask for: the bodies of requests. Wrong types are refused; nothing is converted.
+
+Fields that no class names are ignored, as other servers of this API do, and named in the log. Those that would change
+the answer and are not supported are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .errors import FieldError
+
+MOST_CHOICES = 128
+MOST_STOPS, LONGEST_STOP = 16, 256
+MOST_LOGPROBS = 20
+UNSUPPORTED = {
+    "audio": "sound is not generated",
+    "best_of": "only n choices are generated; leave it away",
+    "function_call": "use tools",
+    "functions": "use tools",
+    "guided_choice": "output is not constrained",
+    "guided_grammar": "output is not constrained",
+    "guided_json": "output is not constrained",
+    "guided_regex": "output is not constrained",
+    "prompt_embeds": "give text or token ids",
+    "structured_outputs": "output is not constrained",
+    "suffix": "text is only continued, not inserted",
+    "use_beam_search": "beams are not searched",
+}
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Token = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class Body(BaseModel):
+    """A JSON object; `null` means that a field was not given."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """How to stream."""
+
+    include_usage: bool | None = None
+
+
+class Generation(Body):
+    """What completions and chats have in common."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Probability | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    user: Name | None = None
+    cache_salt: Name | None = None
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in stops):
+            raise ValueError(f"give at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters")
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        # OpenAI's limit; and int() takes signs, underscores and digits of other scripts.
+        if bias and (len(bias) > 300 or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in bias)):
+            raise ValueError('give at most 300 token ids, as in {"50": -100}')
+        return bias
+
+    @field_validator("response_format")
+    @classmethod
+    def _only_text(cls, wanted: dict[str, Any] | None) -> dict[str, Any] | None:
+        if wanted is not None and wanted.get("type") != "text":
+            raise FieldError(
+                "this server does not constrain output, so only {'type': 'text'} is allowed; ask for JSON in the "
+                "prompt and check the answer"
+            )
+        return wanted
+
+    @model_validator(mode="after")
+    def _supported(self) -> Generation:
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in (None, False, "none") and not (name == "best_of" and value == 1):
+                raise FieldError(f"not supported: {UNSUPPORTED[name]}", param=name)
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("only allowed with stream=true", "invalid_value", "stream_options")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to the scores of tokens."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(Generation):
+    """Body of `/v1/completions`."""
+
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one."""
+        given: Any = self.prompt
+        alone = isinstance(given, str) or not given or isinstance(given[0], int)
+        return [given] if alone else list(given)
+
+
+class Message(Body):
+    """One message of a chat; fields that a template may know are handed on to it."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[dict[str, Any]] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _joined(cls, content: str | list[dict[str, Any]] | None) -> str | None:
+        if not isinstance(content, list):
+            return content
+        if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+            raise FieldError("only parts of the form {'type': 'text', 'text': '...'} are understood")
+        return "\n".join(part["text"] for part in content)
+
+
+class ChatMessages(Body):
+    """What a chat template renders."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(Generation, ChatMessages):
+    """Body of `/v1/chat/completions`."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _free(cls, choice: Any) -> Any:
+        if choice not in (None, "none", "auto"):
+            raise FieldError("a call cannot be enforced; 'auto' and 'none' are allowed")
+        return choice
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("only allowed with logprobs=true", "invalid_value", "top_logprobs")
+        return self
+
+
+class TokenizeText(Body):
+    """Body of `/tokenize` for a text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class TokenizeChat(ChatMessages):
+    """Body of `/tokenize` for a chat."""
+
+    model: str | None = None
+
+
+class DetokenizeRequest(Body):
+    """Body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: list[Token]

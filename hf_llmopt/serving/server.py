@@ -1,0 +1,71 @@
+"""The process: it stops without losing an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from time import monotonic
+from types import FrameType
+
+import uvicorn
+
+from .app import create_app
+from .service import Service
+
+LAST_SECONDS = 5  # for errors to be sent once the engine was closed
+
+
+class Server(uvicorn.Server):
+    """Serves until it is told to stop, then lets what runs end.
+
+    At the first signal new requests get 503, and `/health` says so; those that run go on. When the last one has ended,
+    or after `drain` seconds, or at the second signal, it stops; what still ran then ends with 503.
+
+    Args:
+        service: What is served.
+        drain: Seconds that running requests have to end.
+    """
+
+    def __init__(self, service: Service, drain: float = 30.0) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=LAST_SECONDS,
+            )
+        )
+        self._service = service
+        self._drain = drain
+        self._until: float | None = None
+
+    def listen(self, host: str, port: int) -> socket.socket:
+        """A socket to serve on, for `run(sockets=[...])`; port 0 takes any that is free.
+
+        Raises:
+            OSError: The address is in use, or not of this machine.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if self._until is None:
+            self.stop()
+        else:
+            super().handle_exit(sig, frame)
+
+    def stop(self) -> None:
+        """Begin to stop; may be called in any thread."""
+        self._service.draining = True
+        self._until = monotonic() + self._drain
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to leave; called ten times a second."""
+        exits: bool = await super().on_tick(counter)
+        if self._until is not None:
+            exits |= not self._service.open or monotonic() > self._until
+        if exits:
+            await asyncio.to_thread(self._service.close)
+        return exits

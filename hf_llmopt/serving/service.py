@@ -1,0 +1,198 @@
+"""What the routes share: one engine, its tokenizer, and who is served at the moment."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..batching import Engine
+from ..errors import EngineFull, InvalidOption, LLMOptError
+from .answer import Answer
+from .auth import Keys
+from .errors import APIError, of_engine
+from .limits import Limits, answer_length
+from .metrics import Metrics
+from .prompts import Prompts
+from .sampling import arguments, end_tokens
+from .schema import Generation
+from .text import TextStream
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request it is.
+
+    Attributes:
+        request_id: In the answer's id, its header and the log.
+        key: Name of the API key, or `None` where none is needed.
+        began: When it came, of `perf_counter`.
+    """
+
+    request_id: str
+    key: str | None
+    began: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How many of the most likely tokens are reported for each new and each prompt token; `None` for no figures."""
+
+    new: int | None = None
+    prompt: int | None = None
+
+
+class Service:
+    """An engine that is served.
+
+    Args:
+        engine: Serves all requests; `close` closes it.
+        tokenizer: The model's.
+        name: What clients call the model.
+        limits: What is taken on; by default as many tokens as the model has positions.
+        keys: Who is let in.
+        log_prompts: Whether prompts stand in the log.
+
+    Attributes:
+        draining: Whether nobody is let in any longer.
+        open: HTTP requests that are being answered.
+
+    Raises:
+        InvalidOption: The model does not say how many positions it has, and no limit does.
+
+    Example:
+        >>> from hf_llmopt import Engine, demo
+        >>> from hf_llmopt.serving import Service
+        >>> model, tokenizer = demo.load()
+        >>> service = Service(Engine(model), tokenizer, "demo")
+        >>> service.limits.max_model_len
+        1024
+        >>> service.close()
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        name: str,
+        limits: Limits | None = None,
+        keys: Keys | None = None,
+        log_prompts: bool = False,
+    ) -> None:
+        config: Any = engine.model.config.get_text_config()
+        if limits is None:
+            positions = getattr(config, "max_position_embeddings", None)
+            if positions is None:
+                raise InvalidOption("The model does not say how many positions it has; give Limits(max_model_len=...).")
+            limits = Limits(positions)
+        self.engine = engine
+        self.name = name
+        self.limits = limits
+        self.keys = keys or Keys()
+        self.log_prompts = log_prompts
+        self.metrics = Metrics(engine, name)
+        self.prompts = Prompts(tokenizer, config.vocab_size, limits)
+        self.draining = False
+        self.open = 0
+        self.created = int(time.time())
+        self._preparing = 0
+        self._generation: Any = engine.model.generation_config
+        self._ends = end_tokens(self._generation)
+
+    def close(self) -> None:
+        """Let nobody in any longer, and end what runs."""
+        self.draining = True
+        self.engine.close()
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse other models than the served one.
+
+        Raises:
+            APIError: It is another one.
+        """
+        if name is not None and name != self.name:
+            raise APIError(
+                404, f"The model {name!r} does not exist; this server has {self.name!r}.", "model_not_found", "model"
+            )
+
+    async def in_thread(self, choices: int, work: Callable[[], T]) -> T:
+        """Tokenize and submit beside the event loop, if there is room in the line.
+
+        Args:
+            choices: Requests that it will be.
+            work: What to do.
+
+        Raises:
+            APIError: There is no room, or the work failed.
+        """
+        most = self.engine.config.batching.max_waiting
+        if choices > most:
+            raise APIError(400, f"{choices} answers are more than the {most} that may wait.", "invalid_value", "n")
+        if self._preparing + self.engine.waiting + choices > most:
+            raise of_engine(EngineFull(f"{most} requests wait already; come again later."))
+        self._preparing += choices
+        try:
+            return await asyncio.to_thread(work)
+        except LLMOptError as error:
+            raise of_engine(error) from error
+        finally:
+            self._preparing -= choices
+
+    def submit(
+        self, prompts: Sequence[list[int]], ask: Generation, most: int | None, caller: Caller, shown: Shown
+    ) -> list[Answer]:
+        """Submit `ask.n` requests for each prompt.
+
+        Args:
+            prompts: Their ids.
+            ask: What else was asked for.
+            most: Tokens of an answer, `None` for as many as there is room for.
+            caller: Whose it is.
+            shown: Which log-probabilities it wants.
+
+        Raises:
+            APIError: A prompt is empty or too long.
+            LLMOptError: The engine refuses; then none of them runs.
+        """
+        lengths = [answer_length(self.limits, len(prompt), most) for prompt in prompts]
+        more = arguments(ask, self._generation)
+        n = ask.n or 1
+        # Greedy answers are all the same, and `generate` refuses to give several.
+        together = n if more["do_sample"] else 1
+        deadlines = [seconds for seconds in (ask.deadline, self.limits.deadline) if seconds is not None]
+        caches = self.engine.config.prompt_cache is not None  # else nobody shares anything
+        answers: list[Answer] = []
+        try:
+            for prompt, length in zip(prompts, lengths, strict=True):
+                for _ in range(n // together):
+                    first = self.engine.submit(
+                        prompt,
+                        max_new_tokens=max(1, length),
+                        num_return_sequences=together,
+                        logprobs=shown.new,
+                        prompt_logprobs=shown.prompt,
+                        salt=ask.cache_salt if caches else None,
+                        tenant=caller.key or ask.user or "",
+                        deadline=min(deadlines, default=None),
+                        **more,
+                    )
+                    for handle in first.choices:
+                        text = TextStream(
+                            self.prompts.tokenizer,
+                            prompt,
+                            ask.stops,
+                            ask.skip_special_tokens is not False,
+                            bool(ask.include_stop_str_in_output),
+                        )
+                        answers.append(
+                            Answer(len(answers), prompt, handle, text, self._ends, length, self.metrics, caller.began)
+                        )
+        except BaseException:
+            for answer in answers:
+                answer.handle.cancel()
+            raise
+        return answers

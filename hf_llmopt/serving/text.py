@@ -1,0 +1,99 @@
+"""Text out of tokens as they come: whole characters only, and nothing behind a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+CONTEXT = 6  # tokens of the prompt that are decoded along: what follows them may begin with a blank, or not
+MOST_PARTS = 8  # tokens after which what is still no character will never be one
+UNFINISHED = "\ufffd"
+
+
+class TextStream:
+    """Turns tokens into text.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Ids before the first new token.
+        stops: Texts behind which nothing is shown.
+        skip_special_tokens: Leave out the end of the text, and its like.
+        include_stop: Show the stop string itself.
+
+    Attributes:
+        length: Characters so far, those included that wait for a stop string to be ruled out.
+        stopped: Whether a stop string came.
+
+    Example:
+        >>> from hf_llmopt import demo
+        >>> from hf_llmopt.serving.text import TextStream
+        >>> _, tokenizer = demo.load()
+        >>> stream = TextStream(tokenizer, [], stops=["sys"])
+        >>> pieces = [stream.add(token) for token in tokenizer("import os, sys, re")["input_ids"]]
+        >>> "".join(pieces), stream.stopped
+        ('import os, ', True)
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
+        self.length = 0
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._skip = skip_special_tokens
+        self._include = include_stop
+        self._ids = list(prompt[-CONTEXT:])  # those before `_read` are shown, and decoded along
+        self._read = len(self._ids)
+        self._known = self._decode(self._ids)
+        self._held = ""  # may be the beginning of a stop string
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; empty while a character or a stop string may be incomplete."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith(UNFINISHED) and len(self._ids) - self._read < MOST_PARTS:
+            return ""
+        return self._take(text)
+
+    def end(self) -> str:
+        """What was held back; no token follows."""
+        if self.stopped:
+            return ""
+        piece = self._take(self._decode(self._ids)) if len(self._ids) > self._read else ""
+        return piece + self._held
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+        return text
+
+    def _take(self, text: str) -> str:
+        piece = text[len(self._known) :]
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        self._known = self._decode(self._ids)
+        self.length += len(piece)
+        return self._until_stop(piece) if self._stops else piece
+
+    def _until_stop(self, piece: str) -> str:
+        text = self._held + piece
+        found = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            place, stop = min(found)
+            self._held, self.stopped = "", True
+            return text[: place + len(stop)] if self._include else text[:place]
+        held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of a text are the first ones of a stop string."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

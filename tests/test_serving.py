@@ -1,0 +1,659 @@
+"""The server, over a socket: OpenAI's own client, and requests that nobody should send."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_llmopt
+from hf_llmopt import BatchingConfig, Engine, LLMOptConfig, demo, errors
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx2")
+openai = pytest.importorskip("openai")
+
+from hf_llmopt.serving import Keys, Limits, Server, Service, logs  # noqa: E402 - needs the extra
+from hf_llmopt.serving.errors import of_engine  # noqa: E402
+from hf_llmopt.serving.text import TextStream  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
+)
+PROMPT = "def read_lines(path):\n    with open(path"
+SECRET = "sk-secret"
+
+
+class Running:
+    """A server in a thread of this process, and the log that it writes."""
+
+    def __init__(self, service: Service, drain: float = 20.0) -> None:
+        self.service = service
+        self.server = Server(service, drain)
+        listening = self.server.listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
+        self.thread.start()
+
+    def held(self) -> int:
+        """Pages that requests hold."""
+        return sum(pool.used for pool in self.service.engine.loop.scheduler.pools)
+
+    def idle(self) -> bool:
+        """Wait until no request holds a page, or ten seconds."""
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            if not (self.held() or self.service.engine.waiting or self.service.open):
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@contextmanager
+def running(service: Service, drain: float = 20.0) -> Iterator[Running]:
+    it = Running(service, drain)
+    try:
+        yield it
+    finally:
+        it.server.stop()
+        it.thread.join(30)
+        assert not it.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield demo.load()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def log() -> Iterator[io.StringIO]:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(logs.JSONFormatter())
+    logs.LOGGER.addHandler(handler)
+    logs.LOGGER.setLevel(logging.INFO)
+    yield written
+    logs.LOGGER.removeHandler(handler)
+
+
+def make(pair, keys: Keys | None = None, limits: Limits | None = None, **batching: object) -> Service:
+    model, tokenizer = pair
+    config = LLMOptConfig(prompt_cache=True, batching=BatchingConfig(**batching))
+    return Service(Engine(model, config), tokenizer, "demo", limits, keys)
+
+
+@pytest.fixture(scope="module")
+def served(pair, log) -> Iterator[Running]:
+    """One server for most of this file."""
+    with running(make(pair, Keys(["sk-first", SECRET]), Limits(1024, max_body_bytes=100_000), max_waiting=64)) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(served: Running):
+    with openai.OpenAI(base_url=served.url + "/v1", api_key=SECRET, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def raw(served: Running):
+    with httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {SECRET}"}, timeout=60) as made:
+        yield made
+
+
+def alone(pair, prompt: str, seed: int | None = None, **arguments) -> list[int]:
+    """What `generate` of transformers gives."""
+    model, tokenizer = pair
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if seed is not None:
+        torch.manual_seed(seed)
+    output = model.generate(**inputs, **arguments)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def last(log: io.StringIO) -> dict:
+    return json.loads(log.getvalue().splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------- OpenAI's client
+
+
+def test_greedy_completion_is_what_generate_gives(pair, client) -> None:
+    answer = client.completions.create(model="demo", prompt=PROMPT, max_tokens=24, temperature=0)
+    expected = alone(pair, PROMPT, max_new_tokens=24, do_sample=False)
+    assert answer.choices[0].text == pair[1].decode(expected)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.prompt_tokens == len(pair[1](PROMPT)["input_ids"])
+
+
+def test_sampled_completions_are_what_generate_gives(pair, client) -> None:
+    answer = client.completions.create(
+        model="demo", prompt=PROMPT, max_tokens=16, temperature=0.8, top_p=0.9, seed=7, n=2, extra_body={"top_k": 40}
+    )
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 40}
+    for index, choice in enumerate(answer.choices):
+        assert choice.text == pair[1].decode(alone(pair, PROMPT, 7 + index, max_new_tokens=16, **sampling))
+    assert answer.usage.completion_tokens == 32
+
+
+def test_without_settings_the_whole_vocabulary_is_sampled_from(pair, client) -> None:
+    answer = client.completions.create(model="demo", prompt=PROMPT, seed=3)  # 16 tokens, as OpenAI's
+    expected = alone(pair, PROMPT, 3, max_new_tokens=16, do_sample=True, top_k=0)
+    assert answer.choices[0].text == pair[1].decode(expected)
+
+
+def test_several_prompts_of_text_and_ids(pair, client) -> None:
+    texts = [PROMPT, "import os\n"]
+    one = client.completions.create(model="demo", prompt=texts, max_tokens=4, temperature=0, n=2)
+    ids = [pair[1](text)["input_ids"] for text in texts]
+    two = client.completions.create(model="demo", prompt=ids, max_tokens=4, temperature=0, n=2)
+    assert [choice.text for choice in one.choices] == [choice.text for choice in two.choices]
+    assert [choice.index for choice in one.choices] == [0, 1, 2, 3]
+    assert one.choices[0].text == one.choices[1].text != one.choices[2].text
+
+
+def test_stream_is_the_same_text_and_ends_with_usage(client) -> None:
+    arguments = {"model": "demo", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    whole = client.completions.create(**arguments)
+    *chunks, end = client.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert len(chunks) > 4
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert end.choices == []
+    assert end.usage.completion_tokens == 24
+    assert end.usage.prompt_tokens_details.cached_tokens > 0  # of the request before
+
+
+def test_stop_ends_before_the_text(pair, client) -> None:
+    text = pair[1].decode(alone(pair, PROMPT, max_new_tokens=24, do_sample=False))
+    stop = text[12:15]
+    for stream in (False, True):
+        answer = client.completions.create(
+            model="demo", prompt=PROMPT, max_tokens=24, temperature=0, stop=[stop, "never"], stream=stream
+        )
+        chunks = list(answer) if stream else [answer]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text[: text.index(stop)]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    kept = client.completions.create(
+        model="demo",
+        prompt=PROMPT,
+        max_tokens=24,
+        temperature=0,
+        stop=stop,
+        extra_body={"include_stop_str_in_output": True},
+    )
+    assert kept.choices[0].text == text[: text.index(stop) + len(stop)]
+    assert kept.usage.completion_tokens < 24
+
+
+def test_logprobs_and_echo(pair, client) -> None:
+    model, tokenizer = pair
+    answer = client.completions.create(model="demo", prompt=PROMPT, max_tokens=3, temperature=0, logprobs=2, echo=True)
+    (choice,) = answer.choices
+    ids = tokenizer(PROMPT)["input_ids"]
+    ids += alone(pair, PROMPT, max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [logprobs[place, token].item() for place, token in enumerate(ids[1:])]
+    assert choice.text.startswith(PROMPT)
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert choice.logprobs.text_offset[:2] == [0, len(choice.logprobs.tokens[0])]
+    assert all(2 <= len(top) <= 3 for top in choice.logprobs.top_logprobs[1:])
+
+    scored = client.completions.create(model="demo", prompt=PROMPT, max_tokens=0, logprobs=0, echo=True)
+    assert scored.choices[0].text == PROMPT
+    assert scored.choices[0].logprobs.token_logprobs[1:] == pytest.approx(expected[:-3], abs=1e-4)
+    assert scored.usage.completion_tokens == 0
+
+
+def test_logit_bias_and_penalties_reach_the_engine(pair, client, served) -> None:
+    first = alone(pair, PROMPT, max_new_tokens=1, do_sample=False)[0]
+    common = {"model": "demo", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    banned = client.completions.create(**common, logit_bias={str(first): -100}, logprobs=0)
+    assert banned.choices[0].logprobs.tokens[0] != pair[1].decode([first])
+    forced = client.completions.create(**common, logit_bias={str(first): 100})
+    assert forced.choices[0].text == pair[1].decode([first]) * 8
+    varied = client.completions.create(**common, logit_bias={str(first): 3}, frequency_penalty=2, presence_penalty=1)
+    handle = served.service.engine.submit(
+        pair[1](PROMPT)["input_ids"],
+        max_new_tokens=8,
+        do_sample=False,
+        logit_bias={first: 3},
+        frequency_penalty=2,
+        presence_penalty=1,
+    )
+    assert varied.choices[0].text == pair[1].decode(handle.result()) != forced.choices[0].text
+
+
+def test_chat_with_logprobs(pair, client) -> None:
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+        max_completion_tokens=6,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == pair[1].decode(alone(pair, PROMPT, max_new_tokens=6, do_sample=False))
+    assert len(choice.logprobs.content) == 6
+    for entry in choice.logprobs.content:
+        assert bytes(entry.bytes).decode() == entry.token
+        assert entry.top_logprobs[0].token == entry.token
+        assert len(entry.top_logprobs) == 3
+
+
+def test_streams_of_several_choices_mix(client) -> None:
+    arguments = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 12,
+        "n": 3,
+        "seed": 5,
+        "temperature": 1.0,
+    }
+    whole = client.chat.completions.create(**arguments)
+    texts, ends = ["", "", ""], {}
+    for chunk in client.chat.completions.create(**arguments, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        if choice.finish_reason:
+            ends[choice.index] = choice.finish_reason
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    assert ends == {choice.index: choice.finish_reason for choice in whole.choices}
+
+
+def test_async_clients_share_the_engine(pair, served) -> None:
+    prompts = [*demo.PROMPTS] * 2
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key=SECRET, max_retries=0) as client:
+
+            async def one(prompt: str) -> str:
+                stream = await client.completions.create(
+                    model="demo", prompt=prompt, max_tokens=12, temperature=0, stream=True
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, prompts))
+
+    expected = [pair[1].decode(alone(pair, text, max_new_tokens=12, do_sample=False)) for text in demo.PROMPTS]
+    assert asyncio.run(ask()) == expected * 2
+
+
+def test_tools_are_rendered_and_not_parsed(pair, served, client, monkeypatch) -> None:
+    tokenizer = served.service.prompts.tokenizer
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments.path }}{% endfor %}{% endfor %}"
+        "{% for t in tools or [] %}# {{ t.function.name }}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tools = [{"type": "function", "function": {"name": "read", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "1", "type": "function", "function": {"name": "read", "arguments": '{"path": "a.py"}'}}
+    messages = [{"role": "user", "content": "import os\n"}, {"role": "assistant", "tool_calls": [call]}]
+    asked = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 4, "tools": tools}
+    given = client.chat.completions.create(**asked)
+    expected = alone(pair, "import os\na.py# read", max_new_tokens=4, do_sample=False)
+    assert given.choices[0].message.content == tokenizer.decode(expected)
+    assert given.choices[0].message.tool_calls is None
+    without = client.chat.completions.create(**asked, tool_choice="none")
+    assert given.usage.prompt_tokens > without.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
+        client.chat.completions.create(**asked, tool_choice="required")
+
+
+def test_salts_part_cached_prompts(client) -> None:
+    def cached(salt: str) -> int:
+        answer = client.completions.create(
+            model="demo", prompt=PROMPT + " # salts", max_tokens=1, extra_body={"cache_salt": salt}
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("one") == 0
+    assert cached("one") > 0
+    assert cached("two") == 0
+
+
+def test_models(client) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "demo"
+    assert model.max_model_len == 1024
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError) as failed:
+        client.models.retrieve("gpt-5")
+    assert failed.value.code == "model_not_found"
+
+
+def test_tokenize_and_back(pair, raw) -> None:
+    tokens = raw.post("/tokenize", json={"prompt": PROMPT}).json()
+    assert tokens == {"count": len(tokens["tokens"]), "max_model_len": 1024, "tokens": pair[1](PROMPT)["input_ids"]}
+    assert raw.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": PROMPT}
+    chat = raw.post("/tokenize", json={"messages": [{"role": "user", "content": PROMPT}]}).json()
+    assert chat == tokens
+
+
+# -------------------------------------------------------------------------------------------------------- bad requests
+
+COMPLETION = {"prompt": "import os", "max_tokens": 1}
+CHAT = {"messages": [{"role": "user", "content": "import os"}], "max_tokens": 1}
+BAD = [
+    ("/v1/completions", b"{", 400, "invalid_json"),
+    ("/v1/completions", b"", 400, "invalid_json"),
+    ("/v1/completions", b'{"prompt": "\xff"}', 400, "invalid_json"),
+    ("/v1/completions", b'{"prompt": "\\ud800"}', 400, "invalid_json"),
+    ("/v1/completions", b"[" * 50_000, 400, "invalid_json"),
+    ("/v1/completions", b"[]", 400, "invalid_type"),
+    ("/v1/completions", {}, 400, "missing_required_parameter"),
+    ("/v1/completions", {**COMPLETION, "model": "gpt-5"}, 404, "model_not_found"),
+    ("/v1/completions", {**COMPLETION, "max_tokens": "5"}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "max_tokens": -1}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "max_tokens": 10**30}, 400, "context_length_exceeded"),
+    ("/v1/completions", {**COMPLETION, "max_tokens": 10**9}, 400, "context_length_exceeded"),
+    ("/v1/completions", {**COMPLETION, "max_tokens": 0}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "n": 10**6}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "n": 100}, 400, "invalid_value"),  # more than may wait
+    ("/v1/completions", {**COMPLETION, "n": True}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "seed": 2**64}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "temperature": -1}, 400, "invalid_value"),
+    ("/v1/completions", b'{"prompt": "a", "temperature": NaN}', 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "logprobs": 1000}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "logit_bias": {"9999": 1}}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "logit_bias": {"-1": 1}}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "stop": [""]}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "stop": ["a"] * 99}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "best_of": 3}, 400, "unsupported_parameter"),
+    ("/v1/completions", {**COMPLETION, "suffix": "b"}, 400, "unsupported_parameter"),
+    ("/v1/completions", {**COMPLETION, "stream_options": {}}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": ""}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": []}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": [[]]}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": ["a"] * 1000}, 400, None),
+    ("/v1/completions", {"prompt": [1, "a"]}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": [4096]}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": [10**40]}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": {"a": 1}}, 400, "invalid_value"),
+    ("/v1/completions", {"prompt": [5] * 1024}, 400, "context_length_exceeded"),
+    ("/v1/completions", {"prompt": "a " * 2000}, 400, "context_length_exceeded"),
+    ("/v1/completions", {"prompt": "a" * 200_000}, 413, "body_too_large"),
+    ("/v1/chat/completions", {"messages": []}, 400, "invalid_value"),
+    ("/v1/chat/completions", {"messages": [{"content": "a"}]}, 400, "missing_required_parameter"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, 400, "invalid_value"),
+    ("/v1/chat/completions", {"messages": "a"}, 400, "invalid_value"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "unsupported_parameter",
+    ),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema"}}, 400, "unsupported_parameter"),
+    ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "invalid_value"),
+    ("/v1/chat/completions", {**CHAT, "functions": [{}]}, 400, "unsupported_parameter"),
+    ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"chat_template": "{{1}}"}}, 400, "invalid_value"),
+    ("/v1/chat/completions", {**CHAT, "stream": "yes"}, 400, "invalid_value"),
+    ("/tokenize", {"text": "a"}, 400, "missing_required_parameter"),
+    ("/detokenize", {"tokens": [5000]}, 400, "invalid_value"),
+    ("/detokenize", {"tokens": [-1]}, 400, "invalid_value"),
+    ("/v1/embeddings", {}, 404, "not_found"),
+    ("/v1/models", {}, 405, "not_found"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "code"), BAD, ids=lambda value: repr(value)[:60])
+def test_bad_requests_are_refused(raw, served, path: str, body: object, status: int, code: str | None) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = raw.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert error["type"] == "invalid_request_error"
+    assert served.service.open <= 1
+
+
+def test_refusals_name_the_field(client) -> None:
+    with pytest.raises(openai.BadRequestError, match="does not constrain output") as failed:
+        client.chat.completions.create(model="demo", **CHAT, response_format={"type": "json_object"})
+    assert failed.value.param == "response_format"
+
+
+def test_unknown_fields_are_ignored_and_logged(raw, log) -> None:
+    assert raw.post("/v1/completions", json={**COMPLETION, "store": True, "metadata": {}}).status_code == 200
+    assert last(log)["ignored"] == ["metadata", "store"]
+
+
+def test_a_body_without_length_is_limited_too(raw) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b"a" * 1000
+
+    try:
+        answer = raw.post("/v1/completions", content=endless())
+    except httpx.TransportError:
+        return  # the server closed the connection while we still sent
+    assert answer.status_code == 413
+
+
+def test_long_texts_are_refused_without_tokenizing(pair, raw, served, monkeypatch) -> None:
+    monkeypatch.setattr(served.service.prompts, "_most_characters", 10)
+    monkeypatch.setattr(served.service.prompts, "tokenizer", None)
+    answer = raw.post("/v1/completions", json={"prompt": "a" * 11})
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+# ------------------------------------------------------------------------------------------------------------- manners
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {SECRET}", SECRET, "Bearer", "Bearer ü"])
+def test_keys(served, log, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    answer = httpx.post(served.url + "/v1/completions", json=COMPLETION, headers=headers)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(served.url + "/metrics", headers=headers).status_code == 401
+    assert httpx.get(served.url + "/health", headers=headers).status_code == 200
+    assert SECRET not in log.getvalue()
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst\n\n second \n", encoding="utf-8")
+    monkeypatch.setenv("HF_LLMOPT_API_KEYS", "third, fourth")
+    keys = Keys.read(file)
+    assert [keys.owner(f"Bearer {key}") for key in ("first", "second", "third", "fourth", "# ours", "")] == [
+        "key-0",
+        "key-1",
+        "key-2",
+        "key-3",
+        None,
+        None,
+    ]
+    assert "first" not in repr(keys) + repr(vars(keys))
+    file.write_text("# none\n", encoding="utf-8")
+    with pytest.raises(errors.InvalidOption, match="has no key"):
+        Keys.read(file)
+
+
+def test_log_and_request_id(raw, log) -> None:
+    answer = raw.post("/v1/completions", json={**COMPLETION, "max_tokens": 3}, headers={"X-Request-Id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.json()["id"] == "cmpl-mine-1"
+    line = last(log)
+    assert line["request_id"] == "mine-1"
+    assert (line["status"], line["completion_tokens"], line["path"]) == (200, 3, "/v1/completions")
+    assert 0 < line["first_token_seconds"] < line["seconds"]
+    assert "import os" not in log.getvalue()
+    odd = raw.post("/v1/completions", json=COMPLETION, headers={"X-Request-Id": "a b"})
+    assert odd.headers["x-request-id"] != "a b"
+
+
+def test_a_client_that_leaves_frees_its_pages(raw, served) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0, "n": 2}
+    with raw.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        next(answer.iter_lines())
+        assert served.held()
+    assert served.idle()
+    with pytest.raises(httpx.ReadTimeout):
+        raw.post("/v1/completions", json=body, timeout=0.3)
+    assert served.idle()
+    text = raw.get("/metrics").text
+    aborted = next(line for line in text.splitlines() if 'finished_reason="abort"' in line and "_total" in line)
+    assert float(aborted.split()[-1]) >= 2
+
+
+def test_deadlines(raw, served) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0, "deadline": 0.2}
+    answer = raw.post("/v1/completions", json=body)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert answer.headers["x-should-retry"] == "false"
+    events = raw.post("/v1/completions", json={**body, "stream": True}).text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert served.idle()
+
+
+def test_metrics(raw) -> None:
+    def figures() -> dict[str, float]:
+        answer = raw.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+    before = figures()
+    for _ in range(2):
+        raw.post("/v1/completions", json={"prompt": PROMPT + " # metrics", "max_tokens": 5, "temperature": 0})
+    after = figures()
+
+    def grown(name: str, labels: str = 'model_name="demo"') -> float:
+        key = f"llmopt:{name}{{{labels}}}"
+        return after[key] - before.get(key, 0)
+
+    assert grown("generation_tokens_total") == 10
+    assert grown("prompt_tokens_total") == grown("prefix_cache_queries_total") > 0
+    assert 0 < grown("prefix_cache_hits_total") < grown("prompt_tokens_total")
+    assert grown("request_success_total", 'finished_reason="length",model_name="demo"') == 2
+    assert grown("time_to_first_token_seconds_count") == grown("e2e_request_latency_seconds_count") == 2
+    assert grown("inter_token_latency_seconds_count") == 8
+    assert grown("http_requests_total", 'path="/v1/completions",status="200"') == 2
+    assert after['llmopt:num_requests_running{model_name="demo"}'] == 0
+    assert after['llmopt:kv_cache_usage_perc{model_name="demo"}'] == 0
+
+
+def test_a_full_line_answers_429_and_the_end_is_graceful(pair, log) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0}
+    with running(make(pair, max_requests=1, max_waiting=1)) as it, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(httpx.post, it.url + "/v1/completions", json=body, timeout=60)
+        wait_for(lambda: it.held())
+        second = pool.submit(httpx.post, it.url + "/v1/completions", json={**body, "max_tokens": 2}, timeout=60)
+        wait_for(lambda: it.service.engine.waiting)
+        third = httpx.post(it.url + "/v1/completions", json=body)
+        assert third.status_code == 429
+        assert third.headers["retry-after"] == "1"
+        assert third.json()["error"]["type"] == "rate_limit_error"
+        it.server.stop()
+        assert httpx.get(it.url + "/health").status_code == 503
+        late = httpx.post(it.url + "/v1/completions", json=body)
+        assert late.status_code == 503
+        assert late.json()["error"]["code"] == "shutting_down"
+        assert first.result().json()["usage"]["completion_tokens"] == 300
+        assert second.result().json()["usage"]["completion_tokens"] == 2
+        it.thread.join(10)
+        assert not it.thread.is_alive()
+
+
+def test_what_outlives_the_drain_ends_with_an_error(pair, log) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
+    with running(make(pair), drain=0.2) as it, ThreadPoolExecutor(1) as pool:
+        running_one = pool.submit(httpx.post, it.url + "/v1/completions", json=body, timeout=60)
+        wait_for(lambda: it.held())
+        it.server.stop()
+        assert running_one.result().status_code == 503
+        it.thread.join(10)
+        assert not it.thread.is_alive()
+        assert it.held() == 0
+
+
+def test_the_command_serves_until_it_is_told_to_stop() -> None:
+    script = "import sys; from hf_llmopt.cli import main; sys.argv[0] = 'hf-llmopt'; sys.exit(main())"
+    root = str(Path(hf_llmopt.__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "serve", "--port", "0", "--served-name", "mine", "--max-model-len", "64"],
+        env={**os.environ, "HF_LLMOPT_API_KEYS": SECRET, "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        first = process.stderr.readline()
+        url = re.search(r"serving mine on (http://127\.0\.0\.1:\d+/v1)", first)[1]
+        with openai.OpenAI(base_url=url, api_key=SECRET) as client:
+            answer = client.completions.create(model="mine", prompt="import", max_tokens=2, temperature=0)
+            assert client.models.retrieve("mine").max_model_len == 64
+        assert answer.usage.completion_tokens == 2
+        process.send_signal(signal.SIGTERM)
+        lines = [json.loads(line) for line in process.stderr]
+        assert process.wait(30) == 0
+    assert SECRET not in str(lines)
+    assert [line["path"] for line in lines if line["event"] == "request"] == [
+        "/v1/completions",
+        "/v1/models/{name:path}",
+    ]
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+# -------------------------------------------------------------------------------------------------------- without HTTP
+
+
+def test_text_waits_for_whole_characters_and_stops(pair) -> None:
+    tokenizer = pair[1]
+    text = "x = 'é€😀'  # ünd\nreturn"
+    ids = tokenizer(text)["input_ids"]
+    stream = TextStream(tokenizer, [])
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) + stream.end() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    for stop in ("€", "# ü", "return", "d\nr"):
+        stream = TextStream(tokenizer, [], [stop, "nowhere"])
+        shown = ""
+        for token in ids:
+            shown += stream.add(token)
+            if stream.stopped:
+                break
+        assert shown + stream.end() == text[: text.index(stop)]
+    cut = TextStream(tokenizer, [])
+    assert cut.add(tokenizer("é")["input_ids"][0]) == ""
+    assert cut.end() == "\ufffd"
+
+
+def test_errors_of_the_engine_have_a_status() -> None:
+    found = {kind.__name__: of_engine(kind("why")).status for kind in (errors.OutOfPages, errors.RequestFailed)}
+    assert found == {"OutOfPages": 400, "RequestFailed": 500}
