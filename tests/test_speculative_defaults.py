@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 from architectures import build
-from transformers import LlamaForCausalLM, StoppingCriteria
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, StoppingCriteria
 
 import hf_llmopt
-from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, SpeculativeGenerationMixin
+from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, SpeculativeGenerationMixin, demo
 from hf_llmopt.errors import InvalidOption, NotServed
 
 GREEDY = {"do_sample": False}
@@ -191,3 +191,32 @@ def test_what_a_draft_model_has_read_is_found_again_by_those_who_may(method):
         assert model.llmopt.stats.drafted_tokens > 0
         assert max(lengths) in expected
         lengths.clear()
+
+
+def test_draft_models_that_cannot_draft_are_refused(tmp_path):
+    model = build("llama")
+    with pytest.raises(InvalidOption, match="LlamaModel, which has no head"):
+        run(model, llmopt={"speculative": {"draft_model": model.model}})
+    with pytest.raises(InvalidOption, match=r"cannot be loaded.*method='eagle'"):
+        run(model, llmopt={"speculative": {"draft_model": tmp_path}})
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=model.config.vocab_size, hidden_size=16, num_hidden_layers=1)
+    )
+    with pytest.raises(InvalidOption, match="that is to draft cannot be served"):
+        run(model, llmopt={"speculative": {"draft_model": mamba}})
+
+
+def test_a_draft_model_whose_saved_keys_outlast_their_tokens_goes_on():
+    """It loses its pages while it guesses, and what it guessed is wrong: less of what was saved is needed."""
+    model, tokenizer = demo.load()
+    draft, _ = demo.load(draft=True)
+    texts = ("import os\n", "class Point:\n", "def main():\n", "import re", "x = 1\n", "def f(a):\n")
+    config = {"kv_cache": {"max_tokens": 200}, "speculative": {"draft_model": draft, "num_tokens": 16}}
+    with Engine(model, llmopt=config) as engine:
+        handles = [
+            engine.submit(tokenizer(text)["input_ids"], seed=9, max_new_tokens=80, do_sample=True) for text in texts
+        ]
+        for handle in handles:
+            handle.result(60)
+        assert sum(handle.stats.preemptions for handle in handles)
+        assert engine.loop.speculator is not None

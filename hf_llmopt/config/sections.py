@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -206,6 +207,8 @@ class SpeculativeConfig(Section):
                 f"SpeculativeConfig(method={self.method!r}, draft_model={type(self.draft_model).__name__}): methods "
                 "'draft_model' and 'eagle' need draft_model=, a model or its name, and no other method takes one."
             )
+        if isinstance(self.draft_model, PathLike):
+            object.__setattr__(self, "draft_model", fspath(self.draft_model))
         if not (self.draft_model is None or isinstance(self.draft_model, str) or hasattr(self.draft_model, "forward")):
             raise InvalidOption(f"draft_model is a model or its name, got {type(self.draft_model).__name__}.")
         for name in ("tokenizer", "draft_tokenizer"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from ..config import LLMOptConfig, SpeculativeConfig
-from ..errors import InvalidOption
+from ..errors import InvalidOption, UnsupportedModel
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
 from ..speculative.eagle import EagleModel, Follower, Head, check_fits, load_eagle, load_mtp
 from .proof import pass_seconds
@@ -71,7 +71,11 @@ def _with(
     """A drafter that runs a second model, in an engine of its own; the rest is as for `SecondModel`."""
     prompts = config.prompt_cache and replace(config.prompt_cache, path=None)
     own = LLMOptConfig(kv_cache=config.kv_cache, attention=config.attention, prompt_cache=prompts, graphs=config.graphs)
-    return DraftModelDrafter(SecondModel(second, new_loop(second, own, threading.Condition()), translation, adapters))
+    try:
+        loop = new_loop(second, own, threading.Condition())
+    except UnsupportedModel as error:
+        raise InvalidOption(f"The model that is to draft cannot be served: {error}") from error
+    return DraftModelDrafter(SecondModel(second, loop, translation, adapters))
 
 
 def _eagle(runner: Runner, config: LLMOptConfig, asked: SpeculativeConfig, new_loop: NewLoop) -> Drafter:

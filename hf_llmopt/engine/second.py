@@ -33,10 +33,20 @@ def second_model(asked: SpeculativeConfig, model: PreTrainedModel) -> tuple[PreT
     """
     given, device = asked.draft_model, input_device(model)
     if isinstance(given, str):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(given, dtype=model.dtype)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(given, dtype=model.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidOption(
+                f"draft_model={given!r} cannot be loaded: {error} An EAGLE drafter needs method='eagle'."
+            ) from error
         given = loaded.to(device).eval()
     if not isinstance(given, PreTrainedModel):
         raise InvalidOption(f"draft_model is a transformers PreTrainedModel or its name, got {type(given).__name__}.")
+    if given.get_output_embeddings() is None:
+        raise InvalidOption(
+            f"draft_model is a {type(given).__name__}, which has no head and so gives no logits. Load it with "
+            "AutoModelForCausalLM."
+        )
     if input_device(given) != device:
         raise InvalidOption(
             f"draft_model lies on {input_device(given)}, the model on {device}. Move it: draft_model.to('{device}')."

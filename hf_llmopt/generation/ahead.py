@@ -50,8 +50,8 @@ def why_not(group: Group) -> str | None:
         return None
     if group.keep_running:
         return (
-            "return_dict_in_generate, past_key_values, guidance, or a processor or criterion of yours could see rows "
-            "of a step together; a row by itself may draft"
+            "return_dict_in_generate, past_key_values, guidance, stop strings without an EOS token, or a processor or "
+            "criterion of yours could see rows of a step together; a row by itself may draft"
         )
     alone = [item for item in group.processors if stage_of(item) is not None or type(item) in ROW_WISE]
     alone += [item for item in group.processors if _ignores_padding(item)]

@@ -42,14 +42,14 @@ class Swapped:
 
         Args:
             store: The store it was copied from.
-            pages: The request's pages now, per cache group; at least as many as were saved.
+            pages: The request's pages now, per cache group; fewer than were saved, where it was cut meanwhile.
         """
         store.settle()
         for layer, (group, saved) in enumerate(zip(store.group_of, self._layers, strict=True)):
             for slots, tensor in zip((store.keys, store.values), saved, strict=True):
                 first = self.passed[group]
                 held = list(pages[group][first : first + len(tensor)])
-                _pages(store, slots[layer])[held] = tensor.to(slots[layer].device, non_blocking=True)
+                _pages(store, slots[layer])[held] = tensor[: len(held)].to(slots[layer].device, non_blocking=True)
 
 
 def _pages(store: PagedStore, slots: Tensor) -> Tensor:

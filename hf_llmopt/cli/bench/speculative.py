@@ -52,6 +52,8 @@ def speculative(
     from hf_llmopt.bench.workloads import held_out_ids
 
     if oracle is not None:
+        if draft or prompts or workload or plots or model != "demo":
+            raise typer.BadParameter("--oracle takes a shape, and no model, prompts or pictures", param_hint="--oracle")
         return _oracle(oracle, weights, repeat, seed, quick, markdown, output, json)
 
     from ..models import load as load_model

@@ -99,5 +99,6 @@ def load_mtp(model: PreTrainedModel, last: LayerSpec, layers: int) -> MtpHead:
         with torch.random.fork_rng(devices=[]):  # the user's seed must not notice
             mtp: Any = kind.from_pretrained(model, device_map={"": last.device})
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise InvalidCheckpoint(f"method='mtp': the MTP layers of {name} cannot be read: {error}") from error
+        why = "the model is quantized, and they are not" if getattr(model, "is_quantized", False) else error
+        raise InvalidCheckpoint(f"method='mtp': the MTP layers of {name} cannot be read: {why}") from error
     return MtpHead(mtp, last, layers)
