@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 from architectures import build
-from transformers import StoppingCriteria, pipeline
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, pipeline
 
 import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig, demo
 from hf_llmopt.bench.oracle import Oracle
 from hf_llmopt.engine.sampling import Tape
-from hf_llmopt.errors import CallbackFailed, InvalidOption
+from hf_llmopt.errors import CallbackFailed, InvalidLogits, InvalidOption
 from hf_llmopt.speculative import Draft, PassCosts, SuffixDrafter, choose_drafts
 from hf_llmopt.speculative.drafter import Odds
 
@@ -529,3 +529,67 @@ def test_calls_that_alternate_between_configs_keep_what_was_learned(model):
     assert engine.store.groups[0].pool.num_pages == 0, "its memory is free"
     generate(model, inputs, speculating(3), **GREEDY)
     assert model.llmopt.engine is engine
+
+
+def test_a_request_with_nan_teaches_nobody(model):
+    class Broken(LogitsProcessor):
+        def __call__(self, ids, scores):
+            return scores * float("nan") if ids.shape[1] == 9 else scores
+
+    ids = torch.tensor([[5, 9, 11, 7, 5, 9, 11, 7]])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **arguments)[0, 8:].tolist()
+    with Engine(model, speculating(4)) as engine:
+        with pytest.raises(InvalidLogits):
+            engine.submit(ids, logits_processor=LogitsProcessorList([Broken()]), **arguments).result(60)
+        assert engine.submit(ids, **arguments).result(60) == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_the_last_token_of_a_prompt_of_embeddings_is_computed_alone(model, backend):
+    ids = torch.randint(3, 112, (1, 9))
+    given = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "attention_mask": torch.ones_like(ids)}
+    config = {"batching": {"max_batch_tokens": 8}, "attention": backend}
+    expected = generate(model, given, config, **GREEDY)
+    assert generate(model, given, {**config, **speculating(4)}, **GREEDY) == expected
+
+
+def test_log_probabilities_of_a_prompt_are_of_its_tokens_alone(model):
+    ids = [5, 9, 11, 7, 5, 9, 11, 7, 5]
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "prompt_logprobs": 0}
+    with Engine(model, {"batching": {"max_batch_tokens": 4}, **speculating(4)}) as engine:
+        handle = engine.submit(ids, **arguments)
+        handle.result(60)
+        assert [entry.token for entry in handle.prompt_logprobs] == ids[1:]
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_guesses_do_not_cross_salts(model, embeds):
+    ids = torch.tensor([[5, 90, 11, 7, 33]])
+    given = {"inputs_embeds": model.get_input_embeddings()(ids).detach()} if embeds else {"input_ids": ids}
+    given["attention_mask"] = torch.ones_like(ids)
+    drafts = []
+    model.llmopt.release()
+    for salt in "aab":
+        config = {"prompt_cache": {"salt": salt}, **speculating(4)}
+        model.generate(**given, llmopt=config, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
+        drafts.append(drafted(model).accepted_tokens)
+    assert drafts[1] > drafts[0] + 10
+    assert drafts[2] == drafts[0]
+
+
+def test_what_was_guessed_wrong_holds_no_pages(model, monkeypatch):
+    ids, held = torch.tensor([[5, 90, 11, 7, 33]]), []
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    end = model.generate(ids, **arguments)[0].tolist()
+    monkeypatch.setattr("hf_llmopt.engine.drafters.SuffixDrafter", lambda: Oracle([end], 0.0, 112))
+    model.llmopt.release()
+    for more in ({}, speculating(16)):
+        config = {"kv_cache": {"page_size": 1}, **more}
+        stops = [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 8])]
+        arguments |= {"stopping_criteria": stops, "return_dict_in_generate": True}
+        found = model.generate(ids, llmopt=config, **arguments)
+        held.append(model.llmopt.engine.store.pages_used)
+        del found
+    assert held[0] == held[1]
+    model.llmopt.release()

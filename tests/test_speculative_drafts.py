@@ -13,6 +13,8 @@ from architectures import ARCHITECTURES, build
 
 import hf_llmopt
 from hf_llmopt import Engine, LLMOptConfig, SpeculativeConfig
+from hf_llmopt.engine.request import Request
+from hf_llmopt.engine.second import _begins_with
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.speculative.layer_skip import first_layers
 
@@ -188,3 +190,13 @@ def test_layers_that_do_not_exist_are_refused():
         first_layers(model, 2)
     with pytest.raises(InvalidOption, match="has 1 layer"):
         first_layers(build("llama", num_hidden_layers=1), None)
+
+
+def test_what_a_draft_model_read_is_not_shared_across_salts():
+    tokens = list(range(5))
+
+    def copy(salt):
+        return Request(tokens, tokens, 5, [], salt=salt)
+
+    assert _begins_with(copy("a"), copy("a"))
+    assert not _begins_with(copy("a"), copy("b"))

@@ -185,6 +185,8 @@ class EngineLoop:
         request.retract()
         self._close_ranks([request])
         if self.speculator is not None:
+            for table in request.tables:
+                table.crop(request.computed)  # nobody writes any more where guesses were wrong
             self.speculator.forget(request)
 
     def _abandon(self, request: Request) -> None:
@@ -242,8 +244,7 @@ class EngineLoop:
         wanted = [
             (request, request.most_drafts())
             for request in self.scheduler.running
-            if request.most_drafts is not None and request.remaining == 1 and request.computed and request.error is None
-            if not request.masked_tail  # which is a query of its own, and leaves no key that drafts could see
+            if request.most_drafts is not None and request.may_draft
         ]
         if not wanted:
             return

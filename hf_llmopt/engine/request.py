@@ -70,6 +70,7 @@ class Request:
         protected: Its pages cannot be taken away (they hold imported keys, or belong to a `generate` call).
         priority: Levels by which it goes before others, under that policy.
         tenant: Whose request it is, under the policy `"fair"`.
+        salt: With whom it may share what was computed, or guessed.
         adapter: The LoRA adapter its tokens go through, `None` for what is active in the model.
         on_prompt: Called with the place of a prompt token and the logits `[tokens, vocabulary]` from there on, or
             `None` if nobody wants logits inside the prompt.
@@ -115,6 +116,7 @@ class Request:
     protected: bool = False
     priority: int = 0
     tenant: str = ""
+    salt: str | None = None
     adapter: str | None = None
     on_prompt: Callable[[int, Any], None] | None = None
     prompt: int = 0
@@ -154,6 +156,13 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def may_draft(self) -> bool:
+        """Whether only its last token is still to be computed, and guesses may stand behind it."""
+        whole = self.embeds is None or self.computed >= len(self.embeds)  # embeddings are no tokens of a draft's pass
+        plain = not self.masked_tail and self.on_prompt is None  # a query of its own; logits that are a prompt's
+        return self.remaining == 1 and self.computed > 0 and whole and plain and self.error is None
+
+    @property
     def decodes(self) -> bool:
         """Whether all tokens that are still to be computed but one are drafts."""
         return self.remaining == 1 + self.drafted
@@ -167,11 +176,6 @@ class Request:
     def known(self) -> int:
         """Tokens that are computed, and that the host knows."""
         return min(self.computed, len(self.tokens) - max(self.drafted, self.pending is not None))
-
-    @property
-    def salt(self) -> str | None:
-        """With whom it may share what was computed, or guessed."""
-        return None if self.prefix is None else self.prefix.salt
 
     def draft(self, tokens: Sequence[int], parents: list[int] | None = None) -> None:
         """Guess tokens that follow: they are computed together with the last one.

@@ -97,6 +97,7 @@ class _Twin:
         self._reading = None if translation is None else Reading(translation)
         self.copy = _Copy([], [], 0, [], keeps_passed=True)  # windows go back too
         self.requests: list[Request] = [self.copy]
+        self.copy.salt = text.salt
         if translation is None:
             self.copy.left_padding = text.left_padding
         self.read(text)
@@ -136,7 +137,7 @@ def _begins_with(other: Request, request: Request) -> bool:
     return (
         not other.finished
         and other.left_padding == request.left_padding
-        and other.adapter == request.adapter
+        and (other.adapter, other.salt) == (request.adapter, request.salt)
         and other.tokens[:last] == request.tokens[:last]
         and other.positions[:last] == request.positions[:last]
     )

@@ -89,10 +89,11 @@ def translate(
     _check_lengths(model, engine, prompt, total)
     requests = [_request(engine, prompt, row, total, generation_config) for row in range(input_ids.shape[0])]
     _share_prompts(requests, prompt, generation_config)
-    if active.config.prompt_cache is not None and prompt.past is None and prompt.embeds is None:
+    if active.config.prompt_cache is not None:
         for request in requests:
-            if _is_plain(engine, request):
-                request.prefix = Prefix(len(request.tokens), active.config.prompt_cache.salt)
+            request.salt = active.config.prompt_cache.salt
+            if prompt.past is None and prompt.embeds is None and _is_plain(engine, request):
+                request.prefix = Prefix(len(request.tokens), request.salt)
     rows = range(len(requests))
     groups = [
         (Row if active.submitted else Group)(

@@ -37,17 +37,13 @@ class Text(Protocol):
     positions: list[int]
     next_position: int
     left_padding: int
+    salt: str | None  # with whom it may share what was computed, or guessed
     adapter: str | None  # the LoRA adapter that it goes through
     prefix: Any  # not `None` if what is computed of it may be found by others
     # The tokens that the request would choose with these logits `[vocabulary]`, so many tokens behind its next one: the
     # first, then what it would choose if that were not allowed, as many as are asked for; each with its probability.
     # Fewer where no more are allowed; none if the logits have NaN.
     guess: Callable[[Tensor, int, int], list[tuple[int, float]]]
-
-    @property
-    def salt(self) -> str | None:
-        """With whom it may share what was computed, or guessed."""
-        ...
 
 
 class Odds(NamedTuple):
