@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -221,6 +222,15 @@ def test_logprobs_and_echo(pair, client) -> None:
     assert choice.logprobs.text_offset[:2] == [0, len(choice.logprobs.tokens[0])]
     assert all(2 <= len(top) <= 3 for top in choice.logprobs.top_logprobs[1:])
 
+    chunks = list(
+        client.completions.create(
+            model="demo", prompt=PROMPT, max_tokens=3, temperature=0, logprobs=2, echo=True, stream=True
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    offsets = [offset for chunk in chunks for offset in chunk.choices[0].logprobs.text_offset]
+    assert offsets == choice.logprobs.text_offset
+
     scored = client.completions.create(model="demo", prompt=PROMPT, max_tokens=0, logprobs=0, echo=True)
     assert scored.choices[0].text == PROMPT
     assert scored.choices[0].logprobs.token_logprobs[1:] == pytest.approx(expected[:-3], abs=1e-4)
@@ -415,6 +425,8 @@ BAD = [
     ("/v1/chat/completions", {**CHAT, "functions": [{}]}, 400, "unsupported_parameter"),
     ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"chat_template": "{{1}}"}}, 400, "invalid_value"),
     ("/v1/chat/completions", {**CHAT, "stream": "yes"}, 400, "invalid_value"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 0}, 400, "invalid_value"),
+    ("/v1/completions", {**COMPLETION, "min_tokens": 2}, 400, "invalid_value"),
     ("/tokenize", {"text": "a"}, 400, "missing_required_parameter"),
     ("/detokenize", {"tokens": [5000]}, 400, "invalid_value"),
     ("/detokenize", {"tokens": [-1]}, 400, "invalid_value"),
@@ -452,10 +464,26 @@ def test_a_body_without_length_is_limited_too(raw) -> None:
             yield b"a" * 1000
 
     try:
-        answer = raw.post("/v1/completions", content=endless())
+        answer = raw.post("/v1/completions", content=endless(), headers={"Content-Type": "application/json"})
     except httpx.TransportError:
         return  # the server closed the connection while we still sent
     assert answer.status_code == 413
+
+
+def test_only_json_is_read(raw) -> None:
+    """A browser sends text to other addresses without asking them first, and nothing that is called JSON."""
+    answer = raw.post("/v1/completions", content=json.dumps(COMPLETION), headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 415
+    assert answer.json()["error"]["code"] == "unsupported_media_type"
+
+
+def test_slow_bodies_are_given_up(pair) -> None:
+    with running(make(pair, limits=Limits(1024, body_seconds=0.1))) as it:
+        address = it.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=10) as client:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: 10\r\n\r\n{")
+            assert client.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_long_texts_are_refused_without_tokenizing(pair, raw, served, monkeypatch) -> None:
@@ -562,6 +590,15 @@ def test_metrics(raw) -> None:
     assert grown("http_requests_total", 'path="/v1/completions",status="200"') == 2
     assert after['llmopt:num_requests_running{model_name="demo"}'] == 0
     assert after['llmopt:kv_cache_usage_perc{model_name="demo"}'] == 0
+
+
+def test_the_dashboard_shows_figures_that_exist(raw) -> None:
+    board = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_text("utf-8"))
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"llmopt:\w+", query)}
+    text = raw.get("/metrics").text
+    assert len(asked) >= 12
+    assert {name for name in asked if f"\n{name}{{" not in text} == set()
 
 
 def test_a_full_line_answers_429_and_the_end_is_graceful(pair, log) -> None:

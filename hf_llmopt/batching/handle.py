@@ -90,6 +90,18 @@ class RequestHandle:
             index += 1
             yield token
 
+    async def bursts(self) -> AsyncIterator[list[int]]:
+        """All new tokens, as many at a time as there are: who is slow wakes up less often.
+
+        Raises:
+            LLMOptError: The request failed.
+        """
+        index = 0
+        while await self._token_async(index) is not None:
+            tokens = self._row.tokens[index:]
+            index += len(tokens)
+            yield tokens
+
     def __await__(self) -> Generator[Any, None, list[int]]:
         """Wait for the end and return all new tokens, as `result` does."""
         return self._result_async().__await__()

@@ -30,7 +30,9 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; others get 429.")] = 1024,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait, whatever --llmopt says; others get 429.")
+    ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = 8 * 2**20,
     deadline: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds after which an answer ends with an error.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -61,49 +62,88 @@ class Answer:
         self.handle = handle
         self.tokens = 0
         self.first: float | None = None  # seconds to the first token
-        self._text = text
+        self.text = text
         self._ends = ends
         self._length = length
         self._metrics = metrics
         self._began = began
+        self._submitted = perf_counter()  # from then on the engine's own clock runs
         self._counted = False
         self._ended = False  # by itself: the engine knows
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self, at_once: bool = False) -> AsyncIterator[Piece]:
         """The answer, piece by piece; the last one says how it ended.
+
+        Args:
+            at_once: Wake up when the request has ended, not for each token. Not for answers with stop strings, which
+                would go on behind them.
 
         Raises:
             LLMOptError: The request failed.
         """
         before = self._began
         try:
-            async for token in self.handle:
-                now = perf_counter()
-                self._metrics.token(now - before, self.first is None)
-                if self.first is None:
-                    self.first = now - self._began
-                before = now
-                if self.tokens == self._length:
-                    break
-                self.tokens += 1
-                if token in self._ends:
-                    self._ended = True
-                    yield self._end("stop")
-                    return
-                piece = Piece(offsets=[self._text.length])
-                piece.text = self._text.add(token)
-                if self.handle.logprobs:
-                    piece.logprobs = [self.handle.logprobs[self.tokens - 1]]
+            if at_once:
+                await self._over()
+            async for tokens in self.handle.bursts():
+                before = self._clock(before, len(tokens), at_once)
+                piece = self._piece(tokens)
                 yield piece
-                if self._text.stopped:
-                    yield self._end("stop")
+                if piece.finish:
                     return
-            yield self._end("length")
+            yield self._end(Piece(), "length")
         except LLMOptError as error:
             self._count("abort" if isinstance(error, RequestCancelled) else "error")
             raise
         finally:
             self.give_up()
+
+    async def _over(self) -> None:
+        """Wait until the request has ended."""
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the event loop was closed
+                loop.call_soon_threadsafe(over.set)
+
+        self.handle.when_done(tell)
+        await over.wait()
+
+    def _clock(self, before: float, tokens: int, at_once: bool) -> float:
+        """Note when tokens came; those that came together are taken for evenly spaced. Returns the time."""
+        now = perf_counter()
+        if self.first is None:
+            # Whoever waits for the end does not see the first token come; the engine did.
+            came = self._submitted + self.handle.stats.time_to_first_token if at_once else now
+            self.first = came - self._began
+            self._metrics.token(self.first, first=True)
+            before, tokens = came, tokens - 1
+        for _ in range(tokens):
+            self._metrics.token((now - before) / tokens, first=False)
+        return now
+
+    def _piece(self, tokens: list[int]) -> Piece:
+        """What these tokens add."""
+        room = self._length - self.tokens
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        shown = tokens[: room if end is None else min(end, room)]
+        piece = Piece()
+        if not self.text.stops and not self.handle.logprobs:
+            self.tokens += len(shown)
+            piece.text = self.text.add(*shown)
+        else:
+            for token in shown:
+                piece.offsets.append(self.text.length)
+                piece.logprobs += self.handle.logprobs[self.tokens : self.tokens + 1]
+                self.tokens += 1
+                piece.text += self.text.add(token)
+                if self.text.stopped:
+                    return self._end(piece, "stop")
+        if end is not None and end < room:
+            self._ended = True
+            self.tokens += 1
+            return self._end(piece, "stop")
+        return piece
 
     def give_up(self) -> None:
         """End the request if it runs; the event loop does not wait for the step in which it ends."""
@@ -111,9 +151,11 @@ class Answer:
         if not self._ended and not self.handle.done:
             asyncio.get_running_loop().run_in_executor(None, self.handle.cancel)
 
-    def _end(self, reason: str) -> Piece:
+    def _end(self, piece: Piece, reason: str) -> Piece:
         self._count(reason)
-        return Piece(self._text.end(), finish=reason)
+        piece.text += self.text.end()
+        piece.finish = reason
+        return piece
 
     def _count(self, reason: str) -> None:
         if not self._counted:

@@ -34,7 +34,7 @@ async def chat(service: Service, request: Request) -> Response:
 
     def work() -> list[Answer]:
         ids = service.prompts.chat(ask, tools=ask.tool_choice != "none")
-        return service.submit([ids], ask, most or None, caller, shown)
+        return service.submit([ids], ask, most, caller, shown)
 
     answers = await service.in_thread(n, work)
     if service.log_prompts:

@@ -35,9 +35,12 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """The whole body.
 
     Raises:
-        APIError: It is too large (413) or too slow (408).
+        APIError: It is not said to be JSON (415), too large (413) or too slow (408).
         ClientGone: It will never be whole.
     """
+    # Web pages can make a browser send any other type to any address, this machine's own among them.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise APIError(415, "Send JSON, with `Content-Type: application/json`.", "unsupported_media_type")
     too_large = APIError(413, f"The body may have {limits.max_body_bytes} bytes at most.", "body_too_large")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limits.max_body_bytes:

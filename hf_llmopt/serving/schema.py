@@ -185,6 +185,8 @@ class ChatRequest(Generation, ChatMessages):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
+        if self.max_tokens == 0:
+            raise FieldError("at least 1", "invalid_value", "max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise FieldError("only allowed with logprobs=true", "invalid_value", "top_logprobs")
         return self

@@ -159,6 +159,10 @@ class Service:
             LLMOptError: The engine refuses; then none of them runs.
         """
         lengths = [answer_length(self.limits, len(prompt), most) for prompt in prompts]
+        if (ask.min_tokens or 0) > min(lengths):
+            raise APIError(
+                400, f"min_tokens: at most {min(lengths)}, the longest answer.", "invalid_value", "min_tokens"
+            )
         more = arguments(ask, self._generation)
         n = ask.n or 1
         # Greedy answers are all the same, and `generate` refuses to give several.

@@ -73,7 +73,7 @@ async def whole(request: Request, answers: Sequence[Answer], n: int, form: Form)
     """
 
     async def pieces(answer: Answer) -> list[Piece]:
-        return [piece async for piece in answer.pieces()]
+        return [piece async for piece in answer.pieces(at_once=not answer.text.stops)]
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -95,6 +95,7 @@ async def whole(request: Request, answers: Sequence[Answer], n: int, form: Form)
         for answer in answers:
             answer.give_up()
         note(request, answers, n)
+        await asyncio.gather(watch, work, return_exceptions=True)  # whatever else failed has been said
     body = form.envelope([form.choice(answer, own) for answer, own in zip(answers, found, strict=True)], False)
     return JSONResponse({**body, "usage": usage(answers, n)})
 

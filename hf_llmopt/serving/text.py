@@ -22,6 +22,7 @@ class TextStream:
 
     Attributes:
         length: Characters so far, those included that wait for a stop string to be ruled out.
+        stops: As given.
         stopped: Whether a stop string came.
 
     Example:
@@ -45,7 +46,7 @@ class TextStream:
         self.length = 0
         self.stopped = False
         self._tokenizer = tokenizer
-        self._stops = stops
+        self.stops = stops
         self._skip = skip_special_tokens
         self._include = include_stop
         self._ids = list(prompt[-CONTEXT:])  # those before `_read` are shown, and decoded along
@@ -53,43 +54,46 @@ class TextStream:
         self._known = self._decode(self._ids)
         self._held = ""  # may be the beginning of a stop string
 
-    def add(self, token: int) -> str:
+    def add(self, *tokens: int) -> str:
         """The text that is certain now; empty while a character or a stop string may be incomplete."""
         if self.stopped:
             return ""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith(UNFINISHED) and len(self._ids) - self._read < MOST_PARTS:
-            return ""
-        return self._take(text)
+        self._ids += tokens
+        last = len(self._ids)
+        for end in range(last, max(self._read, last - MOST_PARTS), -1):
+            text = self._decode(self._ids[:end])
+            if not text.endswith(UNFINISHED):
+                return self._take(text, end)
+        return self._take(self._decode(self._ids), last) if last - self._read >= MOST_PARTS else ""
 
     def end(self) -> str:
         """What was held back; no token follows."""
         if self.stopped:
             return ""
-        piece = self._take(self._decode(self._ids)) if len(self._ids) > self._read else ""
+        last = len(self._ids)
+        piece = self._take(self._decode(self._ids), last) if last > self._read else ""
         return piece + self._held
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
         return text
 
-    def _take(self, text: str) -> str:
+    def _take(self, text: str, end: int) -> str:
+        """Show the tokens before `end`, whose text this is; they are the context of what follows."""
         piece = text[len(self._known) :]
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        self._known = self._decode(self._ids)
+        self._ids, self._read = self._ids[self._read :], end - self._read
+        self._known = self._decode(self._ids[: self._read])
         self.length += len(piece)
-        return self._until_stop(piece) if self._stops else piece
+        return self._until_stop(piece) if self.stops else piece
 
     def _until_stop(self, piece: str) -> str:
         text = self._held + piece
-        found = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        found = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
             place, stop = min(found)
             self._held, self.stopped = "", True
             return text[: place + len(stop)] if self._include else text[:place]
-        held = max(_overlap(text, stop) for stop in self._stops)
+        held = max(_overlap(text, stop) for stop in self.stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
