@@ -114,7 +114,7 @@ class Answer:
         now = perf_counter()
         if self.first is None:
             # Whoever waits for the end does not see the first token come; the engine did.
-            came = self._submitted + self.handle.stats.time_to_first_token if at_once else now
+            came = min(now, self._submitted + self.handle.stats.time_to_first_token) if at_once else now
             self.first = came - self._began
             self._metrics.token(self.first, first=True)
             before, tokens = came, tokens - 1
