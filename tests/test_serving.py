@@ -12,24 +12,24 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import hf_llmopt
-from hf_llmopt import BatchingConfig, Engine, LLMOptConfig, demo, errors
+from hf_llmopt import demo, errors
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx2")
 openai = pytest.importorskip("openai")
 
-from hf_llmopt.serving import Keys, Limits, Server, Service, logs  # noqa: E402 - needs the extra
+from served import Running, make, running  # noqa: E402 - needs the extra
+
+from hf_llmopt.serving import Keys, Limits, logs  # noqa: E402
 from hf_llmopt.serving.errors import of_engine  # noqa: E402
 from hf_llmopt.serving.text import TextStream  # noqa: E402
 
@@ -38,42 +38,6 @@ pytestmark = pytest.mark.skipif(
 )
 PROMPT = "def read_lines(path):\n    with open(path"
 SECRET = "sk-secret"
-
-
-class Running:
-    """A server in a thread of this process, and the log that it writes."""
-
-    def __init__(self, service: Service, drain: float = 20.0) -> None:
-        self.service = service
-        self.server = Server(service, drain)
-        listening = self.server.listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
-        self.thread.start()
-
-    def held(self) -> int:
-        """Pages that requests hold."""
-        return sum(pool.used for pool in self.service.engine.loop.scheduler.pools)
-
-    def idle(self) -> bool:
-        """Wait until no request holds a page, or ten seconds."""
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            if not (self.held() or self.service.engine.waiting or self.service.open):
-                return True
-            time.sleep(0.01)
-        return False
-
-
-@contextmanager
-def running(service: Service, drain: float = 20.0) -> Iterator[Running]:
-    it = Running(service, drain)
-    try:
-        yield it
-    finally:
-        it.server.stop()
-        it.thread.join(30)
-        assert not it.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +57,6 @@ def log() -> Iterator[io.StringIO]:
     logs.LOGGER.setLevel(logging.INFO)
     yield written
     logs.LOGGER.removeHandler(handler)
-
-
-def make(pair, keys: Keys | None = None, limits: Limits | None = None, **batching: object) -> Service:
-    model, tokenizer = pair
-    config = LLMOptConfig(prompt_cache=True, batching=BatchingConfig(**batching))
-    return Service(Engine(model, config), tokenizer, "demo", limits, keys)
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +451,82 @@ def test_long_texts_are_refused_without_tokenizing(pair, raw, served, monkeypatc
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_templates_may_be_missing_and_may_refuse(raw, served, monkeypatch) -> None:
+    tokenizer = served.service.prompts.tokenizer
+    for template, says in (
+        (None, "no chat template"),
+        ("{{ raise_exception('system messages are not allowed') }}", "system messages are not allowed"),
+        ("{{ nothing.at.all }}", "undefined"),
+    ):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        answer = raw.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 400
+        assert says in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "messages"
+
+
+def test_a_chat_template_takes_variables_and_unfinished_answers(raw, served, monkeypatch) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}|{% endif %}{% endfor %}"
+    monkeypatch.setattr(
+        served.service.prompts.tokenizer,
+        "chat_template",
+        template + "{% if add_generation_prompt %}{{ mark }}{% endif %}",
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def rendered(**more) -> str:
+        tokens = raw.post("/tokenize", json={"messages": messages, **more}).json()["tokens"]
+        return raw.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+
+    assert rendered(chat_template_kwargs={"mark": "!"}) == "<user>a|<assistant>b!"
+    assert rendered(continue_final_message=True, chat_template_kwargs={"mark": "!"}) == "<user>a|<assistant>b"
+
+
 # ------------------------------------------------------------------------------------------------------------- manners
+
+
+def test_a_fault_of_the_server_is_logged_without_its_message(raw, served, log, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("import os is the prompt")
+
+    monkeypatch.setattr(served.service.prompts, "text", fail)
+    answer = raw.post("/v1/completions", json=COMPLETION, headers={"X-Request-Id": "fault"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "prompt" not in answer.text
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    (fault,) = [line for line in lines if line["event"] == "a request failed"]
+    assert (fault["request_id"], fault["error"]) == ("fault", "RuntimeError")
+    assert any("test_serving" in frame for frame in fault["trace"])
+    assert "import os" not in log.getvalue()
+
+
+def test_a_fault_of_the_model_ends_its_request_alone(raw, served, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("the model failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.service.engine.loop.runner, "run", fail)
+        answer = raw.post("/v1/completions", json=COMPLETION)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "engine_error"
+        assert answer.headers["x-should-retry"] == "false"
+        events = raw.post("/v1/completions", json={**COMPLETION, "stream": True}).text
+        assert '"engine_error"' in events
+        assert events.endswith("data: [DONE]\n\n")
+    assert raw.post("/v1/completions", json=COMPLETION).status_code == 200
+
+
+def test_prompts_are_logged_if_asked_for(raw, served, log, monkeypatch) -> None:
+    monkeypatch.setattr(served.service, "log_prompts", True)
+    start = len(log.getvalue())
+    raw.post("/v1/completions", json=COMPLETION)
+    raw.post("/v1/chat/completions", json=CHAT)
+    one, two = [json.loads(line) for line in log.getvalue()[start:].splitlines()]
+    assert one["prompt"] == "import os"
+    assert two["messages"] == CHAT["messages"]
+    log.seek(start)
+    log.truncate()  # other tests look for prompts where none should be
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {SECRET}", SECRET, "Bearer", "Bearer ü"])

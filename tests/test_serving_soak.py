@@ -1,0 +1,126 @@
+"""20,000 requests, many of which nobody should send, from clients of which many leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+
+import psutil
+import pytest
+
+from hf_llmopt import demo
+
+httpx = pytest.importorskip("httpx2")
+
+from served import Running, make, running  # noqa: E402 - needs the extra
+
+from hf_llmopt.serving import Limits  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights"),
+]
+REQUESTS, AT_ONCE = 20_000, 48
+GROWTH = 48 * 2**20  # bytes, from a quarter of the requests to the last one
+SETTINGS = {
+    "temperature": [0, 0.7, 2, 1e-300],
+    "n": [1, 2, 3],
+    "top_p": [0, 0.5, 1],
+    "top_k": [-1, 0, 1, 5, 10**9],
+    "min_p": [0, 0.3, 1],
+    "stop": ["\n", ["self", "("]],
+    "logprobs": [0, 20],
+    "echo": [True],
+    "stream": [True],
+    "presence_penalty": [-2, 2],
+    "repetition_penalty": [0.01, 1.1, 10],
+    "logit_bias": [{"5": -100, "6": 100}],
+    "seed": [-5, 0, 2**63 - 1],
+    "user": ["u"],
+    "priority": [-100, 100],
+    "min_tokens": [1, 5, 10**12],
+    "deadline": [1e-9, 0.01, 5],
+    "cache_salt": ["x"],
+    "skip_special_tokens": [False],
+}
+JUNK = [None, True, -1, 0, 1, 1.5, 1e400, 10**30, "", "a", [], [[]], {}, {"a": 1}, [None], "\0", "\ud83d" * 3]
+FIELDS = ["messages", "tools", "stream_options", "response_format", "logit_bias", "n", "zzz", "chat_template_kwargs"]
+ALLOWED = {200, 400, 413, 429, 504}
+
+
+def body(path: str) -> dict:
+    if path == "/detokenize":
+        return {"tokens": [random.randrange(4096) for _ in range(9)]}
+    made = {name: random.choice(values) for name, values in SETTINGS.items() if random.random() < 0.15}
+    text = random.choice(demo.PROMPTS) * random.randint(1, 3)
+    asked = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    return {**made, **asked, "max_tokens": random.randint(1, 12)}
+
+
+def spoiled(asked: dict) -> bytes:
+    if random.random() < 0.1:
+        return b"a" * 60_000
+    for _ in range(random.randint(1, 3)):
+        asked[random.choice([*asked, *FIELDS])] = random.choice(JUNK)
+    written = bytearray(json.dumps(asked).encode())
+    if random.random() < 0.2:
+        for _ in range(3):
+            written[random.randrange(len(written))] = random.randrange(256)
+    return bytes(written)
+
+
+async def one(client, seen: Counter, faults: list[str]) -> None:
+    path = random.choice(["/v1/completions"] * 3 + ["/v1/chat/completions", "/tokenize", "/detokenize"])
+    kind, asked = random.random(), body(path)
+    headers = {"Content-Type": "application/json"}
+    if kind < 0.1:
+        asked |= {"stream": True, "max_tokens": 400}
+        async with client.stream("POST", path, json=asked) as answer:
+            async for _ in answer.aiter_lines():
+                if random.random() < 0.2:
+                    seen["left a stream"] += 1
+                    return
+    elif kind < 0.2:
+        asked |= {"max_tokens": 500}
+        try:
+            answer = await client.post(path, json=asked, timeout=random.uniform(0.005, 0.1))
+        except httpx.TimeoutException:
+            seen["left"] += 1
+            return
+    elif kind < 0.5:
+        answer = await client.post(path, content=spoiled(asked), headers=headers)
+    else:
+        answer = await client.post(path, json=asked)
+    seen[answer.status_code] += 1
+    text = "" if answer.is_stream_consumed and kind < 0.1 else answer.text
+    if answer.status_code not in ALLOWED or "engine_error" in text or "internal_error" in text:
+        faults.append(f"{path} {answer.status_code} {text[-300:]}")
+
+
+async def load(it: Running, seen: Counter, faults: list[str], requests: int) -> None:
+    async with httpx.AsyncClient(base_url=it.url, timeout=120, limits=httpx.Limits(max_connections=AT_ONCE)) as client:
+
+        async def worker() -> None:
+            for _ in range(requests // AT_ONCE):
+                await one(client, seen, faults)
+
+        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+
+
+@pytest.mark.filterwarnings("default")  # a client that leaves in the middle leaves open sockets behind
+def test_soak(one_thread) -> None:
+    seen, faults, sizes = Counter(), [], []
+    limits = Limits(1024, max_body_bytes=50_000)
+    with running(make(demo.load(), limits=limits, cache_bytes=2**23, max_waiting=64, max_requests=16)) as it:
+        for _ in range(4):
+            asyncio.run(load(it, seen, faults, REQUESTS // 4))
+            assert it.idle(), "pages are held that nobody waits for"
+            sizes.append(psutil.Process().memory_info().rss)
+        assert it.service.engine.submit([5], max_new_tokens=1).result()
+    assert faults == []
+    assert seen[200] > REQUESTS / 3
+    assert seen["left"] > 0 < seen["left a stream"]
+    assert {status for status in seen if isinstance(status, int)} <= ALLOWED
+    assert sizes[-1] - sizes[0] < GROWTH, sizes
