@@ -211,16 +211,16 @@ class Row(Group):
             The first, and what it would choose if those before were not allowed, with their probabilities.
         """
         scores = apply([([*self.wished, *self.stages], self)], logits[None].float())
-        noise, chances = self.noise(scores, ahead) if self.do_sample else None, scores.softmax(-1)[0]
+        chances = scores.softmax(-1)
+        race = chances / self.noise(scores, ahead) if self.do_sample else scores.clone()
         guesses: list[tuple[int, float]] = []
         while len(guesses) < most:
-            token = int(pick(scores, noise))
-            chance = float(chances[token]) if token >= 0 else 0.0
+            token = int(pick(race))
+            chance = float(chances[0, token]) if token >= 0 else 0.0
             if not chance > 0:  # NaN, or nothing else is allowed
                 break
             guesses.append((token, chance))
-            scores = scores.clone() if len(guesses) == 1 else scores
-            scores[0, token] = REMOVED
+            race[0, token] = REMOVED
         return guesses
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:

@@ -52,7 +52,8 @@ class DraftModelDrafter:
 
     def __init__(self, second: Second) -> None:
         self._second = second
-        self._seconds = 0.0  # of a pass
+        self._seconds = [0.0, 0.0]  # that the first guess of a step takes, and each behind it
+        self._read: set[Text] = set()  # to read a text for the first time takes longer
         self._waited = 0  # steps since somebody was last guessed for
 
     def propose(self, texts: Sequence[Text], limits: Sequence[int], odds: Odds) -> list[Draft]:
@@ -74,13 +75,13 @@ class DraftModelDrafter:
             if not paying:
                 break
             going, self._waited = paying, 0
-            began = perf_counter()
-            if not mains[going[0]]:
-                self._second.follow([texts[index] for index in going])
-            found = self._second.logits([texts[index] for index in going])
-            each = (perf_counter() - began) / len(going)
-            if mains[going[0]]:  # the first pass of a step reads more than one token of a text
-                self._seconds = each if not self._seconds else self._seconds + FORGET * (each - self._seconds)
+            began, first = perf_counter(), not mains[going[0]]
+            guessed = [texts[index] for index in going]
+            known = self._read.issuperset(guessed)
+            if first:
+                self._second.follow(guessed)
+                self._read.update(guessed)
+            found = self._second.logits(guessed)
             for index, logits in zip(list(going), found, strict=True):
                 draft, text, depth = drafts[index], texts[index], len(mains[index])
                 guesses = [] if logits is None else text.guess(logits, depth, 2 if odds.branches else 1)
@@ -95,15 +96,20 @@ class DraftModelDrafter:
                 else:
                     chances[index] *= odds.chance(draft.grounds[mains[index][-1]])
                     self._second.append(text, guesses[0][0])
+            if known:
+                each, before = (perf_counter() - began) / len(guessed), self._seconds[not first]
+                # Counted as twice what was expected at most: others may have used the machine.
+                self._seconds[not first] = before + FORGET * (min(each, 2 * before) - before) if before else each
         return drafts
 
     def _pays(self, index: int, survival: float, odds: Odds) -> bool:
         """Whether the next guess is worth its pass, by how often guesses at its place were right so far."""
-        return survival * odds.chance(place(index)) > odds.worth(self._seconds)
+        return survival * odds.chance(place(index)) > odds.worth(self._seconds[index > 0])
 
     def learn(self, text: Text, start: int, draft: Draft, chosen: Mapping[int, int]) -> None:
         """The model reads the text itself."""
 
     def forget(self, text: Text) -> None:
         """The text has ended."""
+        self._read.discard(text)
         self._second.forget(text)
