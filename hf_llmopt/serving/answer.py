@@ -44,6 +44,10 @@ class Answer:
         length: Most tokens; with 0, one is generated and not shown, for the sake of the prompt's figures.
         metrics: Where it is counted.
         began: When it was asked for, of `perf_counter`.
+
+    Attributes:
+        tokens: New tokens so far, the one that ends the answer included, none behind a stop string.
+        first: Seconds from the request to its first token, `None` before.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Answer:
         self.prompt = prompt
         self.handle = handle
         self.tokens = 0
-        self.first: float | None = None  # seconds to the first token
+        self.first: float | None = None
         self.text = text
         self._ends = ends
         self._length = length
