@@ -373,13 +373,19 @@ def _tiny():
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.8])
-@pytest.mark.parametrize("drafter", ["suffix", "draft_model"])
+@pytest.mark.parametrize("drafter", ["suffix", "tree", "draft_model", "layer_skip"])
 @torch.no_grad()
-def test_the_joint_distribution_is_the_models(drafter, temperature):
+def test_the_joint_distribution_is_the_models(monkeypatch, drafter, temperature):
     model, options = _tiny(), {"temperature": temperature, "top_k": 5}
-    draft = {"draft_model": build("llama", vocab_size=8, seed=3)} if drafter == "draft_model" else {}
+    monkeypatch.setattr("hf_llmopt.engine.drafters.pass_seconds", lambda runner, tokens: 1.0 + 1e-6 * tokens)
+    draft = {
+        "suffix": {"num_tokens": 2},
+        "tree": {},  # as many guesses as pay, several behind one token
+        "draft_model": {"num_tokens": 2, "draft_model": build("llama", vocab_size=8, seed=3)},
+        "layer_skip": {"num_tokens": 2, "method": "layer_skip"},
+    }
     torch.manual_seed(0)
-    found = _joint(model, speculating(2, **draft), 3, 1500, **options)
+    found = _joint(model, {"speculative": draft[drafter]}, 3, 1500, **options)
     assert drafted(model).drafted_tokens > 0
     statistic, likely = _chi_squared(model, found, 3, temperature, 5)
     # Of k outcomes the statistic has mean k and variance 2k: six deviations are a chance of about 1e-9.
