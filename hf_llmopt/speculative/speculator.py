@@ -103,7 +103,7 @@ class Speculator:
             computed = choose_drafts([self._chances(draft) for draft in drafts], costs)
             if any(computed):
                 self._rest = 0
-            elif any(limits):
+            elif any(draft.tokens for draft in drafts):
                 self._resting = self._rest = min(REST, 2 * self._rest + 1)
         else:
             odds = Odds(self._chance, lambda seconds: 0.0)
