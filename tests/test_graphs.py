@@ -224,13 +224,16 @@ def test_requests_that_come_and_go(overlap: bool) -> None:
     llmopt = config(kv_cache={"page_size": 4, "max_tokens": 128}, batching={"overlap": overlap, "max_requests": 2})
     with Engine(model, llmopt) as engine:
         arguments = {**KW, "max_new_tokens": None}
-        handles = [
-            engine.submit(ids, **{**arguments, "max_new_tokens": count})
-            for ids, count in zip(prompts, counts, strict=True)
-        ]
-        for ids, count, handle in zip(prompts, counts, handles, strict=True):
-            expected = model.generate(ids[None], **{**arguments, "max_new_tokens": count})[0, len(ids) :].tolist()
-            assert handle.result(60) == expected
+        for _ in range(
+            2
+        ):  # which passes meet depends on when requests come: a kind of pass is replayed from its third on
+            handles = [
+                engine.submit(ids, **{**arguments, "max_new_tokens": count})
+                for ids, count in zip(prompts, counts, strict=True)
+            ]
+            for ids, count, handle in zip(prompts, counts, handles, strict=True):
+                expected = model.generate(ids[None], **{**arguments, "max_new_tokens": count})[0, len(ids) :].tolist()
+                assert handle.result(60) == expected
         runner = engine.loop.runner
         assert runner.no_graphs is None
         assert runner.replays >= 3

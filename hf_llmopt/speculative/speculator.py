@@ -19,6 +19,7 @@ FIRST = 0.5  # chance of a draft about whose grounds nothing is known yet
 PRIOR = 2.0  # how many drafts that first guess weighs as much as
 PLAIN = 32  # of so many steps one computes no guess: what that takes has to be known
 REST = 16  # most steps in which nobody guesses, once guesses do not pay; then somebody looks again
+NOTHING = Draft([], [])
 MEMORY = 200.0  # drafts that are remembered for each grounds
 
 
@@ -146,6 +147,11 @@ class Speculator:
         known = self._open.pop(request, None)
         if known is None:
             return
+        part = _part(known.draft, known.computed)
+        chosen = {index: token for index, token in request.chosen.items() if index < len(part.tokens)}
+        self.drafter.learn(request, known.start, part, chosen)
+        if not known.draft.tokens:
+            return
         draft, behind = known.draft, defaultdict[int, list[int]](list)
         for index in range(len(draft.tokens)):
             behind[draft.parent(index)].append(index)
@@ -160,9 +166,6 @@ class Speculator:
             if hit is None:
                 break
             node, right = hit, right + (hit in known.computed)
-        part = _part(draft, known.computed)
-        chosen = {index: token for index, token in request.chosen.items() if index < len(part.tokens)}
-        self.drafter.learn(request, known.start, part, chosen)
         request.drafted_tokens += len(known.computed)
         request.accepted_tokens += right
 
@@ -174,6 +177,8 @@ class Speculator:
 
 def _part(draft: Draft, chosen: Sequence[int]) -> Draft:
     """The guesses that were chosen; nobody who stands behind another is chosen without it."""
+    if not chosen:
+        return NOTHING
     tokens, grounds = [draft.tokens[index] for index in chosen], [draft.grounds[index] for index in chosen]
     places = {index: place for place, index in enumerate(chosen)}
     parents = [places.get(draft.parent(index), -1) for index in chosen]
