@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
+from test_speculative_drafts import drafted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -100,13 +101,6 @@ def run(model, inputs, llmopt, count=24, **kwargs):
     torch.manual_seed(7)
     output = model.generate(**inputs, llmopt=llmopt, max_new_tokens=count, pad_token_id=0, **kwargs)
     return output.tolist(), float(torch.rand(()))
-
-
-def drafted(model):
-    stats = model.llmopt.stats
-    assert (stats.served_by, stats.undrafted) == ("llmopt", None)
-    assert stats.drafted_tokens > 0
-    return stats
 
 
 def test_a_permuted_vocabulary_guesses_as_well(permuted):

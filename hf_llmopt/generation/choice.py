@@ -72,8 +72,9 @@ class Chosen:
 
     def _accept(self, row: Row, places: range, tokens: dict[int, int]) -> None:
         place, node = places.start, row.request.node
-        known = [(node + index, tokens.get(place, -1)) for index, place in enumerate(places)]
-        row.request.chosen |= {index: token for index, token in known if token >= 0}
+        if row.request.most_drafts is not None:  # drafters learn from it
+            known = [(node + index, tokens.get(place, -1)) for index, place in enumerate(places)]
+            row.request.chosen |= {index: token for index, token in known if token >= 0}
         while place in places:
             if place in self.failed:
                 raise self.failed[place]

@@ -14,7 +14,7 @@ from .limits import read_body
 from .parse import parse
 from .schema import ChatRequest
 from .service import Caller, Service, Shown
-from .streaming import EventStream, note, whole
+from .streaming import note, respond
 from .tokens import finite, token_bytes, token_text
 
 
@@ -41,9 +41,7 @@ async def chat(service: Service, request: Request) -> Response:
         request.state.note["messages"] = [message.model_dump(exclude_none=True) for message in ask.messages]
     note(request, answers, n)
     form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs))
-    if ask.stream:
-        return EventStream(request, answers, n, form, ask.wants_usage)
-    return await whole(request, answers, n, form)
+    return await respond(request, answers, n, form, ask)
 
 
 class ChatForm:

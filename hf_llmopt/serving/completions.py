@@ -16,7 +16,7 @@ from .limits import read_body
 from .parse import parse
 from .schema import MOST_CHOICES, CompletionRequest
 from .service import Caller, Service, Shown
-from .streaming import EventStream, note, whole
+from .streaming import note, respond
 from .tokens import finite, token_text
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -55,9 +55,7 @@ async def completions(service: Service, request: Request) -> Response:
         request.state.note["prompt"] = ask.prompt
     note(request, answers, n)
     form = CompletionForm(service, f"cmpl-{caller.request_id}", ask)
-    if ask.stream:
-        return EventStream(request, answers, n, form, ask.wants_usage)
-    return await whole(request, answers, n, form)
+    return await respond(request, answers, n, form, ask)
 
 
 class CompletionForm:

@@ -15,6 +15,7 @@ from .answer import Answer, Piece
 from .errors import of_engine
 from .limits import ClientGone
 from .logs import LOGGER
+from .schema import Generation
 
 DONE = "data: [DONE]\n\n"
 
@@ -62,6 +63,13 @@ def note(request: Request, answers: Sequence[Answer], n: int) -> None:
         "choices": len(answers),
         "first_token_seconds": round(min(firsts), 6) if firsts else None,
     }
+
+
+async def respond(request: Request, answers: Sequence[Answer], n: int, form: Form, ask: Generation) -> Response:
+    """What was asked for: a stream of events, or all choices at once; raises what `whole` raises."""
+    if ask.stream:
+        return EventStream(request, answers, n, form, ask.wants_usage)
+    return await whole(request, answers, n, form)
 
 
 async def whole(request: Request, answers: Sequence[Answer], n: int, form: Form) -> Response:
