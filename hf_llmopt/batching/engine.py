@@ -31,6 +31,7 @@ from ..errors import (
     ObjectInUse,
     RequestCancelled,
     RequestFailed,
+    UnsupportedModel,
 )
 from ..generation import ACTIVE, Active, Chosen, Prepared, Row, Wishes, choose, handle_of, require_model
 from ..kernels import cpu
@@ -81,6 +82,12 @@ class Engine:
         self.model = model
         self.config = config
         self.loop = handle_of(model).engine_for(model, config)
+        if self.loop.ranks is not None:
+            raise UnsupportedModel(
+                f"{type(model).__name__} is sharded over {self.loop.ranks.size} processes (tp_plan=), which have to "
+                "run the same passes, and an Engine takes requests at any time. Call model.generate(..., llmopt=...) "
+                "with the same batch in every process."
+            )
         self.loop.owners += 1
         # `gate` guards what `submit` touches. The loop's lock, which is held for whole steps, is never taken inside it.
         self._gate = threading.Condition()

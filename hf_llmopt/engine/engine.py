@@ -29,6 +29,7 @@ from ..speculative import Speculator
 from .budget import Budget, Costs
 from .drafters import make_speculator
 from .evict import Evictor
+from .parallel import alike, ranks_of
 from .policy import Fair, FirstCome, Policy, Priority
 from .probe import probe
 from .proof import prove
@@ -59,14 +60,19 @@ class EngineLoop:
     """
 
     def __init__(self, model: PreTrainedModel, config: LLMOptConfig, lock: threading.Condition) -> None:
-        self.config = config
         self.lock = lock
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
+        self.ranks = ranks_of(model)  # of a model that is sharded over processes
+        if self.ranks is not None:
+            config = alike(config, self.ranks, self.store)
+            self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
+        self.config = config
         self.evictor = Evictor(self.store, config.kv_cache) if config.kv_cache.eviction is not None else None
         self.runner = Runner(model, self.store, config, self.evictor.scored if self.evictor is not None else None)
         prove(self.runner)
-        self.prompts = PromptCache(model, self.store, config.prompt_cache) if config.prompt_cache else None
+        anybody = None if self.ranks is None else self.ranks.anybody
+        self.prompts = PromptCache(model, self.store, config.prompt_cache, anybody) if config.prompt_cache else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
             _policy(config.batching),

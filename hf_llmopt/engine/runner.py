@@ -24,6 +24,7 @@ from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, upload
 from ..kv_cache.eviction import Scored
 from .fixed import Batch
 from .graphs import Graphs
+from .parallel import ranks_of
 from .probe import input_device
 from .request import Request
 from .taps import Taps
@@ -63,7 +64,8 @@ class Runner:
         if config.kv_cache.offload:
             self._streams = self._offloading(store)
         layers = config.attention.backend in ("auto", "cpu") and not self._streams  # C writes pages by itself
-        self.fusion = Fusion(model, store.layers, layers, self._invariant) if device.type == "cpu" else None
+        timed = ranks_of(model) is None  # the clocks of several processes would choose differently
+        self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if device.type == "cpu" else None
         self._less: tuple[str, ...] = ()  # what the engine does without
         self.graphs = Graphs(model, store, config) if config.graphs is True else None
         self.taps: Taps | None = None  # of a drafter that reads hidden states
@@ -99,7 +101,8 @@ class Runner:
             return False
         part = "decoder layer" if self.fusion.layers else "modules"
         self._less = (f"{part}: eager, together they gave other logits",)
-        self.fusion = Fusion(self.model, self.store.layers, False) if self.fusion.layers else None
+        again = self.fusion.layers
+        self.fusion = Fusion(self.model, self.store.layers, False, timed=self.fusion.timed) if again else None
         return True
 
     def refresh(self) -> bool:

@@ -81,6 +81,7 @@ class Fusion:
         specs: What each of its layers stores.
         layers: Join whole decoder layers, whose attention is then the C kernel's.
         batch_invariant: Use our products for any number of rows, so that a row's result never depends on others.
+        timed: Measure up to how many rows our products are faster; else dense ones stay torch's.
 
     Raises:
         UnsupportedModel: `batch_invariant` is asked for and the model has products that no kernel stands in for.
@@ -91,11 +92,17 @@ class Fusion:
     """
 
     def __init__(
-        self, model: PreTrainedModel, specs: list[LayerSpec], layers: bool = True, batch_invariant: bool = False
+        self,
+        model: PreTrainedModel,
+        specs: list[LayerSpec],
+        layers: bool = True,
+        batch_invariant: bool = False,
+        timed: bool = True,
     ) -> None:
         self.specs = specs
         self.layers = layers
         self.batch_invariant = batch_invariant
+        self.timed = timed
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
         self._proofs: dict[Any, Structure | None] = {}
@@ -197,6 +204,8 @@ class Fusion:
         """For a product, the number of rows up to which ours is used."""
         if self.batch_invariant:
             return lambda module: 1 << 30
+        if not self.timed:
+            return lambda module: 0 if type(module) in PRODUCTS else ROWS[-1]
         alike: dict[tuple[object, ...], list[Tensor]] = {}
 
         def key(module: Any) -> tuple[object, ...]:

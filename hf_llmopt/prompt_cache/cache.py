@@ -41,18 +41,25 @@ class PromptCache:
         model: Kept weakly.
         store: The pages.
         config: Bounds and tiers.
+        anybody: Whether a change was seen in any of the processes that the model is sharded over.
 
     Attributes:
         trees: What can be found.
     """
 
-    def __init__(self, model: PreTrainedModel, store: PagedStore, config: PromptCacheConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: PagedStore,
+        config: PromptCacheConfig,
+        anybody: Callable[[bool], bool] | None = None,
+    ) -> None:
         self._model = weakref.ref(model)
         self.store = store
         self.config = config
         self.stats = PromptCacheStats()
         self.pinned: weakref.WeakSet[Any] = weakref.WeakSet()  # handles that hold pages
-        self._epoch = WeightsEpoch()
+        self._epoch = WeightsEpoch(anybody)
         self._checked = False  # the weights, in this step
         self._seen = 0  # epoch that the trees belong to
         self._settings: dict[str | None, str] = {}  # by adapter

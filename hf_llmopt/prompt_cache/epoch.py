@@ -8,7 +8,7 @@ own code, only move on: each change begins an epoch, and what was computed in an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from itertools import chain
 from os import urandom
@@ -35,12 +35,16 @@ class WeightsEpoch:
     operations); tensors and modules that were exchanged, moved or added; hooks, replaced forwards and plain attributes;
     and writes through `.data` that reach one of four random elements of some tensor. Others need `advance`.
 
+    Args:
+        anybody: Whether a change was seen in any of the processes that the model is sharded over.
+
     Attributes:
         number: The current epoch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, anybody: Callable[[bool], bool] | None = None) -> None:
         self.number = 0
+        self._anybody = anybody or bool
         self._tensors: tuple[tuple[int, int, int], ...] = ()
         self._samples = b""
         self._modules: tuple[object, ...] = ()
@@ -74,7 +78,7 @@ class WeightsEpoch:
                 if tensor.numel()
             ]
         samples, modules = self._sample(tensors), running(model)
-        if (seen, samples, modules) != (self._tensors, self._samples, self._modules):
+        if self._anybody((seen, samples, modules) != (self._tensors, self._samples, self._modules)):
             self._tensors, self._samples, self._modules = seen, samples, modules
             self.advance()
 
@@ -98,13 +102,14 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def _parts(tensor: Any) -> Iterator[Tensor]:
-    """A tensor, or those that it wraps, as torchao's do."""
+    """A tensor, or those that it wraps, as torchao's do, and those of a model that is sharded over processes."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from _parts(getattr(tensor, name))
+    for part in (getattr(tensor, name) for name in names):
+        if isinstance(part, Tensor):  # not the mesh that a shard belongs to
+            yield from _parts(part)
 
 
 def running(model: PreTrainedModel) -> tuple[object, ...]:

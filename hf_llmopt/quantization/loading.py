@@ -61,6 +61,7 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
     if entry is None:
         if wanted is None or wanted.method in CALIBRATED:
             return None
+        _require_whole(config)
         return Quantizer(WeightConfig(), replace(wanted, method=wanted.effective_method), pre_quantized=False)
     words = entry if isinstance(entry, dict) else entry.to_dict()
     try:
@@ -82,6 +83,7 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
         return None
     if wanted is not None and (why := _contradiction(recipe, wanted, wanted.method)) is not None:
         raise UnsupportedQuantization(f"{why} {_already(entry)}")
+    _require_whole(config)
     return Quantizer(WeightConfig(recipe), wanted or QuantizationConfig(), pre_quantized=True)
 
 
@@ -126,10 +128,19 @@ def _contradiction(recipe: Recipe, asked: QuantizationConfig, method: str | None
 
 
 def require_full(model: PreTrainedModel) -> None:
-    """Raise if the model's weights are quantized already."""
+    """Raise if the model's weights are quantized already, or not all here."""
+    _require_whole(model.config)
     entry = getattr(model.config, "quantization_config", None)
     if entry is not None or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedQuantization(_already(entry))
+
+
+def _require_whole(config: Any) -> None:
+    if getattr(config, "distributed_config", None) is not None:
+        raise UnsupportedQuantization(
+            "The weights are sharded over processes (tp_plan=, distributed_config=), and ours are quantized in one. "
+            "Leave the method out, or load the model into one process."
+        )
 
 
 def _already(entry: Any) -> str:

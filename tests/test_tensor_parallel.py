@@ -1,0 +1,134 @@
+"""A model that is sharded over two processes by transformers' `tp_plan` gives stock's tokens, each rank its own heads.
+
+All ranks of a module's models are started once: a process takes seconds to import torch.
+"""
+
+import pytest
+import torch
+from architectures import build
+from sharded import NEW, PROMPTS, RANKS, SAMPLED, generate, load, run
+from torch.distributed.tensor import DTensor
+
+import hf_llmopt
+from hf_llmopt import Engine, KVCacheConfig, LLMOptConfig, PromptCacheConfig
+from hf_llmopt.errors import LLMOptError
+
+QUICK, MORE = ("llama", "qwen3"), ("gemma2", "gemma3_text", "mixtral", "olmo2", "qwen2")
+GATHERED = ("olmo2",)  # the plan gathers what queries, keys and values are: every rank attends for all heads
+REFUSED = {
+    "eviction": KVCacheConfig(eviction="sink"),
+    "path": PromptCacheConfig("somewhere"),
+    "ttl": PromptCacheConfig(ttl=1.0),
+    "layer_skip": {"speculative": {"method": "layer_skip", "exit_layer": 1}},
+    "graphs": LLMOptConfig(graphs=True),
+}
+
+
+def _job(rank: int, folders: dict[str, str], more: bool) -> dict:
+    """Everything that is compared, by architecture."""
+    return {name: _one(rank, folder, more) for name, folder in folders.items()}
+
+
+def _one(rank: int, folder: str, more: bool) -> dict:
+    model = load(folder)
+    found: dict = {"stock": generate(model), "stock sampled": generate(model, **SAMPLED)}
+    ours = {
+        "cold": {"llmopt": True},
+        "cached": {"llmopt": True},
+        "sampled": {"llmopt": True, **SAMPLED},
+        "no prompt cache": {"llmopt": "kv_cache"},
+    }
+    if more:
+        ours |= {
+            "suffix": {"llmopt": "speculative"},
+            "draft model": {"llmopt": {"speculative": {"draft_model": folder}, "prompt_cache": True}},
+            "int8 pages": {"llmopt": {"kv_cache": "int8"}},
+        }
+    for name, kwargs in ours.items():
+        found[name] = generate(model, **kwargs), model.llmopt.stats
+    found["alone"] = generate(model, slice(0, 1)), generate(model, slice(0, 1), llmopt=True)
+    found["own heads"] = [spec.kv_heads for spec in model.llmopt.engine.store.layers]
+    found["shapes"] = [keys.shape[1] for keys in model.llmopt.engine.store.keys]
+    if rank == 1:  # the other rank has to hear of it
+        weights = [weight for weight in model.model.layers[0].parameters() if isinstance(weight, DTensor)]
+        with torch.no_grad():
+            weights[-1].to_local()[:, 0].add_(0.5)
+    found["changed"] = generate(model), generate(model, llmopt=True), model.llmopt.stats
+    return found
+
+
+def _refusals(rank: int, folder: str) -> dict[str, str]:
+    model, found = load(folder), {}
+    calls = {name: lambda given=given: generate(model, llmopt=given) for name, given in REFUSED.items()}
+    calls["engine"] = lambda: Engine(model)
+    calls["int8"] = lambda: load(folder, llmopt="int8")
+    calls["int8 in place"] = lambda: hf_llmopt.optimize(model, llmopt="int8")
+    for name, call in calls.items():
+        try:
+            call()
+        except LLMOptError as error:
+            found[name] = str(error)
+    return found
+
+
+def _compare(names: tuple[str, ...], folder, more: bool) -> tuple[dict, list[dict]]:
+    models, folders = {name: build(name) for name in names}, {}
+    for name, model in models.items():
+        folders[name] = str(folder / name)
+        model.save_pretrained(folders[name])
+    return models, run(_job, folder / "ranks", folders, more)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return _compare(QUICK, tmp_path_factory.mktemp("quick"), more=False)
+
+
+def _check(name: str, models: dict, ranks: list[dict]) -> None:
+    whole = models[name]
+    for found in (rank[name] for rank in ranks):
+        assert len(set(found["stock"][:, PROMPTS.shape[1] :].flatten().tolist())) > 2, name
+        assert torch.equal(found["stock"], generate(whole))
+        assert torch.equal(found["stock sampled"], generate(whole, **SAMPLED))
+        assert not torch.equal(found["stock"], found["stock sampled"])
+        exact = {"cold", "cached", "no prompt cache", "suffix", "draft model"} & set(found)
+        for kind in exact:
+            tokens, stats = found[kind]
+            assert stats.served_by == "llmopt", (kind, stats.reason)
+            assert torch.equal(tokens, found["stock"]), kind
+        assert torch.equal(found["sampled"][0], found["stock sampled"])
+        assert found["cold"][1].cached_tokens == 0 < found["cached"][1].cached_tokens
+        assert torch.equal(*found["alone"])
+        heads = whole.config.get_text_config().num_key_value_heads
+        assert set(found["own heads"]) == set(found["shapes"]) == {heads if name in GATHERED else heads // RANKS}
+        stock, ours, stats = found["changed"]
+        assert torch.equal(stock, ours)
+        assert not torch.equal(stock, found["stock"])
+        assert stats.cached_tokens == 0  # the keys of other weights
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_tokens_are_those_of_stock_and_of_one_process(quick, name) -> None:
+    _check(name, *quick)
+
+
+@pytest.mark.slow
+def test_more_architectures(tmp_path) -> None:
+    models, ranks = _compare((*QUICK, *MORE), tmp_path, more=True)
+    for name in models:
+        _check(name, models, ranks)
+        first, second = (rank[name] for rank in ranks)
+        assert first["draft model"][1].accepted_tokens > 0
+        assert torch.equal(first["int8 pages"][0], second["int8 pages"][0])
+        assert first["int8 pages"][0].shape == (2, PROMPTS.shape[1] + NEW)
+
+
+@pytest.mark.slow
+def test_what_ranks_would_do_differently_is_refused(tmp_path) -> None:
+    build("llama").save_pretrained(tmp_path / "llama")
+    for found in run(_refusals, tmp_path / "ranks", str(tmp_path / "llama")):
+        assert set(found) == {*REFUSED, "engine", "int8", "int8 in place"}
+        assert all("2 processes" in found[name] for name in REFUSED)
+        assert "model.generate" in found["engine"]
+        assert "one process" in found["int8"]
+        assert "one process" in found["int8 in place"]
