@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(hf_llmopt.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-OPTIONAL = {"fastapi", "matplotlib", "prometheus_client", "ray", "triton", "uvicorn"}  # may be absent
+OPTIONAL = {"fastapi", "llguidance", "matplotlib", "prometheus_client", "ray", "triton", "uvicorn"}  # may be absent
 
 # For subprocesses: no hub, and the package that is under test, whether it is installed or not.
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE.parent)}

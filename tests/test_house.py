@@ -41,6 +41,7 @@ NO_TORCH = ("hf_llmopt.engine.policy", "hf_llmopt.engine.scheduler", "hf_llmopt.
 # Packages that are loaded only when asked for, and the files that may import them at module level.
 OPTIONAL = {
     "fastapi": "hf_llmopt.serving",
+    "llguidance": "hf_llmopt.serving",
     "matplotlib": "hf_llmopt.bench",
     "prometheus_client": "hf_llmopt.serving",
     "ray": "hf_llmopt.serving.ray",

@@ -377,8 +377,9 @@ BAD = [
         400,
         "unsupported_parameter",
     ),
-    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
-    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema"}}, 400, "unsupported_parameter"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema"}}, 400, "missing_required_parameter"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, "invalid_value"),
+    ("/v1/chat/completions", {**CHAT, "guided_json": {}}, 400, "unsupported_parameter"),
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "invalid_value"),
     ("/v1/chat/completions", {**CHAT, "functions": [{}]}, 400, "unsupported_parameter"),
     ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"chat_template": "{{1}}"}}, 400, "invalid_value"),
@@ -406,9 +407,9 @@ def test_bad_requests_are_refused(raw, served, path: str, body: object, status: 
 
 
 def test_refusals_name_the_field(client) -> None:
-    with pytest.raises(openai.BadRequestError, match="does not constrain output") as failed:
-        client.chat.completions.create(model="demo", **CHAT, response_format={"type": "json_object"})
-    assert failed.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError, match="beams are not searched") as failed:
+        client.chat.completions.create(model="demo", **CHAT, extra_body={"use_beam_search": True})
+    assert failed.value.param == "use_beam_search"
 
 
 def test_unknown_fields_are_ignored_and_logged(raw, log) -> None:

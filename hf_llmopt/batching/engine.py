@@ -33,7 +33,7 @@ from ..errors import (
     RequestFailed,
     UnsupportedModel,
 )
-from ..generation import ACTIVE, Active, Chosen, Prepared, Row, Wishes, choose, handle_of, require_model
+from ..generation import ACTIVE, Active, Chosen, Constraint, Prepared, Row, Wishes, choose, handle_of, require_model
 from ..kernels import cpu
 from .handle import RequestHandle
 
@@ -136,6 +136,7 @@ class Engine:
         logit_bias: Mapping[int, float] | None = None,
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
+        constraint: Callable[[], Constraint] | None = None,
         **kwargs: Any,
     ) -> RequestHandle:
         """Hand in a request; returns at once.
@@ -155,6 +156,7 @@ class Engine:
             logit_bias: Added to the scores of these token ids.
             frequency_penalty: Subtracted from a token's score for each time it was generated.
             presence_penalty: Subtracted from the scores of tokens that were generated.
+            constraint: Called once for each sequence: makes what says which tokens may come next.
             kwargs: What `model.generate` takes: `max_new_tokens`, `do_sample`, `temperature`, `stop_strings`,
                 `logits_processor`, `streamer`, `num_return_sequences`, ...
 
@@ -178,6 +180,7 @@ class Engine:
             logit_bias,
             frequency_penalty,
             presence_penalty,
+            constraint,
         )
         if "llmopt" in kwargs:
             raise InvalidOption(

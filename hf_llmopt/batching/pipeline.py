@@ -167,8 +167,9 @@ class BatchingPipeline(TextGenerationPipeline):
             on_device = self._ensure_tensor_on_device(dict(inputs), device=self.device)
             return self.engine.submit_call(lambda: prepare(on_device, **forward), wishes)
         except NotServed:
-            if wishes.logprobs is not None or wishes.prompt_logprobs is not None:
-                raise  # stock reports none
+            asked = (wishes.logprobs, wishes.prompt_logprobs, wishes.constraint)
+            if any(wish is not None for wish in asked):
+                raise  # stock has none of them
             if wishes.salt is not None:
                 forward = {**forward, "llmopt": self.engine.config_for(wishes)}
             inputs["served"] = self.forward(dict(inputs), **forward)

@@ -6,11 +6,13 @@ from .group import Group
 from .row import Row, TokenLogprob, Wishes
 from .support import reason_against, require_model
 from .translate import translate
+from .warp import Constraint
 
 __all__ = [
     "ACTIVE",
     "Active",
     "Chosen",
+    "Constraint",
     "Group",
     "ModelHandle",
     "Prepared",

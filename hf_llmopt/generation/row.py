@@ -19,7 +19,7 @@ from ..engine import Share
 from ..engine.sampling import Tape, pick
 from ..errors import InvalidRequest
 from .group import Group
-from .warp import REMOVED, STAGES, Shaped, apply, count_penalty, logit_bias
+from .warp import REMOVED, STAGES, Constraint, Shaped, apply, constrain, count_penalty, logit_bias
 
 MAX_PROMPT_SPAN = 256  # prompt tokens whose logits are held at one time
 
@@ -57,6 +57,7 @@ class Wishes:
     logit_bias: Mapping[int, float] | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         _check("seed", self.seed, int, optional=True, low=-(2**63), high=2**64 - 1)
@@ -72,6 +73,8 @@ class Wishes:
         for token, bias in (self.logit_bias or {}).items():
             _check("a token of logit_bias", token, int, low=0)
             _check("a value of logit_bias", bias, (int, float))
+        if self.constraint is not None and not callable(self.constraint):
+            raise InvalidRequest(f"constraint makes one for each sequence when it is called, got {self.constraint!r}.")
 
     @classmethod
     def split(cls, arguments: Mapping[str, Any]) -> tuple[Wishes, dict[str, Any]]:
@@ -158,6 +161,8 @@ class Row(Group):
             self.wished.append(logit_bias(dict(wishes.logit_bias)))
         if wishes.frequency_penalty or wishes.presence_penalty:
             self.wished.append(count_penalty(wishes.frequency_penalty, wishes.presence_penalty))
+        if wishes.constraint is not None:
+            self.wished.append(constrain(wishes.constraint()))
 
     @property
     def shows(self) -> bool:
@@ -210,7 +215,8 @@ class Row(Group):
         Returns:
             The first, and what it would choose if those before were not allowed, with their probabilities.
         """
-        scores = apply([([*self.wished, *self.stages], self)], logits[None].float())
+        stages = [stage for stage in (*self.wished, *self.stages) if not (ahead and stage.outdates)]
+        scores = apply([(stages, self)], logits[None].float())
         chances = scores.softmax(-1)
         race = chances / self.noise(scores, ahead) if self.do_sample else scores.clone()
         guesses: list[tuple[int, float]] = []

@@ -24,6 +24,7 @@ from transformers import (
 from ..errors import TokenOutOfRange
 
 REMOVED = -float("inf")
+BITS = 32  # of a word of a constraint's mask
 
 
 class History(Protocol):
@@ -33,6 +34,22 @@ class History(Protocol):
 
     def ids(self) -> Tensor:
         """Prompt and continuation `[1, length]`."""
+        ...
+
+
+class Constraint(Protocol):
+    """What a sequence may consist of, a grammar say. It belongs to one sequence and may keep what it knows of it."""
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        """Which tokens may come next.
+
+        Args:
+            tokens: All new tokens of the sequence so far. Each call may have more of them than the last, never others.
+
+        Returns:
+            int32 `[words]` on the CPU; bit `t % 32` of word `t // 32` stands for token `t`. Tokens beyond are not
+            allowed.
+        """
         ...
 
 
@@ -53,7 +70,12 @@ class Shaped:
     @property
     def looks_back(self) -> bool:
         """Whether it depends on the tokens so far."""
-        return self.run in (_repetition, _counts)
+        return self.run in (_repetition, _counts, _allowed)
+
+    @property
+    def outdates(self) -> bool:
+        """Whether it says nothing about tokens behind the next one, which a penalty does roughly."""
+        return self.run is _allowed
 
 
 def apply(rows: Sequence[tuple[Sequence[Shaped], History]], scores: Tensor) -> Tensor:
@@ -118,6 +140,17 @@ def _counts(scores: Tensor, settings: Sequence[tuple[float, float]], histories: 
     counts = counts.view_as(scores)
     frequency, presence = (_column(values, scores) for values in zip(*settings, strict=True))
     return scores - counts * frequency - (counts > 0) * presence
+
+
+def _allowed(scores: Tensor, settings: Sequence[Constraint], histories: Sequence[History]) -> Tensor:
+    words = -(-scores.shape[1] // BITS)
+    masks = torch.zeros(len(scores), words, dtype=torch.int32, device="cpu")
+    for mask, constraint, history in zip(masks, settings, histories, strict=True):
+        found = constraint.allowed(history.tokens)[:words]
+        mask[: len(found)] = found
+    places = torch.arange(BITS, dtype=torch.int32, device=scores.device)
+    bits = (masks.to(scores.device)[:, :, None] >> places) & 1  # [rows, words, bits]
+    return scores.masked_fill(bits.flatten(1)[:, : scores.shape[1]] == 0, REMOVED)
 
 
 def _temperature(scores: Tensor, settings: Sequence[float], histories: Sequence[History]) -> Tensor:
@@ -186,10 +219,10 @@ STAGES: dict[type, Callable[[Any], Shaped | None]] = {
     RepetitionPenaltyLogitsProcessor: _stage(
         1, _repetition, lambda p: p.penalty if p.prompt_ignore_length is None else None
     ),
-    TemperatureLogitsWarper: _stage(4, _temperature, lambda p: p.temperature),
-    TopKLogitsWarper: _stage(5, _top_k, lambda p: p.top_k if _usual(p) else None),
-    TopPLogitsWarper: _stage(6, _top_p, lambda p: p.top_p if _usual(p) else None),
-    MinPLogitsWarper: _stage(7, _min_p, lambda p: p.min_p if _usual(p) else None),
+    TemperatureLogitsWarper: _stage(5, _temperature, lambda p: p.temperature),
+    TopKLogitsWarper: _stage(6, _top_k, lambda p: p.top_k if _usual(p) else None),
+    TopPLogitsWarper: _stage(7, _top_p, lambda p: p.top_p if _usual(p) else None),
+    MinPLogitsWarper: _stage(8, _min_p, lambda p: p.min_p if _usual(p) else None),
 }
 
 
@@ -206,3 +239,12 @@ def count_penalty(frequency: float, presence: float) -> Shaped:
         presence: Subtracted once.
     """
     return Shaped(3, _counts, (frequency, presence))
+
+
+def constrain(constraint: Constraint) -> Shaped:
+    """The stage that removes all tokens which a constraint does not allow.
+
+    It comes behind what changes scores and before what chooses among the likeliest, so that those are likely ones of
+    the allowed.
+    """
+    return Shaped(4, _allowed, constraint)

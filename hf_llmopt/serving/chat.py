@@ -33,8 +33,9 @@ async def chat(service: Service, request: Request) -> Response:
     shown = Shown((ask.top_logprobs or 0) if ask.logprobs else None)
 
     def work() -> list[Answer]:
+        grammar = service.grammar(ask)
         ids = service.prompts.chat(ask, tools=ask.tool_choice != "none")
-        return service.submit([ids], ask, most, caller, shown)
+        return service.submit([ids], ask, most, caller, shown, grammar)
 
     answers = await service.in_thread(n, work)
     if service.log_prompts:

@@ -41,6 +41,7 @@ async def completions(service: Service, request: Request) -> Response:
     shown = Shown(ask.logprobs, ask.logprobs if ask.echo else None)
 
     def work() -> list[Answer]:
+        grammar = service.grammar(ask)
         special = ask.add_special_tokens is not False
         ids = [
             service.prompts.text(prompt, special) if isinstance(prompt, str) else service.prompts.ids(prompt)
@@ -48,7 +49,7 @@ async def completions(service: Service, request: Request) -> Response:
         ]
         if not all(ids):
             raise APIError(400, "A prompt is empty; give at least one token.", "invalid_value", "prompt")
-        return service.submit(ids, ask, most, caller, shown)
+        return service.submit(ids, ask, most, caller, shown, grammar)
 
     answers = await service.in_thread(len(prompts) * n, work)
     if service.log_prompts:

@@ -20,12 +20,12 @@ UNSUPPORTED = {
     "best_of": "only n choices are generated; leave it away",
     "function_call": "use tools",
     "functions": "use tools",
-    "guided_choice": "output is not constrained",
-    "guided_grammar": "output is not constrained",
-    "guided_json": "output is not constrained",
-    "guided_regex": "output is not constrained",
+    "guided_choice": "use response_format",
+    "guided_grammar": "use response_format",
+    "guided_json": "use response_format",
+    "guided_regex": "use response_format",
     "prompt_embeds": "give text or token ids",
-    "structured_outputs": "output is not constrained",
+    "structured_outputs": "use response_format",
     "suffix": "text is only continued, not inserted",
     "use_beam_search": "beams are not searched",
 }
@@ -46,6 +46,30 @@ class StreamOptions(Body):
     """How to stream."""
 
     include_usage: bool | None = None
+
+
+class JSONSchema(Body):
+    """What JSON is wanted; `strict` or not, the answer obeys it."""
+
+    name: Name | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+
+class ResponseFormat(Body):
+    """What an answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _told(self) -> ResponseFormat:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise FieldError(
+                "'json_schema' needs the schema, as in {'type': 'json_schema', 'json_schema': {'name': 'point', "
+                "'schema': {'type': 'object'}}}",
+                "missing_required_parameter",
+            )
+        return self
 
 
 class Generation(Body):
@@ -73,7 +97,7 @@ class Generation(Body):
     user: Name | None = None
     cache_salt: Name | None = None
     deadline: Annotated[float, Field(gt=0)] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop")
     @classmethod
@@ -91,16 +115,6 @@ class Generation(Body):
             raise ValueError('give at most 300 token ids, as in {"50": -100}')
         return bias
 
-    @field_validator("response_format")
-    @classmethod
-    def _only_text(cls, wanted: dict[str, Any] | None) -> dict[str, Any] | None:
-        if wanted is not None and wanted.get("type") != "text":
-            raise FieldError(
-                "this server does not constrain output, so only {'type': 'text'} is allowed; ask for JSON in the "
-                "prompt and check the answer"
-            )
-        return wanted
-
     @model_validator(mode="after")
     def _supported(self) -> Generation:
         for name, value in (self.model_extra or {}).items():
@@ -108,6 +122,8 @@ class Generation(Body):
                 raise FieldError(f"not supported: {UNSUPPORTED[name]}", param=name)
         if self.stream_options is not None and not self.stream:
             raise FieldError("only allowed with stream=true", "invalid_value", "stream_options")
+        if self.min_tokens and self.json_schema is not None:
+            raise FieldError("response_format alone says when an answer ends", "invalid_value", "min_tokens")
         return self
 
     @property
@@ -119,6 +135,15 @@ class Generation(Body):
     def biases(self) -> dict[int, float]:
         """What is added to the scores of tokens."""
         return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The schema of the JSON that an answer has to be, or `None`."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        own = wanted.json_schema.schema_ if wanted.type == "json_schema" and wanted.json_schema is not None else None
+        return {"type": "object"} if own is None else own
 
     @property
     def wants_usage(self) -> bool:

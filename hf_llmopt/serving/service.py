@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 
 from ..batching import Engine
-from ..errors import EngineFull, InvalidOption, LLMOptError
+from ..errors import EngineFull, InvalidOption, InvalidRequest, LLMOptError, NotServed
 from .answer import Answer
 from .auth import Keys
 from .errors import APIError, of_engine
+from .grammar import Grammar, Grammars
 from .limits import Limits, answer_length
 from .metrics import Metrics
 from .prompts import Prompts
@@ -102,6 +104,8 @@ class Service:
         self._preparing = 0
         self._generation: Any = engine.model.generation_config
         self._ends = end_tokens(self._generation)
+        self._grammars: Grammars | None = None
+        self._making = Lock()
 
     def close(self) -> None:
         """Let nobody in any longer, and end what runs."""
@@ -142,8 +146,43 @@ class Service:
         finally:
             self._preparing -= choices
 
+    def grammar(self, ask: Generation) -> Grammar | None:
+        """What an answer has to be, if that was said.
+
+        Raises:
+            APIError: It is nothing that output can be constrained to.
+        """
+        schema = ask.json_schema
+        return None if schema is None else self.compiled(lambda known: known.json_schema(schema), "response_format")
+
+    def compiled(self, compile: Callable[[Grammars], Grammar], param: str) -> Grammar:
+        """A grammar.
+
+        Args:
+            compile: Compiles it.
+            param: The field that asks for it.
+
+        Raises:
+            APIError: It cannot be compiled.
+        """
+        try:
+            with self._making:
+                if self._grammars is None:  # a large vocabulary takes a second
+                    self._grammars = Grammars(self.prompts.tokenizer, self._ends)
+            return compile(self._grammars)
+        except NotServed as error:
+            raise APIError(400, f"{param}: {error}", "unsupported_parameter", param) from error
+        except InvalidRequest as error:
+            raise APIError(400, f"{param}: {error}", "invalid_json_schema", param) from error
+
     def submit(
-        self, prompts: Sequence[list[int]], ask: Generation, most: int | None, caller: Caller, shown: Shown
+        self,
+        prompts: Sequence[list[int]],
+        ask: Generation,
+        most: int | None,
+        caller: Caller,
+        shown: Shown,
+        grammar: Grammar | None = None,
     ) -> list[Answer]:
         """Submit `ask.n` requests for each prompt.
 
@@ -153,6 +192,7 @@ class Service:
             most: Tokens of an answer, `None` for as many as there is room for.
             caller: Whose it is.
             shown: Which log-probabilities it wants.
+            grammar: What answers have to be, `None` for anything.
 
         Raises:
             APIError: A prompt is empty or too long.
@@ -182,6 +222,7 @@ class Service:
                         salt=ask.cache_salt if caches else None,
                         tenant=caller.key or ask.user or "",
                         deadline=min(deadlines, default=None),
+                        constraint=grammar,
                         **more,
                     )
                     for handle in first.choices:

@@ -93,11 +93,11 @@ class TextStream:
             place, stop = min(found)
             self._held, self.stopped = "", True
             return text[: place + len(stop)] if self._include else text[:place]
-        held = max(_overlap(text, stop) for stop in self.stops)
+        held = max(overlap(text, stop) for stop in self.stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many of the last characters of a text are the first ones of a stop string."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

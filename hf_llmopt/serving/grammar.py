@@ -1,0 +1,159 @@
+"""Constrained output: grammars, and who of a sequence's next tokens obeys them. llguidance does the work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidRequest, NotServed
+
+if TYPE_CHECKING:  # there are machines without a wheel of it, and all else is served there
+    from llguidance import LLMatcher
+
+LONGEST_GRAMMAR = 2**16  # characters
+KEPT_GRAMMARS = 64
+# A blank, or a new line with its indentation: a model that knows no better could write blanks for ever.
+WHITESPACE = r"( |\n[ \t]{0,40})?"
+# Of llguidance. A compilation takes half a second at most, a step a hundredth, with some ten megabytes each.
+COMPILATION, STATES, SYMBOLS = 200_000, 50_000, 200_000
+
+
+class Grammar:
+    """A compiled grammar, for `Engine.submit(constraint=...)`; each call makes the constraint of one sequence.
+
+    Args:
+        matcher: At the beginning, and it stays there.
+    """
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def __call__(self) -> Sentence:
+        """A constraint for one sequence."""
+        return Sentence(self._matcher.deep_copy())
+
+
+class Sentence:
+    """One sequence that obeys a grammar.
+
+    It follows the sequence's tokens and nothing else, so whatever becomes of the request's pages and drafts does not
+    concern it.
+
+    Args:
+        matcher: At the beginning.
+    """
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._read = 0
+        self._mask: Tensor | None = None
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        """Which tokens may come behind these, as `Constraint` says.
+
+        Raises:
+            InvalidRequest: The grammar takes more time or memory than it may.
+        """
+        if self._mask is None or len(tokens) > self._read:
+            self._matcher.consume_tokens(list(tokens[self._read :]))
+            self._read = len(tokens)
+            self._mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+            if self._matcher.is_error():
+                raise InvalidRequest(f"The grammar of the output is too complex: {_reason(self._matcher.get_error())}.")
+        return self._mask
+
+
+class Grammars:
+    """Compiles grammars for a tokenizer. What was compiled lately is kept.
+
+    Args:
+        tokenizer: The model's; it must be a fast one.
+        ends: Tokens that end a sequence.
+
+    Raises:
+        NotServed: The tokenizer is not a fast one, nothing ends a sequence, or llguidance is not installed.
+
+    Example:
+        >>> from hf_llmopt import Engine, demo
+        >>> from hf_llmopt.serving.grammar import Grammars
+        >>> model, tokenizer = demo.load()
+        >>> grammars = Grammars(tokenizer, [tokenizer.eos_token_id])
+        >>> schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+        >>> grammar = grammars.json_schema({**schema, "additionalProperties": False})
+        >>> with Engine(model) as engine:
+        ...     handle = engine.submit(tokenizer("x = ")["input_ids"], max_new_tokens=40, constraint=grammar)
+        ...     text = tokenizer.decode(handle.result(), skip_special_tokens=True)
+        >>> import json
+        >>> list(json.loads(text))
+        ['ok']
+    """
+
+    def __init__(self, tokenizer: Any, ends: Iterable[int]) -> None:
+        ends = sorted(ends)
+        if not ends:
+            raise NotServed("no token ends this model's answers, so output cannot be constrained")
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+            from llguidance.hf import from_tokenizer
+        except ModuleNotFoundError as error:
+            raise NotServed('output is constrained by llguidance: pip install "hf-llmopt[serve]"') from error
+        try:
+            own = from_tokenizer(tokenizer, eos_token=ends)
+        except ValueError as error:
+            raise NotServed(f"output cannot be constrained: {error}") from error
+        limits = LLParserLimits(
+            initial_lexer_fuel=COMPILATION,
+            max_lexer_states=STATES,
+            max_grammar_size=SYMBOLS,
+            verbose_errors=False,  # what a client sent is not repeated
+        )
+        self._match: Callable[[str], LLMatcher] = lambda grammar: LLMatcher(own, grammar, log_level=0, limits=limits)
+        self._one = Lock()
+        self._compiled = lru_cache(KEPT_GRAMMARS)(self._compile)
+
+    def json_schema(self, schema: dict[str, Any]) -> Grammar:
+        """The grammar of JSON that a schema allows, written compactly, with single blanks, or with line breaks.
+
+        Raises:
+            InvalidRequest: It is no schema, uses what is not supported, or is too large; the message says what.
+        """
+        return self.lark("start: " + json_rule(schema))
+
+    def lark(self, grammar: str) -> Grammar:
+        """A grammar in llguidance's dialect of Lark.
+
+        Raises:
+            InvalidRequest: It is no grammar, or too large.
+        """
+        if len(grammar) > LONGEST_GRAMMAR:
+            raise InvalidRequest(f"{len(grammar)} characters; at most {LONGEST_GRAMMAR} are compiled")
+        return self._compiled(grammar)
+
+    def _compile(self, grammar: str) -> Grammar:
+        with self._one:  # whoever sends many large ones keeps one core busy, not all
+            matcher = self._match(grammar)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # what every sequence begins with is computed once
+        if matcher.is_error():
+            raise InvalidRequest(_reason(matcher.get_error()))
+        return Grammar(matcher)
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """What stands for JSON of a schema in the rules of a Lark grammar."""
+    own = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False}
+    return f"%json {json.dumps({**schema, 'x-guidance': own}, ensure_ascii=False)}"
+
+
+def _reason(error: str) -> str:
+    """An error of the library in one line, without the text of the grammar that it points into."""
+    said = re.split(r"\n *\d+ \|", error, maxsplit=1)[0]
+    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", said)
+    return " ".join(said.replace("<non-verbose/>", "").split())[:300].rstrip(".")
