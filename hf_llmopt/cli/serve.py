@@ -37,6 +37,13 @@ def serve(
     deadline: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds after which an answer ends with an error.")
     ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hermes|llama3_json|mistral|none",
+            help="How the model writes tool calls, if not as its template tells.",
+        ),
+    ] = None,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that running requests have when it stops.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     dtype: Dtype = "auto",
@@ -75,6 +82,7 @@ def serve(
         serving.Limits(length, max_body_bytes, deadline=deadline),
         keys,
         log_prompts,
+        tool_parser,
     )
     logs.to_stderr()
     server = serving.Server(service, drain)

@@ -16,6 +16,8 @@ from .schema import ChatRequest
 from .service import Caller, Service, Shown
 from .streaming import note, respond
 from .tokens import finite, token_bytes, token_text
+from .tool_formats import Reader
+from .tools import Tools
 
 
 async def chat(service: Service, request: Request) -> Response:
@@ -32,16 +34,23 @@ async def chat(service: Service, request: Request) -> Response:
     caller: Caller = request.state.caller
     shown = Shown((ask.top_logprobs or 0) if ask.logprobs else None)
 
+    tokenizer = service.prompts.tokenizer
+    tools = Tools.of(ask, tokenizer, service.tool_parser)
+
     def work() -> list[Answer]:
         grammar = service.grammar(ask)
+        rules = None if tools is None else tools.grammar(tokenizer, ask.json_schema)
+        if rules is not None:
+            grammar = service.compiled(lambda known: known.lark(rules), "tools")
+        marks = tools is not None and tools.shows_marks(tokenizer)
         ids = service.prompts.chat(ask, tools=ask.tool_choice != "none")
-        return service.submit([ids], ask, most, caller, shown, grammar)
+        return service.submit([ids], ask, most, caller, shown, grammar, marks)
 
     answers = await service.in_thread(n, work)
     if service.log_prompts:
         request.state.note["messages"] = [message.model_dump(exclude_none=True) for message in ask.messages]
     note(request, answers, n)
-    form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs))
+    form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs), tools)
     return await respond(request, answers, n, form, ask)
 
 
@@ -52,11 +61,14 @@ class ChatForm:
         service: What is served.
         name: The answer's id.
         logprobs: Whether log-probabilities are shown.
+        tools: What may be called, `None` for nothing.
     """
 
-    def __init__(self, service: Service, name: str, logprobs: bool) -> None:
+    def __init__(self, service: Service, name: str, logprobs: bool, tools: Tools | None = None) -> None:
         self._tokenizer = service.prompts.tokenizer
         self._shows = logprobs
+        self._tools = tools
+        self._readers: dict[Answer, Reader] = {}
         self._head = {"id": name, "created": int(time.time()), "model": service.name}
 
     def envelope(self, choices: list[dict[str, Any]], streams: bool) -> dict[str, Any]:
@@ -68,17 +80,36 @@ class ChatForm:
         delta = {"role": "assistant", "content": ""}
         return [{"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunk(self, answer: Answer, piece: Piece) -> dict[str, Any]:
-        """A choice of a stream."""
-        delta = {"content": piece.text} if piece.text or piece.finish is None else {}
-        return {"index": answer.index, "delta": delta, **self._rest([piece])}
+    def chunk(self, answer: Answer, piece: Piece) -> dict[str, Any] | None:
+        """A choice of a stream, `None` while it may be a part of a call."""
+        text, calls, finish = self._read(answer, [piece])
+        if not (text or calls or piece.logprobs or finish):
+            return None
+        delta: dict[str, Any] = {"content": text} if text or not (calls or finish) else {}
+        if calls:
+            delta["tool_calls"] = calls
+        return {"index": answer.index, "delta": delta, **self._rest([piece], finish)}
 
     def choice(self, answer: Answer, pieces: Sequence[Piece]) -> dict[str, Any]:
         """A choice of an answer in one piece."""
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
-        return {"index": answer.index, "message": message, **self._rest(pieces)}
+        text, calls, finish = self._read(answer, pieces)
+        message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
+        if calls:  # only deltas are numbered
+            message["tool_calls"] = [{name: call[name] for name in call if name != "index"} for call in calls]
+        return {"index": answer.index, "message": message, **self._rest(pieces, finish)}
 
-    def _rest(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _read(self, answer: Answer, pieces: Sequence[Piece]) -> tuple[str, list[dict[str, Any]], str | None]:
+        """Text, calls, and why the answer ended, of the next pieces."""
+        text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
+        if self._tools is None:
+            return text, [], finish
+        reader = self._readers.setdefault(answer, self._tools.reader())
+        before = reader.calls
+        found = reader.add(text, ends=finish is not None)
+        ended = "tool_calls" if reader.calls and finish == "stop" else finish
+        return found.text, self._tools.entries(found.calls, before), ended
+
+    def _rest(self, pieces: Sequence[Piece], finish: str | None) -> dict[str, Any]:
         entries = [entry for piece in pieces for entry in piece.logprobs]
         content = [
             {**self._token(entry.token, entry.logprob), "top_logprobs": [self._token(*top) for top in entry.top]}
@@ -86,7 +117,7 @@ class ChatForm:
         ]
         return {
             "logprobs": {"content": content, "refusal": None} if self._shows else None,
-            "finish_reason": pieces[-1].finish,
+            "finish_reason": finish,
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the answer and are not supported are refused.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,8 @@ from .errors import FieldError
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_LOGPROBS = 20
+MOST_TOOLS = 128
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 UNSUPPORTED = {
     "audio": "sound is not generated",
     "best_of": "only n choices are generated; leave it away",
@@ -193,20 +196,43 @@ class ChatMessages(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class FunctionName(Body):
+    """Which function."""
+
+    name: Name
+
+
+class NamedTool(Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(Generation, ChatMessages):
     """Body of `/v1/chat/completions`."""
 
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
-    @field_validator("tool_choice", mode="before")
+    @field_validator("tools")
     @classmethod
-    def _free(cls, choice: Any) -> Any:
-        if choice not in (None, "none", "auto"):
-            raise FieldError("a call cannot be enforced; 'auto' and 'none' are allowed")
-        return choice
+    def _functions(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        names = []
+        for tool in tools or ():
+            function = tool.get("function") if tool.get("type") == "function" else None
+            if not isinstance(function, dict) or not isinstance(function.get("parameters") or {}, dict):
+                raise ValueError("a tool is {'type': 'function', 'function': {'name': ..., 'parameters': {...}}}")
+            name = function.get("name")
+            if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+                raise ValueError("a function's name has 1 to 64 letters, digits, dots, dashes or underscores")
+            names.append(name)
+        if len(set(names)) < len(names) or len(names) > MOST_TOOLS:
+            raise ValueError(f"at most {MOST_TOOLS} functions, each with a name of its own")
+        return tools
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -214,7 +240,26 @@ class ChatRequest(Generation, ChatMessages):
             raise FieldError("at least 1", "invalid_value", "max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise FieldError("only allowed with logprobs=true", "invalid_value", "top_logprobs")
+        if self.demanded is not None and not (self.functions and set(self.demanded) <= set(self.functions)):
+            raise FieldError("needs tools, and names one of them if it names any", "invalid_value", "tool_choice")
+        if self.min_tokens and self.demanded is not None:
+            raise FieldError("not together with a demanded tool call", "invalid_value", "min_tokens")
         return self
+
+    @property
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """What may be called: the schema of each function's arguments."""
+        if self.tool_choice == "none":
+            return {}
+        found = [tool["function"] for tool in self.tools or ()]
+        return {function["name"]: function.get("parameters") or {} for function in found}
+
+    @property
+    def demanded(self) -> list[str] | None:
+        """Functions of which at least one has to be called, `None` if the model decides."""
+        if self.tool_choice == "required":
+            return list(self.functions)
+        return [self.tool_choice.function.name] if isinstance(self.tool_choice, NamedTool) else None
 
 
 class TokenizeText(Body):

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from ..batching import Engine
-from ..errors import EngineFull, InvalidOption, InvalidRequest, LLMOptError, NotServed
+from ..errors import EngineFull, InvalidOption, InvalidRequest, LLMOptError, NotServed, unknown
 from .answer import Answer
 from .auth import Keys
 from .errors import APIError, of_engine
@@ -21,6 +21,7 @@ from .prompts import Prompts
 from .sampling import arguments, end_tokens
 from .schema import Generation
 from .text import TextStream
+from .tool_formats import NAMES
 
 T = TypeVar("T")
 
@@ -58,13 +59,15 @@ class Service:
         limits: What is taken on; by default as many tokens as the model has positions.
         keys: Who is let in.
         log_prompts: Whether prompts stand in the log.
+        tool_parser: How the model writes calls of tools, one of `tool_formats.NAMES`, or `"none"` to leave them in the
+            text; `None` for what its chat template tells.
 
     Attributes:
         draining: Whether nobody is let in any longer.
         open: HTTP requests that are being answered.
 
     Raises:
-        InvalidOption: The model does not say how many positions it has, and no limit does.
+        InvalidOption: The model does not say how many positions it has, and no limit does; or there is no such parser.
 
     Example:
         >>> from hf_llmopt import Engine, demo
@@ -84,6 +87,7 @@ class Service:
         limits: Limits | None = None,
         keys: Keys | None = None,
         log_prompts: bool = False,
+        tool_parser: str | None = None,
     ) -> None:
         config: Any = engine.model.config.get_text_config()
         if limits is None:
@@ -91,11 +95,14 @@ class Service:
             if positions is None:
                 raise InvalidOption("The model does not say how many positions it has; give Limits(max_model_len=...).")
             limits = Limits(positions)
+        if tool_parser not in (None, "none", *NAMES):
+            raise unknown("tool parser", tool_parser, [*NAMES, "none"])
         self.engine = engine
         self.name = name
         self.limits = limits
         self.keys = keys or Keys()
         self.log_prompts = log_prompts
+        self.tool_parser = tool_parser
         self.metrics = Metrics(engine, name)
         self.prompts = Prompts(tokenizer, config.vocab_size, limits)
         self.draining = False
@@ -183,6 +190,7 @@ class Service:
         caller: Caller,
         shown: Shown,
         grammar: Grammar | None = None,
+        marks: bool = False,
     ) -> list[Answer]:
         """Submit `ask.n` requests for each prompt.
 
@@ -193,6 +201,7 @@ class Service:
             caller: Whose it is.
             shown: Which log-probabilities it wants.
             grammar: What answers have to be, `None` for anything.
+            marks: Whether special tokens are shown whatever was asked for: they tell of calls.
 
         Raises:
             APIError: A prompt is empty or too long.
@@ -230,7 +239,7 @@ class Service:
                             self.prompts.tokenizer,
                             prompt,
                             ask.stops,
-                            ask.skip_special_tokens is not False,
+                            ask.skip_special_tokens is not False and not marks,
                             bool(ask.include_stop_str_in_output),
                         )
                         answers.append(

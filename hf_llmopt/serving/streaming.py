@@ -27,8 +27,8 @@ class Form(Protocol):
         """Chunks of a stream before an answer's first piece."""
         ...
 
-    def chunk(self, answer: Answer, piece: Piece) -> dict[str, Any]:
-        """A choice of a stream."""
+    def chunk(self, answer: Answer, piece: Piece) -> dict[str, Any] | None:
+        """A choice of a stream, `None` for one that says nothing."""
         ...
 
     def choice(self, answer: Answer, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -151,8 +151,9 @@ async def _events(
             for choice in form.opening(answer):
                 yield event([choice])
         async for answer, piece in _merged(answers):
-            if piece.text or piece.logprobs or piece.finish:
-                yield event([form.chunk(answer, piece)])
+            said = piece.text or piece.logprobs or piece.finish
+            if said and (chunk := form.chunk(answer, piece)) is not None:
+                yield event([chunk])
         if wants_usage:
             yield event([], usage(answers, n))
     except LLMOptError as error:  # the status was sent long ago

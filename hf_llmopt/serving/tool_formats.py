@@ -1,0 +1,332 @@
+"""How models write calls of tools: read them out of an answer, and say as a grammar what one has to look like.
+
+What is not a whole, well-formed call of a tool that was offered stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from .grammar import json_rule
+from .text import overlap
+
+MOST_CALLS = 16  # that a grammar lets follow one another
+DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool's name, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+@dataclass
+class Found:
+    """What became certain: text to be shown, and calls."""
+
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+
+class ToolFormat(Protocol):
+    """One way to write calls.
+
+    Attributes:
+        name: As `--tool-parser` has it.
+        marks: Texts around calls, which a tokenizer may have as special tokens; those are shown to `split`.
+        short_ids: Templates of the format refuse longer ids of calls than nine characters.
+    """
+
+    name: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]
+    short_ids: ClassVar[bool]
+
+    def written_by(self, template: str) -> bool:
+        """Whether a chat template tells models to write calls so."""
+        ...
+
+    def split(self, text: str, offered: Collection[str], begins: bool, ends: bool) -> tuple[Found, str]:
+        """Part what is certain from what is not.
+
+        Args:
+            text: What is not certain yet.
+            offered: Names of tools.
+            begins: Whether nothing of the answer was certain before.
+            ends: Whether nothing follows. Then all is certain.
+
+        Returns:
+            What is certain, and the rest of the text.
+        """
+        ...
+
+    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+        """Lark's rules for calls; the first one is `calls`.
+
+        Args:
+            tools: The schema of each tool's arguments.
+            several: Whether calls may follow one another.
+            literal: Says how a text stands in a rule; marks may be special tokens.
+        """
+        ...
+
+
+class Hermes:
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen 2.5 and 3, and many after them."""
+
+    name: ClassVar[str] = "hermes"
+    marks: ClassVar[tuple[str, ...]] = ("<tool_call>", "</tool_call>")
+    short_ids: ClassVar[bool] = False
+
+    def written_by(self, template: str) -> bool:
+        """Whether a chat template tells models to write calls so; some write XML between the same marks."""
+        return self.marks[0] in template and "<function=" not in template
+
+    def split(self, text: str, offered: Collection[str], begins: bool, ends: bool) -> tuple[Found, str]:
+        """Part what is certain from what is not."""
+        opening, closing = self.marks
+        found = Found()
+        while (start := text.find(opening)) >= 0:
+            call, rest = self._first(text[start + len(opening) :], closing, offered, ends)
+            if call is not None:
+                found.text += text[:start].rstrip()
+                found.calls.append(call)
+                text = rest
+            elif ends:  # it is none; there may be one behind it
+                found.text += text[: start + len(opening)]
+                text = rest
+            else:
+                found.text += text[:start].rstrip()
+                return found, text[len(text[:start].rstrip()) :]
+        shown = len(text)
+        if not ends:  # blanks before a call are no text, nor are those behind the last one
+            shown = len(text[: shown - overlap(text, opening)].rstrip())
+        elif found.calls:
+            text = text.rstrip()
+        found.text += text[:shown]
+        return found, text[shown:]
+
+    def _first(self, text: str, closing: str, offered: Collection[str], ends: bool) -> tuple[Call | None, str]:
+        """The call with which a text begins, and what stands behind it."""
+        place = text.find(closing)
+        while place >= 0:  # a mark may stand in a string of the call's arguments
+            if (call := _call(_json(text[:place]), offered)) is not None:
+                return call, text[place + len(closing) :]
+            place = text.find(closing, place + 1)
+        # Models leave the last mark away, where a token ends the answer.
+        last = _call(_json(text), offered) if ends else None
+        return last, text if last is None else ""
+
+    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+        """Lark's rules for calls."""
+        opening, closing = map(literal, self.marks)
+        call = f'call: {opening} "\\n" tool "\\n" {closing}'
+        return [_repeated('"\\n"', several), call, *_objects(tools, "arguments")]
+
+
+class Llama3:
+    """`{"name": ..., "parameters": {...}}` as the whole answer: Llama 3.1 to 3.3."""
+
+    name: ClassVar[str] = "llama3_json"
+    marks: ClassVar[tuple[str, ...]] = ("<|python_tag|>",)
+    short_ids: ClassVar[bool] = False
+
+    def written_by(self, template: str) -> bool:
+        """Whether a chat template tells models to write calls so."""
+        return self.marks[0] in template or '"parameters": ' in template
+
+    def split(self, text: str, offered: Collection[str], begins: bool, ends: bool) -> tuple[Found, str]:
+        """Part what is certain from what is not."""
+        (mark,) = self.marks
+        start = text.lstrip()
+        could = begins and (start.startswith(("{", mark)) or mark.startswith(start))
+        if could and not ends:
+            return Found(), text
+        calls = self._calls(start.removeprefix(mark), offered) if could else None
+        return (Found(text) if calls is None else Found(calls=calls)), ""
+
+    def _calls(self, text: str, offered: Collection[str]) -> list[Call] | None:
+        """The calls of which a text consists, or `None` if that is not all."""
+        calls: list[Call] = []
+        while text := text.lstrip(" \n\t;"):
+            value, text = _leading(text)
+            if (call := _call(value, offered)) is None:
+                return None
+            calls.append(call)
+        return calls or None
+
+    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+        """Lark's rules for calls; these models make one at a time."""
+        return ["calls: tool", *_objects(tools, "parameters")]
+
+
+class Mistral:
+    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}]`, and of late `[TOOL_CALLS]name[ARGS]{...}`."""
+
+    name: ClassVar[str] = "mistral"
+    marks: ClassVar[tuple[str, ...]] = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    short_ids: ClassVar[bool] = True
+    _named = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
+
+    def __init__(self, names_first: bool = False) -> None:
+        self.names_first = names_first  # what a grammar demands; both are read
+
+    def written_by(self, template: str) -> bool:
+        """Whether a chat template tells models to write calls so."""
+        return self.marks[0] in template
+
+    def split(self, text: str, offered: Collection[str], begins: bool, ends: bool) -> tuple[Found, str]:
+        """Part what is certain from what is not."""
+        mark = self.marks[0]
+        start = text.find(mark)
+        if not ends:
+            if start < 0:
+                start = len(text) - overlap(text, mark)
+            return Found(text[:start]), text[start:]
+        calls = None if start < 0 else self._calls(text[start:], offered)
+        return (Found(text) if calls is None else Found(text[:start], calls)), ""
+
+    def _calls(self, text: str, offered: Collection[str]) -> list[Call] | None:
+        calls: list[Call | None] = []
+        for part in text.split(self.marks[0])[1:]:
+            named = self._named.match(part)
+            while named is not None:
+                value, part = _leading(part[named.end() :])
+                calls.append(_call({"name": named[1], "arguments": value}, offered))
+                named = self._named.match(part)
+            if part.strip():
+                values = _json(part)
+                calls += [_call(value, offered) for value in (values if isinstance(values, list) else [values])]
+        whole = [call for call in calls if call is not None]
+        return whole if whole and len(whole) == len(calls) else None
+
+    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+        """Lark's rules for calls."""
+        mark, args, _ = map(literal, self.marks)
+        if self.names_first:
+            heads = [f"{_quoted(name)} {args}" for name in tools]
+            return [_repeated("", several), f"call: {mark} tool", *_tools(heads, tools.values(), "")]
+        listed = _repeated('", "', several, "listed")
+        return [f'calls: {mark} "[" listed "]"', listed, "call: tool", *_objects(tools, "arguments")]
+
+
+FORMATS: tuple[ToolFormat, ...] = (Mistral(), Hermes(), Llama3())
+NAMES = tuple(known.name for known in FORMATS)
+
+
+def of_template(template: Any, name: str | None = None) -> ToolFormat | None:
+    """The format in which a model writes calls.
+
+    Args:
+        template: The tokenizer's chat template: a text, several by name, or none.
+        name: Of a format; `None` for what the template tells.
+
+    Returns:
+        The format, or `None` if the template tells of none that is known.
+    """
+    text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+    told = (known for known in FORMATS if (known.written_by(text) if name is None else known.name == name))
+    found = next(told, None)
+    return Mistral("[ARGS]" in text) if isinstance(found, Mistral) else found
+
+
+class Reader:
+    """Reads the calls of one answer as its text comes.
+
+    Args:
+        form: How the model writes them.
+        offered: Names of tools.
+        most: Calls that are given; others are dropped.
+
+    Attributes:
+        calls: How many there were.
+
+    Example:
+        >>> from hf_llmopt.serving.tool_formats import Reader, of_template
+        >>> reader = Reader(of_template(None, "hermes"), ["now"])
+        >>> for piece in ("Well. <tool", '_call>{"name": "now", "arg', 'uments": {"zone": "UTC"}}</tool_call>'):
+        ...     print(reader.add(piece))
+        Found(text='Well.', calls=[])
+        Found(text='', calls=[])
+        Found(text='', calls=[Call(name='now', arguments='{"zone": "UTC"}')])
+    """
+
+    def __init__(self, form: ToolFormat, offered: Collection[str], most: int | None = None) -> None:
+        self._format = form
+        self._offered = offered
+        self._most = most
+        self._held = ""
+        self._begins = True
+        self.calls = 0
+
+    def add(self, text: str, ends: bool = False) -> Found:
+        """What a piece of text makes certain.
+
+        Args:
+            text: The piece.
+            ends: Whether it is the last one.
+        """
+        found, self._held = self._format.split(self._held + text, self._offered, self._begins, ends)
+        self._begins &= not (found.text or found.calls)
+        if self._most is not None:
+            del found.calls[max(0, self._most - self.calls) :]
+        self.calls += len(found.calls)
+        if ends and self.calls and not found.text.strip():
+            found.text = ""
+        return found
+
+
+def _repeated(between: str, several: bool, name: str = "calls") -> str:
+    """The rule of calls that may follow one another."""
+    return f"{name}: call ({between} call){{0,{MOST_CALLS - 1}}}" if several else f"{name}: call"
+
+
+def _objects(tools: Mapping[str, dict[str, Any]], arguments: str) -> list[str]:
+    """Rules of a JSON object for each tool, written as templates write them."""
+    heads = [_quoted(f'{{"name": {json.dumps(name)}, "{arguments}": ') for name in tools]
+    return _tools(heads, tools.values(), _quoted("}"))
+
+
+def _tools(heads: Sequence[str], schemas: Iterable[dict[str, Any]], tail: str) -> list[str]:
+    """The rule `tool`, and one for each: what stands before its arguments, and behind them."""
+    rules = [
+        f"tool_{index}: {head} {json_rule(schema)} {tail}"
+        for index, (head, schema) in enumerate(zip(heads, schemas, strict=True))
+    ]
+    return ["tool: " + " | ".join(f"tool_{index}" for index in range(len(rules))), *rules]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def _json(text: str) -> Any:
+    """The value that a text is, or `None`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _leading(text: str) -> tuple[Any, str]:
+    """The JSON value with which a text begins, or `None`, and what stands behind it."""
+    try:
+        value, end = DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, text
+    return value, text[end:]
+
+
+def _call(value: Any, offered: Collection[str]) -> Call | None:
+    """The call that a JSON value is, or `None`."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in offered:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):  # some models write them as JSON in JSON
+        arguments = _json(arguments)
+    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None

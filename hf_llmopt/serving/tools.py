@@ -1,0 +1,108 @@
+"""Tools in a chat: how the model is held to call one, and how its calls are handed on."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .grammar import json_rule
+from .schema import ChatRequest
+from .tool_formats import Call, Hermes, Reader, ToolFormat, of_template
+
+SHORT_ID = 9  # characters
+APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "unevaluatedProperties")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a chat may call, and how its model writes that.
+
+    Attributes:
+        form: The format.
+        functions: The schema of each function's arguments.
+        demanded: Functions of which at least one has to be called, `None` if the model decides.
+        several: Whether an answer may have more than one call.
+    """
+
+    form: ToolFormat
+    functions: dict[str, dict[str, Any]]
+    demanded: Sequence[str] | None
+    several: bool
+
+    @classmethod
+    def of(cls, ask: ChatRequest, tokenizer: Any, parser: str | None) -> Tools | None:
+        """The tools of a request, or `None` if there are none, or nothing is known of how the model calls them.
+
+        Args:
+            ask: The request.
+            tokenizer: Its chat template tells the format.
+            parser: Name of the format; `None` for what the template tells.
+        """
+        if not ask.functions:
+            return None
+        form = of_template(getattr(tokenizer, "chat_template", None), parser)
+        if form is None and ask.demanded is not None:
+            form = Hermes()
+        several = ask.parallel_tool_calls is not False and ask.tool_choice in (None, "auto", "required")
+        return None if form is None else cls(form, ask.functions, ask.demanded, several)
+
+    def reader(self) -> Reader:
+        """Reads the calls of one answer."""
+        return Reader(self.form, self.functions, None if self.several else 1)
+
+    def shows_marks(self, tokenizer: Any) -> bool:
+        """Whether special tokens have to be shown for calls to be seen."""
+        return any(_special(tokenizer, mark) is not None for mark in self.form.marks)
+
+    def grammar(self, tokenizer: Any, answer: dict[str, Any] | None) -> str | None:
+        """What an answer has to be, in Lark's words; `None` for anything.
+
+        Args:
+            tokenizer: The model's.
+            answer: The schema of an answer that is no call, `None` for any.
+        """
+        if self.demanded is None and answer is None:
+            return None
+
+        def literal(mark: str) -> str:
+            token = _special(tokenizer, mark)
+            return json.dumps(mark) if token is None else f"<[{token}]>"
+
+        names = self.functions if self.demanded is None else self.demanded
+        rules = self.form.rules({name: _closed(self.functions[name]) for name in names}, self.several, literal)
+        if self.demanded is not None or answer is None:
+            return "\n".join(["start: calls", *rules])
+        return "\n".join(["start: calls | answer", f"answer: {json_rule(answer)}", *rules])
+
+    def entries(self, calls: Sequence[Call], first: int = 0) -> list[dict[str, Any]]:
+        """Calls as OpenAI's API has them.
+
+        Args:
+            calls: What the model called.
+            first: How many calls the answer had before.
+        """
+        return [
+            {
+                "index": first + place,
+                "id": uuid.uuid4().hex[:SHORT_ID] if self.form.short_ids else f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for place, call in enumerate(calls)
+        ]
+
+
+def _special(tokenizer: Any, text: str) -> int | None:
+    """The special token that a text is, or `None`."""
+    token = tokenizer.get_added_vocab().get(text)
+    return token if token is not None and tokenizer.added_tokens_decoder[token].special else None
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of arguments; those that it does not name are not made up, where it does not speak of them."""
+    if "additionalProperties" in schema or any(name in schema for name in APPLICATORS):
+        return {"type": "object", **schema}
+    return {"type": "object", **schema, "additionalProperties": False}
