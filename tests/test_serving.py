@@ -29,7 +29,7 @@ openai = pytest.importorskip("openai")
 
 from served import Running, make, running  # noqa: E402 - needs the extra
 
-from hf_llmopt.serving import Keys, Limits, logs  # noqa: E402
+from hf_llmopt.serving import Keys, Limits, create_app, logs  # noqa: E402
 from hf_llmopt.serving.errors import of_engine  # noqa: E402
 from hf_llmopt.serving.text import TextStream  # noqa: E402
 
@@ -537,6 +537,33 @@ def test_keys(served, log, header: str | None) -> None:
     assert httpx.get(served.url + "/metrics", headers=headers).status_code == 401
     assert httpx.get(served.url + "/health", headers=headers).status_code == 200
     assert SECRET not in log.getvalue()
+
+
+def test_web_pages_of_other_origins_read_nothing_unless_they_may(pair, raw) -> None:
+    asks = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in raw.get("/v1/models", headers=asks).headers
+    assert raw.options("/v1/completions", headers=asks).status_code == 405
+    with running(make(pair, Keys([SECRET])), origins=["http://localhost:3000"]) as it:
+        path = it.url + "/v1/completions"
+        asked = httpx.options(path, headers={**asks, "Access-Control-Request-Headers": "authorization,x-any"})
+        assert asked.status_code == 200, "browsers ask without a key"
+        assert asked.headers["access-control-allow-origin"] == asks["Origin"]
+        assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+        key = {"Authorization": f"Bearer {SECRET}"}
+        answer = httpx.post(path, json=COMPLETION, headers={**asks, **key})
+        assert answer.headers["access-control-allow-origin"] == asks["Origin"]
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+        refused = httpx.post(path, json=COMPLETION, headers=asks)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == asks["Origin"], "pages can read errors too"
+        other = httpx.post(path, json=COMPLETION, headers={**asks, **key, "Origin": "http://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://", ""])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(errors.InvalidOption, match="is no origin"):
+        create_app(None, [origin])
 
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch) -> None:

@@ -37,6 +37,10 @@ def serve(
     deadline: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds after which an answer ends with an error.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="An origin whose web pages may read answers, or * for all; may be repeated."),
+    ] = None,
     tool_parser: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +89,7 @@ def serve(
         tool_parser,
     )
     logs.to_stderr()
-    server = serving.Server(service, drain)
+    server = serving.Server(service, drain, allow_origin or ())
     listening = server.listen(host, port)
     if host not in LOOPBACK and not len(keys):
         ui.warn(f"whoever reaches {host} may use this server; --api-key-file asks for a key")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, RootModel
 
 from .. import __version__
+from ..errors import InvalidOption
 from .chat import chat
 from .completions import completions
 from .errors import APIError
@@ -22,6 +25,7 @@ from .parse import parse
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
 from .service import Service
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 Route = Callable[[Service, Request], Awaitable[Response]]
 
 
@@ -29,11 +33,15 @@ class TokenizeRequest(RootModel[TokenizeChat | TokenizeText]):
     """Body of `/tokenize`."""
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     """The application for a service, to be run by any ASGI server; it closes the service when it ends.
 
     Args:
         service: What is served.
+        origins: Origins whose web pages may read answers, `"*"` for all; by default no page of another origin may.
+
+    Raises:
+        InvalidOption: An origin is none, and no browser would ever send it.
 
     Example:
         >>> from hf_llmopt import Engine, demo
@@ -69,7 +77,25 @@ def create_app(service: Service) -> FastAPI:
     for status, says in ((404, "There is no such path."), (405, "The path does not know this method.")):
         app.add_exception_handler(status, partial(_no_route, status, says))
     app.add_middleware(Front, service=service)
+    if origins:
+        _open_to(app, origins)
     return app
+
+
+def _open_to(app: FastAPI, origins: Sequence[str]) -> None:
+    """Answer browsers' questions before they reach the routes: they carry no key."""
+    for origin in origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise InvalidOption(
+                f"{origin!r} is no origin: it is * or a scheme, a host and maybe a port, as http://localhost:3000."
+            )
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After", "X-Request-Id"],
+    )
 
 
 def _add(app: FastAPI, service: Service, path: str, route: Route, method: str, **more: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from time import monotonic
 from types import FrameType
 
@@ -24,12 +25,13 @@ class Server(uvicorn.Server):
     Args:
         service: What is served.
         drain: Seconds that running requests have to end.
+        origins: Whose web pages may read answers, as of `create_app`.
     """
 
-    def __init__(self, service: Service, drain: float = 30.0) -> None:
+    def __init__(self, service: Service, drain: float = 30.0, origins: Sequence[str] = ()) -> None:
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                create_app(service, origins),
                 log_config=None,
                 access_log=False,
                 server_header=False,
