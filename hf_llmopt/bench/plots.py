@@ -86,7 +86,9 @@ def speculation(report: Mapping[str, Any], width: int = 760) -> str:
     return lines_of_ratios(lines, "rows of a call; times as fast as plain decoding, behind the first token", width)
 
 
-def lines_of_ratios(lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]], below: str, width: int = 760) -> str:
+def lines_of_ratios(
+    lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], below: str, width: int = 760
+) -> str:
     """Ratios with their intervals, a line for each name; the places on the axis are equally far apart.
 
     Args:
@@ -122,6 +124,22 @@ def lines_of_ratios(lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]
             if ratio["low"] is not None:
                 parts.append(_line(at, y(ratio["low"]), at, y(ratio["high"]), color))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def served(points: Sequence[Mapping[str, Any]], width: int = 760) -> str:
+    """The share of requests that were answered within the limits over the rate at which they came.
+
+    Args:
+        points: `"points"` of a report of `bench serve`.
+        width: Of the picture, in pixels.
+    """
+    lines: dict[str, list[tuple[float, dict[str, float | None]]]] = {}
+    for point in sorted((point for point in points if point["rate"] is not None), key=lambda point: point["rate"]):
+        share = point["goodput"] * point["seconds"] / point["requests"]
+        lines.setdefault(point["way"], []).append(
+            (round(point["rate"], 1), {"ratio": share, "low": None, "high": None})
+        )
+    return lines_of_ratios(lines, "requests/s; share of them that was answered within the limits", width)
 
 
 def page_formats(report: Mapping[str, Any], width: int = 760) -> str:

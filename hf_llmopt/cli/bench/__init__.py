@@ -11,6 +11,7 @@ from .flash_attention import flash_attention
 from .kv_cache import kv_cache
 from .prompt_cache import prompt_cache
 from .quantization import quantization
+from .serve import serve
 from .speculative import speculative
 
 app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
@@ -20,6 +21,7 @@ app.command("continuous_batching", cls=ModelCommand)(continuous_batching)
 app.command("quantization", cls=ModelCommand)(quantization)
 app.command("flash_attention", cls=ModelCommand)(flash_attention)
 app.command("speculative", cls=ModelCommand)(speculative)
+app.command("serve", cls=ModelCommand)(serve)
 app.command("cpu", cls=ModelCommand)(cpu)
 
 
