@@ -17,6 +17,7 @@ from hf_llmopt import Engine
 from .continuous_batching import Limits
 from .kv_cache import describe
 from .measure import environment, interleave, paired_ratio, summary
+from .serve_expected import Expected
 from .serve_load import Ask, Client, Load, Reply, arrivals, closed_loop, draw, open_loop
 from .serve_process import NoServer, Server, ending, paused, started
 
@@ -112,7 +113,7 @@ def bench(
             closed = partial(_closed, engine, tokenizer, servers, name, plan)
             closed(ENGINE, draw(plan.load, texts, [plan.seed, WARM_UP]))
             overhead = _loops(closed, texts, plan, partial(on_run, OVERHEAD))
-    expect = _Expected(model, tokenizer)
+    expect = Expected(model, tokenizer)
     points = [_point(*measured, plan.limits, expect) for measured in found]
     exact = describe(model)["dtype"] == "float32"
     reasons = _reasons(points, overhead, expect, exact)
@@ -185,7 +186,7 @@ def _point(
     due: Sequence[float],
     replies: Sequence[Reply],
     limits: Limits,
-    expect: _Expected,
+    expect: Expected,
 ) -> dict[str, Any]:
     whole = [(reply, at) for reply, at in zip(replies, due, strict=True) if reply.error is None]
     first = [reply.times[0] - at for reply, at in whole]
@@ -303,31 +304,10 @@ def _overhead(loops: Mapping[str, Mapping[str, list[Loop]]], plan: Plan, said: b
 # ------------------------------------------------------------------------------------------------------------ equality
 
 
-class _Expected:
-    """What `generate` of transformers answers, computed when asked for the first time."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._texts: dict[Ask, str] = {}
-
-    def same(self, ask: Ask, reply: Reply) -> bool:
-        """Whether a reply has the text of `generate`'s tokens, but for bytes at the end that are no character yet."""
-        if reply.error is not None:
-            return False
-        if ask not in self._texts:
-            inputs = self._tokenizer(ask.prompt, return_tensors="pt", return_token_type_ids=False)
-            inputs = inputs.to(self._model.device)
-            output = self._model.generate(**inputs, max_new_tokens=ask.new, do_sample=False, llmopt=False)
-            tokens = output[0, inputs["input_ids"].shape[1] :]
-            self._texts[ask] = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return reply.text.rstrip("\ufffd") == self._texts[ask].rstrip("\ufffd")
-
-
 def _reasons(
     points: Sequence[Mapping[str, Any]],
     overhead: Mapping[str, Mapping[str, list[Loop]]] | None,
-    expect: _Expected,
+    expect: Expected,
     exact: bool,
 ) -> list[str]:
     """Why our server did not pass, a line each."""

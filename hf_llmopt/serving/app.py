@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, RootModel
 
 from .. import __version__
@@ -21,6 +21,7 @@ from .completions import completions
 from .errors import APIError
 from .front import Front
 from .limits import read_body
+from .page import HEADERS, PAGE
 from .parse import parse
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
 from .service import Service
@@ -74,6 +75,7 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
         _add(app, service, path, route, "POST", openapi_extra=_described(body))
     for path, route in gets.items():
         _add(app, service, path, route, "GET")
+    _add(app, service, "/", page, "GET", include_in_schema=False)
     for status, says in ((404, "There is no such path."), (405, "The path does not know this method.")):
         app.add_exception_handler(status, partial(_no_route, status, says))
     app.add_middleware(Front, service=service)
@@ -136,6 +138,11 @@ def _card(service: Service) -> dict[str, Any]:
         "owned_by": "hf_llmopt",
         "max_model_len": service.limits.max_model_len,
     }
+
+
+async def page(service: Service, request: Request) -> Response:
+    """A page to chat with the model and to watch the engine."""
+    return HTMLResponse(PAGE, headers=HEADERS)
 
 
 async def models(service: Service, request: Request) -> Response:

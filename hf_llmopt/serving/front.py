@@ -12,8 +12,8 @@ from .limits import ClientGone
 from .logs import LOGGER, request_id
 from .service import Caller, Service
 
-OPEN = "/health"  # needs no key: a load balancer has none
-WATCHED = (OPEN, "/metrics")  # are answered to the end
+OPEN = ("/health", "/")  # need no key: a load balancer has none, and the page asks for it
+WATCHED = ("/health", "/metrics")  # are answered to the end
 CLOSED_BY_CLIENT = 499
 
 
@@ -84,7 +84,7 @@ class Front:
         Raises:
             APIError: There is none, or the server ends.
         """
-        if path == OPEN:
+        if path in OPEN:
             return None
         key = self._service.keys.owner(authorization) if len(self._service.keys) else None
         if len(self._service.keys) and key is None:
