@@ -75,7 +75,7 @@ def draw(load: Load, texts: Sequence[str], seed: Sequence[int]) -> list[Ask]:
 
     Example:
         >>> draw(Load(2, groups=1, shared=3, own=(2, 4), new=(1, 5)), ["abcdefghij" * 9], seed=[0])
-        [Ask(prompt='ijaefg', new=5), Ask(prompt='ijaijab', new=2)]
+        [Ask(prompt='efgefg', new=2), Ask(prompt='efgde', new=1)]
     """
     rng = np.random.default_rng(list(seed))
     text = "".join(texts)
