@@ -123,7 +123,7 @@ def test_graphs(name: str, sampling: dict, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "int4"])
 def test_graphs_over_quantized_pages(dtype: str) -> None:
     model = build("llama").cuda()
     config = {**GRAPHS, "kv_cache": {"page_size": 4, "dtype": dtype}}

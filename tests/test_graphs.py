@@ -203,10 +203,11 @@ def test_logits_that_wait_for_other_rows() -> None:
     check(model, inputs, config(batching={"max_batch_tokens": 1}), 16)
 
 
-def test_quantized_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_pages(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lossy, so compared with the same pages read by torch; C's packing of rows cannot be recorded."""
     monkeypatch.setattr(cpu, "available", lambda: False)
-    model, llmopt = one_layer(), config(kv_cache={"dtype": "int8", "page_size": 4})
+    model, llmopt = one_layer(), config(kv_cache={"dtype": dtype, "page_size": 4})
     expected = model.generate(**ragged(), **KW, llmopt={**llmopt, "graphs": False})
     assert model.llmopt.stats.graph_steps == 0
     for steps in (1, 5):

@@ -48,7 +48,8 @@ def replayable(step: StepInputs, call: Call) -> Tensor:
     """
     if not _serves(step, call):
         raise UnsupportedModel(
-            f"no Triton kernel reads the pages of layer {call.layer} (int4 pages, or heads wider than {WIDEST})"
+            f"no Triton kernel reads the pages of layer {call.layer} (heads wider than {WIDEST}, "
+            "int4 pages of heads whose width is no multiple of 8, or fp8 pages on a GPU before Ada)"
         )
     return _ours(step, call, range(len(step.spans)))
 
@@ -74,11 +75,12 @@ def fastest_paged(step: StepInputs, call: Call) -> Tensor:
 
 
 def _serves(step: StepInputs, call: Call) -> bool:
-    from ..kernels.triton.blocks import FORMATS, FORMS
+    from ..kernels.triton.blocks import FORMATS, reads
 
     spec = step.store.layers[call.layer]
-    widest = max(spec.key_dim, spec.value_dim)
-    return call.value.dtype in FORMATS and widest <= WIDEST and (spec.form is None or spec.form.name in FORMS)
+    if call.value.dtype not in FORMATS or max(spec.key_dim, spec.value_dim) > WIDEST:
+        return False
+    return all(reads(spec.form, width, call.value.device) for width in (spec.key_dim, spec.value_dim))
 
 
 def _parts(step: StepInputs) -> list[range]:

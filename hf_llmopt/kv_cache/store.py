@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..config import KVCacheConfig
 from ..errors import OutOfPages, UnsupportedModel
-from ..kernels import cpu, reference
+from ..kernels import reference
 from ..kernels.arguments import PAGE_FORMATS, PageFormat, Shape
+from ..kernels.pages import pack_rows
 from .pool import BlockTable, PagePool
 from .transfer import upload
 
@@ -292,9 +293,7 @@ class PagedStore:
         """Store keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]` in their slots."""
         form = self.layers[layer].form
         if form is not None:
-            fits = keys.device.type == "cpu" and cpu.available() and max(keys.shape[2], values.shape[2]) <= cpu.MAX_DIM
-            pack = cpu.pack_rows if fits and keys.dtype in cpu.DTYPES else reference.pack_rows
-            keys, values = pack(keys, form, form.rotates), pack(values, form)
+            keys, values = pack_rows(keys, form, form.rotates), pack_rows(values, form)
         self.settle()
         for own, new in ((self.keys[layer], keys), (self.values[layer], values)):
             own.index_copy_(0, slots.to(own.device), new.to(own.device))

@@ -5,8 +5,9 @@ weighted values `o` (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1):
 
     m' = max(m, max s)      l' = l 2^(m - m') + sum 2^(s - m')      o' = o 2^(m - m') + 2^(s - m') v
 
-A page's number format is a matter of `codes_of`, `rows_of`, `score` and `add`: codes become numbers in registers, and
-their scales multiply columns of scores and of weights, not keys and values.
+A page's number format is a matter of `codes_of`, `rows_of`, `scales_of`, `score` and `add`: codes become numbers in
+registers, and their scales multiply columns of scores and of weights, not keys and values. With 4 bits (`nibbles.py`)
+keys, values, queries and results are four tiles, each a quarter of a head wide, and a dot product is the sum of four.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .int_linear import INTERPRETED
+from .nibbles import PLANES, columns, numbers, quarter, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,21 +32,25 @@ LOG2E = 1.4426950408889634
 LEAST = tl.constexpr(-1e30)  # of a row that has seen nothing; finite, so that no difference is NaN
 
 
-FORMS = ("int8", "fp8")  # of pages that kernels read
-
-
 def codes_of(rows: Tensor, form: PageFormat | None, kv_heads: int, width: int) -> tuple[Tensor, Tensor | None]:
-    """What a layer's slots hold: numbers or codes `[slots, kv_heads, width]`, and the scales of codes; views.
+    """What a layer's slots hold; views.
 
     Args:
         rows: `[slots, kv_heads, width]`, or bytes as `PageFormat` says.
-        form: Of quantized pages, one of FORMS.
+        form: Of quantized pages.
         kv_heads: Heads of a slot.
-        width: Of a head.
+        width: Of a head, a multiple of 8 with 4 bits.
+
+    Returns:
+        Numbers or codes `[slots, kv_heads, width]`, and the scales of codes, bfloat16 `[slots, kv_heads]`. With 4 bits
+        int16 `[slots, kv_heads, width / 4]`, and int32: a scale, and in the high half the lowest value.
     """
     if form is None:
         return rows, None
-    codes, scales = rows[:, 0].split([kv_heads * width, rows.shape[2] - kv_heads * width], dim=1)
+    size = kv_heads * width * form.bits // 8
+    codes, scales = rows[:, 0].split([size, rows.shape[2] - size], dim=1)
+    if form.bits == 4:
+        return codes.view(torch.int16).unflatten(1, (kv_heads, width // PLANES)), scales.view(torch.int32)
     number = torch.int8 if form.name == "int8" else torch.float8_e4m3fn
     return codes.view(number).unflatten(1, (kv_heads, width)), scales.view(torch.bfloat16)
 
@@ -57,6 +63,7 @@ def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any
         seen: What its tokens attend to.
     """
     kv_heads, key_dim, value_dim = seen.shape
+    share = PLANES if seen.form is not None and seen.form.bits == 4 else 1
     keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
     values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
     constants = {
@@ -67,10 +74,11 @@ def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any
         "KV_HEADS": kv_heads,
         "GROUP": query.shape[1] // kv_heads,
         "PAGE": seen.page_size,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_D": block_of(key_dim),
-        "BLOCK_V": block_of(value_dim),
+        "KEY_DIM": key_dim // share,
+        "VALUE_DIM": value_dim // share,
+        "BLOCK_D": block_of(key_dim // share),
+        # Triton gives every warp all 16 rows and some columns only where there are more columns than rows.
+        "BLOCK_V": block_of(value_dim // share) if share == 1 else max(32, block_of(value_dim // share)),
         "DTYPE": FORMATS[torch.float32 if INTERPRETED else query.dtype],  # the interpreter cannot multiply bfloat16
     }
     return (keys, values, key_scales, value_scales, seen.table, seen.items), constants
@@ -79,6 +87,19 @@ def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any
 def block_of(width: int) -> int:
     """The width of a tile that holds heads of a width: tensor cores take no less than 16."""
     return max(16, triton.next_power_of_2(width))
+
+
+def reads(form: PageFormat | None, width: int, device: torch.device) -> bool:
+    """Whether kernels on a device read pages that hold heads of a width in this format."""
+    if form is None or form.name == "int8":
+        return True
+    return width % 8 == 0 if form.bits == 4 else has_float8(device)
+
+
+@cache
+def has_float8(device: torch.device) -> bool:
+    """Whether Triton converts to and from e4m3: on GPUs since Ada, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @cache
@@ -98,12 +119,59 @@ def slots_of(table, token, seen, PAGE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def queries_of(
+    query, token, head, mine, QUERY_TOKEN, QUERY_HEAD,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, NIBBLES: tl.constexpr,
+):  # fmt: skip
+    """Queries `[BLOCK_M, BLOCK_D]`; for 4-bit keys four quarters of them, turned as keys are, and their sum."""
+    places = query + token.to(tl.int64)[:, None] * QUERY_TOKEN + head[:, None] * QUERY_HEAD
+    if NIBBLES:
+        d = tl.arange(0, 4 * BLOCK_D)
+        whole = tl.load(places + d[None, :], mask=mine[:, None] & (d < 4 * DIM)[None, :], other=0).to(tl.float32)
+        whole = turned(whole, 4 * DIM).to(DTYPE).to(tl.float32)
+        q = (
+            quarter(whole, 0, DIM, BLOCK_D).to(DTYPE),
+            quarter(whole, 1, DIM, BLOCK_D).to(DTYPE),
+            quarter(whole, 2, DIM, BLOCK_D).to(DTYPE),
+            quarter(whole, 3, DIM, BLOCK_D).to(DTYPE),
+            tl.sum(whole, 1),
+        )
+    else:
+        d = tl.arange(0, BLOCK_D)
+        q = tl.load(places + d[None, :], mask=mine[:, None] & (d < DIM)[None, :], other=0).to(DTYPE)
+    return q
+
+
+@triton.jit
+def nothing(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, NIBBLES: tl.constexpr):
+    """Weighted values of no keys."""
+    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if NIBBLES:
+        total = (total, total, total, total)
+    return total
+
+
+@triton.jit
+def put(out, rows, total, weight, mine, DIM: tl.constexpr, BLOCK_V: tl.constexpr, NIBBLES: tl.constexpr):
+    """Write weighted values over the sums of weights, `[BLOCK_M]` or a number, to rows of `out`."""
+    v = tl.arange(0, BLOCK_V)
+    mask = mine[:, None] & (v < DIM)[None, :]
+    if NIBBLES:
+        for plane in tl.static_range(4):
+            places = out + rows[:, None] * (4 * DIM) + columns(v, plane, DIM)[None, :]
+            tl.store(places, (total[plane] / weight).to(out.dtype.element_ty), mask=mask)
+    else:
+        places = out + rows[:, None] * DIM + v[None, :]
+        tl.store(places, (total / weight).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rows_of(
     pages, slots, seen, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Keys or values of a block, `[BLOCK_N, BLOCK_D]`, MASKED: 0 where no query sees them.
+    """Keys or values of a block, `[BLOCK_N, BLOCK_D]`, or of 4 bits four quarters.
 
-    `pages` is the address of a head's numbers in slot 0.
+    What no query sees is 0 where MASKED, or finite with 4 bits. `pages` is the address of a head's numbers in slot 0.
     """
     d = tl.arange(0, BLOCK_D)[None, :]
     places = pages + slots[:, None] * stride + d
@@ -116,24 +184,48 @@ def rows_of(
         found = tl.load(places, mask=seen[:, None], other=0.0)
     else:
         found = tl.load(places)
-    return found.to(DTYPE)
+    if pages.dtype.element_ty == tl.int16:
+        rows = numbers(found, DTYPE)
+    else:
+        rows = found.to(DTYPE)
+    return rows
 
 
 @triton.jit
-def score(q, k, scales, factor, cap):
+def scales_of(scales, slots, seen, stride, head):
+    """Scales of a block's keys or values, `[BLOCK_N]`; of 4 bits also what code 8 stands for."""
+    found = tl.load(scales + slots * stride + head, mask=seen, other=0)
+    if found.dtype == tl.int32:
+        scale = (found << 16).to(tl.float32, bitcast=True)
+        read = (scale, (found & -65536).to(tl.float32, bitcast=True) + 8 * scale)
+    else:
+        read = found.to(tl.float32)
+    return read
+
+
+@triton.jit
+def score(q, k, scales, factor, cap, NIBBLES: tl.constexpr):
     """Scores of a block in units of log 2, `[BLOCK_M, BLOCK_N]`.
 
     Args:
-        q: Queries `[BLOCK_M, BLOCK_D]`.
-        k: Keys `[BLOCK_N, BLOCK_D]`.
-        scales: Of the keys, `[BLOCK_N]`, or `None`.
+        q: As from `queries_of`.
+        k: As from `rows_of`.
+        scales: Of the keys, as from `scales_of`, or `None`.
         factor: Scaling times log2(e).
         cap: Softcap times log2(e), or `None`.
+        NIBBLES: Whether pages hold 4 bits.
     """
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if scales is not None:
-        s = s * scales[None, :]
-    s = s * factor
+    if NIBBLES:
+        s = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+        s = tl.dot(q[1], tl.trans(k[1]), s, input_precision="ieee")
+        s = tl.dot(q[2], tl.trans(k[2]), s, input_precision="ieee")
+        s = tl.dot(q[3], tl.trans(k[3]), s, input_precision="ieee")
+        s = s * (scales[0] * factor)[None, :] + q[4][:, None] * (scales[1] * factor)[None, :]
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if scales is not None:
+            s = s * scales[None, :]
+        s = s * factor
     if cap is not None:
         s = cap * _tanh(s / cap)
     return s
@@ -159,22 +251,33 @@ def visible(s, token, first, end, tree, TREE: tl.constexpr):
 
 
 @triton.jit
-def add(s, v, scales, total, largest, weight):
+def add(s, v, scales, total, largest, weight, NIBBLES: tl.constexpr):
     """Take a block into the online softmax.
 
     Args:
         s: Scores `[BLOCK_M, BLOCK_N]`.
-        v: Values `[BLOCK_N, BLOCK_V]`.
-        scales: Of the values, `[BLOCK_N]`, or `None`.
-        total: Weighted values so far, float32 `[BLOCK_M, BLOCK_V]`.
+        v: Values, as from `rows_of`.
+        scales: Of the values, as from `scales_of`, or `None`.
+        total: Weighted values so far, float32 `[BLOCK_M, BLOCK_V]`, or four.
         largest: Largest score so far, float32 `[BLOCK_M]`.
         weight: Sum of weights so far.
+        NIBBLES: Whether pages hold 4 bits.
     """
     now = tl.maximum(largest, tl.max(s, 1))
     p = tl.exp2(s - now[:, None])
     less = tl.exp2(largest - now)
     weight = weight * less + tl.sum(p, 1)
-    if scales is not None:
-        p = p * scales[None, :]
-    total = tl.dot(p.to(v.dtype), v, total * less[:, None], input_precision="ieee")
+    if NIBBLES:
+        middle = tl.sum(p * scales[1][None, :], 1)[:, None]  # every value's part that is not in its code
+        p = (p * scales[0][None, :]).to(v[0].dtype)
+        total = (
+            tl.dot(p, v[0], total[0] * less[:, None] + middle, input_precision="ieee"),
+            tl.dot(p, v[1], total[1] * less[:, None] + middle, input_precision="ieee"),
+            tl.dot(p, v[2], total[2] * less[:, None] + middle, input_precision="ieee"),
+            tl.dot(p, v[3], total[3] * less[:, None] + middle, input_precision="ieee"),
+        )
+    else:
+        if scales is not None:
+            p = p * scales[None, :]
+        total = tl.dot(p.to(v.dtype), v, total * less[:, None], input_precision="ieee")
     return total, now, weight

@@ -16,7 +16,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LEAST, LOG2E, add, arguments, block_of, multiprocessors, rows_of, score, slots_of, visible
+from .blocks import (
+    LEAST,
+    LOG2E,
+    add,
+    arguments,
+    block_of,
+    multiprocessors,
+    nothing,
+    put,
+    queries_of,
+    rows_of,
+    scales_of,
+    score,
+    slots_of,
+    visible,
+)
 from .extend import Shape
 
 if TYPE_CHECKING:
@@ -49,6 +64,7 @@ def _decode(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
+    NIBBLES: tl.constexpr = keys.dtype.element_ty == tl.int16
     head = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
@@ -70,10 +86,8 @@ def _decode(
     branch = None
     if tree is not None:
         branch = tl.load(tree + token, mask=mine, other=0)
-    d = tl.arange(0, BLOCK_D)
-    places = query + token.to(tl.int64)[:, None] * QUERY_TOKEN + query_head[:, None] * QUERY_HEAD + d[None, :]
-    q = tl.load(places, mask=mine[:, None] & (d < KEY_DIM)[None, :], other=0).to(DTYPE)
-    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, NIBBLES)
+    total = nothing(BLOCK_M, BLOCK_V, NIBBLES)
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None and part == 0:  # a score that has no value
@@ -90,20 +104,19 @@ def _decode(
         k_scales = None
         v_scales = None
         if key_scales is not None:
-            k_scales = tl.load(key_scales + slots * KEY_SCALES + head, mask=seen, other=0).to(tl.float32)
-            v_scales = tl.load(value_scales + slots * VALUE_SCALES + head, mask=seen, other=0).to(tl.float32)
-        s = visible(score(q, k, k_scales, factor, cap), place, first, end, branch, tree is not None)
+            k_scales = scales_of(key_scales, slots, seen, KEY_SCALES, head)
+            v_scales = scales_of(value_scales, slots, seen, VALUE_SCALES, head)
+        s = visible(score(q, k, k_scales, factor, cap, NIBBLES), place, first, end, branch, tree is not None)
         v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE)
-        total, largest, weight = add(s, v, v_scales, total, largest, weight)
-    v = tl.arange(0, BLOCK_V)
+        total, largest, weight = add(s, v, v_scales, total, largest, weight, NIBBLES)
     place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
     if SPLIT == 1:
-        total = total / tl.where(weight > 0, weight, 1)[:, None]
+        weight = tl.where(weight > 0, weight, 1)
     else:
         tl.store(sums + place * 2, largest, mask=mine)
         tl.store(sums + place * 2 + 1, weight, mask=mine)
-    places = out + place[:, None] * VALUE_DIM + v[None, :]
-    tl.store(places, total.to(out.dtype.element_ty), mask=mine[:, None] & (v < VALUE_DIM)[None, :])
+        weight = tl.full([BLOCK_M], 1, tl.float32)
+    put(out, place, total, weight[:, None], mine, VALUE_DIM, BLOCK_V, NIBBLES)
 
 
 @triton.jit
@@ -145,6 +158,8 @@ def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
     rows = max(16, triton.next_power_of_2(tokens * query.shape[1] // seen.shape.kv_heads))
     if query.dtype == torch.float32 or wide > 128 or rows > 64:
         return Shape(rows, 32, 4 if rows <= 64 else 8, 3)
+    if seen.form is not None and seen.form.bits == 4:  # a block of keys is four times as small
+        return Shape(rows, 128 if rows == 16 else 64, 4, 5)
     return Shape(rows, 32, 4, 5)
 
 

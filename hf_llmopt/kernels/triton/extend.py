@@ -16,7 +16,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LEAST, LOG2E, add, arguments, rows_of, score, slots_of, visible
+from .blocks import (
+    LEAST,
+    LOG2E,
+    add,
+    arguments,
+    nothing,
+    put,
+    queries_of,
+    rows_of,
+    scales_of,
+    score,
+    slots_of,
+    visible,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +62,7 @@ def _blocks(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MASKED: tl.constexpr, TREE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
+    NIBBLES: tl.constexpr = keys.dtype.element_ty == tl.int16
     for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_N)
         seen = (token >= lowest) & (token < highest)
@@ -57,13 +71,13 @@ def _blocks(
         k_scales = None
         v_scales = None
         if key_scales is not None:
-            k_scales = tl.load(key_scales + slots * KEY_SCALES + head, mask=seen, other=0).to(tl.float32)
-            v_scales = tl.load(value_scales + slots * VALUE_SCALES + head, mask=seen, other=0).to(tl.float32)
-        s = score(q, k, k_scales, factor, cap)
+            k_scales = scales_of(key_scales, slots, seen, KEY_SCALES, head)
+            v_scales = scales_of(value_scales, slots, seen, VALUE_SCALES, head)
+        s = score(q, k, k_scales, factor, cap, NIBBLES)
         if MASKED:
             s = visible(s, token, first, end, tree, TREE)
         v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, MASKED, DTYPE)
-        total, largest, weight = add(s, v, v_scales, total, largest, weight)
+        total, largest, weight = add(s, v, v_scales, total, largest, weight, NIBBLES)
     return total, largest, weight
 
 
@@ -77,6 +91,7 @@ def _extend(
     WINDOWED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     TREE: tl.constexpr = tree is not None
+    NIBBLES: tl.constexpr = keys.dtype.element_ty == tl.int16
     head = tl.program_id(0) // TILES  # programs that read the same keys follow one another
     tile = tl.program_id(0) % TILES
     start = tl.load(tiles + tile * 3)
@@ -92,10 +107,8 @@ def _extend(
     branch = None
     if TREE:
         branch = tl.load(tree + token, mask=mine, other=0)
-    d = tl.arange(0, BLOCK_D)
-    places = query + token.to(tl.int64)[:, None] * QUERY_TOKEN + query_head[:, None] * QUERY_HEAD + d[None, :]
-    q = tl.load(places, mask=mine[:, None] & (d < KEY_DIM)[None, :], other=0).to(DTYPE)
-    total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, NIBBLES)
+    total = nothing(BLOCK_M, BLOCK_V, NIBBLES)
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # a score that has no value
@@ -141,10 +154,8 @@ def _extend(
         KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
         PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
     )  # fmt: skip
-    total = total / tl.where(weight > 0, weight, 1)[:, None]
-    v = tl.arange(0, BLOCK_V)
-    place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head)[:, None] * VALUE_DIM + v[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=mine[:, None] & (v < VALUE_DIM)[None, :])
+    place = token.to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    put(out, place, total, tl.where(weight > 0, weight, 1)[:, None], mine, VALUE_DIM, BLOCK_V, NIBBLES)
 
 
 def shape_for(query: Tensor, seen: Seen) -> Shape:
