@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from . import ui
 from .command import Device, Dtype, Llmopt, UserError, keyword
+from .service import MAX_BODY_BYTES, MAX_WAITING, make, room
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -32,8 +32,8 @@ def serve(
     ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that may wait, whatever --llmopt says; others get 429.")
-    ] = 1024,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = 8 * 2**20,
+    ] = MAX_WAITING,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = MAX_BODY_BYTES,
     deadline: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds after which an answer ends with an error.")
     ] = None,
@@ -60,33 +60,23 @@ def serve(
     wanted = keyword(llmopt)
     if wanted is False:
         raise UserError("--llmopt false is stock transformers, which `transformers serve` serves")
-    try:
-        from hf_llmopt import serving
-        from hf_llmopt.serving import logs
-    except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is not installed: pip install "hf-llmopt[serve]"') from error
-
-    from hf_llmopt import Engine, LLMOptConfig
-
-    from .models import load
+    serving = room()
+    from hf_llmopt.serving import logs
 
     keys = serving.Keys.read(api_key_file)
-    config = LLMOptConfig.parse(wanted)
-    assert config is not None
-    config = replace(config, batching=replace(config.batching, max_waiting=max_waiting))
-    loaded, tokenizer = load(model, dtype, device, wanted)
-    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    length = max_model_len or positions
-    if length is None:
-        raise UserError("the model does not say how many positions it has; give --max-model-len")
-    service = serving.Service(
-        Engine(loaded, config),
-        tokenizer,
-        served_name or model,
-        serving.Limits(length, max_body_bytes, deadline=deadline),
-        keys,
-        log_prompts,
-        tool_parser,
+    service = make(
+        model,
+        wanted,
+        dtype,
+        device,
+        served_name,
+        max_model_len,
+        max_waiting,
+        max_body_bytes,
+        deadline,
+        keys=keys,
+        log_prompts=log_prompts,
+        tool_parser=tool_parser,
     )
     logs.to_stderr()
     server = serving.Server(service, drain, allow_origin or ())

@@ -152,17 +152,20 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while something runs; gives a function to call after each of `total` steps with what it was."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr while something runs.
+
+    Gives a function to call after each of `total` steps with what it was, or after several with their number too.
+    """
     if is_plain(stderr=True):
-        yield lambda name: None
+        yield lambda name, steps=1: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn after each step only: a thread that draws meanwhile would take its time from what is measured.
     with Progress(*columns, console=console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task(what, total=total)
         bar.refresh()
-        yield lambda name: bar.update(task, advance=1, description=f"{what}: {name}", refresh=True)
+        yield lambda name, steps=1: bar.update(task, advance=steps, description=f"{what}: {name}", refresh=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- live texts

@@ -1,0 +1,73 @@
+"""`hf-llmopt batch`: many requests from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import ui
+from .command import Device, Dtype, Llmopt, UserError, keyword
+from .service import make, room
+
+INTERRUPTED = 130  # as shells have it
+
+
+def batch(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT.jsonl", help="Requests in OpenAI's batch format, one a line.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUTPUT.jsonl", help="Their results; if it is there, the run goes on.")
+    ],
+    model: Annotated[str, typer.Option(help="A folder, a name on the hub, or `demo` for the embedded model.")] = "demo",
+    llmopt: Llmopt = "true",
+    served_name: Annotated[str | None, typer.Option(help="What requests call the model; by default MODEL.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
+    ] = None,
+    tool_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hermes|llama3_json|mistral|none",
+            help="How the model writes tool calls; by default its chat template tells.",
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Answer the requests of a file. The same command again goes on after any end, kill -9 too.
+
+    A request that fails has its error as its result; the others go on.
+    """
+    wanted = keyword(llmopt)
+    if wanted is False:
+        raise UserError("--llmopt false is stock transformers, which serves no batches")
+    if not source.is_file():
+        raise UserError(f"there is no file {str(source)!r}")
+
+    import asyncio
+
+    room()
+    from hf_llmopt.batching.generate_batch import room as places
+    from hf_llmopt.serving import batch as batches
+
+    with source.open("rb") as file:
+        total = sum(1 for line in file if line.strip())
+    service = make(model, wanted, dtype, device, served_name, max_model_len, tool_parser=tool_parser)
+    try:
+        with ui.progress("requests", total) as tick:
+
+            def tell(counts: batches.Counts, new: int) -> None:
+                tick(f"{counts.failed} failed", new)
+
+            answer = batches.answerer(service)
+            counts = asyncio.run(batches.run(source, target, answer, places(service.engine), tell))
+    except KeyboardInterrupt:
+        ui.talk("stopped; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        service.close()
+    kept = f", {counts.before} were there" if counts.before else ""
+    ui.talk(f"{counts.answered} of {counts.total} requests answered, {counts.failed} of them with an error{kept}")

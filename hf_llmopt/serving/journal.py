@@ -1,0 +1,119 @@
+"""A file of results that grows by whole lines, whatever ends the process that writes it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import InvalidRequest
+
+Key = str | int  # a request's `custom_id`, or its line in the input if it has none
+BLOCK = 2**20
+
+
+class Journal:
+    """One JSON object a line, in the order in which they came. What `add` returned from is on the disk.
+
+    A process may be killed in the middle of a line; the next one that opens the file cuts it off. One process writes at
+    a time.
+
+    Args:
+        path: The file; it is made if it is not there.
+
+    Attributes:
+        known: Keys of the results that it holds.
+
+    Raises:
+        InvalidRequest: Something else stands in the file, or another process writes it.
+        OSError: It cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from hf_llmopt.serving.journal import Journal
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Journal(Path(folder) / "out.jsonl") as journal:
+        ...         journal.add([{"custom_id": "a", "error": None}])
+        ...     with Journal(Path(folder) / "out.jsonl") as journal:
+        ...         print(journal.known)
+        {'a'}
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        fresh = not path.exists()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._lock()
+            self.known: set[Key] = set(self._read())
+            if fresh:  # its name is to outlive a crash of the machine too
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def add(self, results: Sequence[dict[str, Any]]) -> None:
+        """Append results, and wait until the disk has them: of many at once that costs no more than of one.
+
+        Raises:
+            OSError: They cannot be written; the next process that opens the file finds all that were added before.
+        """
+        data = memoryview("".join(json.dumps(result) + "\n" for result in results).encode())
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+        self.known.update(map(key_of, results))
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
+        except BlockingIOError as error:
+            raise InvalidRequest(f"Another process writes {str(self._path)!r}; wait for it or give another.") from error
+
+    def _read(self) -> Iterator[Key]:
+        """The keys of all whole lines; what stands behind the last one is cut off."""
+        whole = 0
+        with os.fdopen(os.dup(self._file), "rb", BLOCK) as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    result = json.loads(line)
+                    yield key_of(result)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise InvalidRequest(
+                        f"Line {number} of {str(self._path)!r} is no result of a batch; give another file."
+                    ) from error
+                whole += len(line)
+        if os.fstat(self._file).st_size > whole:
+            os.ftruncate(self._file, whole)
+            os.fsync(self._file)
+
+
+def key_of(result: dict[str, Any]) -> Key:
+    """What a result belongs to.
+
+    Raises:
+        KeyError, TypeError: It is no result.
+    """
+    named: Key = result["custom_id"] if result["custom_id"] is not None else result["error"]["line"]
+    if not isinstance(named, (str, int)):
+        raise TypeError(named)
+    return named
