@@ -1,10 +1,11 @@
-"""CUDA: our kernels over pages, torch's attention, and which is faster for a pass.
+"""CUDA: our kernels over pages, torch's attention, what else is installed, and which is fastest for a pass.
 
 A pass has up to two parts, each one launch or two: spans of up to 16 tokens, which are decoded, and longer ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModel
 from ..kernels.arguments import Seen
+from .dense import entrants
 from .inputs import Call, StepInputs
 from .paths import sdpa
 
@@ -55,7 +57,7 @@ def replayable(step: StepInputs, call: Call) -> Tensor:
 
 
 def fastest_paged(step: StepInputs, call: Call) -> Tensor:
-    """Our kernels or torch's, what was faster when shapes like these were first met on this kind of device."""
+    """What was fastest when shapes like these were first met on this kind of device: ours, torch's, or others'."""
     if not call.is_plain or any(span.branches for span in step.spans):  # torch has no kernel for it
         return triton_paged(step, call)
     if not _serves(step, call):
@@ -64,10 +66,13 @@ def fastest_paged(step: StepInputs, call: Call) -> Tensor:
 
     outputs = []
     for spans in _parts(step):
-        ways = {"triton": partial(_ours, step, call, spans), "sdpa": partial(sdpa, step, call, spans)}
+        others = entrants(step, call, spans)
+        ours, theirs = partial(_ours, step, call, spans), partial(sdpa, step, call, spans)
+        ways: dict[str, Callable[[], Tensor]] = {"triton": ours, "sdpa": theirs, **others}
         note, step.note = step.note, lambda name: None  # what only takes part in a race is no news
         try:
-            name = tuning.raced(_class_of(step, call, spans), ways, call.query.device)
+            key = ", ".join([_class_of(step, call, spans), *others])  # what is installed later takes part as well
+            name = tuning.raced(key, ways, call.query.device)
         finally:
             step.note = note
         outputs.append(ways[name]())

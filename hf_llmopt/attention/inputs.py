@@ -124,6 +124,7 @@ class StepInputs:
         self._dense: list[list[DenseRows] | None] = [None] * len(store.groups)
         self._listed: dict[tuple[torch.device, int, range], tuple[Tensor, Tensor, Tensor | None, int]] = {}
         self._tiles: dict[tuple[torch.device, int, range, int], Tensor] = {}
+        self._bounds: dict[tuple[torch.device, range], Tensor] = {}
         self.classes: dict[Any, str] = {}  # names that a backend gives to what it has measured
         self._runs: dict[tuple[int, range, int], bool] = {}
 
@@ -219,6 +220,14 @@ class StepInputs:
         if key not in self._tiles:
             self._tiles[key] = upload(cut(self.spans[spans.start : spans.stop], size, index), device)
         return self._tiles[key]
+
+    def bounds(self, spans: range, device: torch.device) -> Tensor:
+        """Where neighbouring spans begin, counted from the first one, and the end: int32 `[spans + 1]`."""
+        if (device, spans) not in self._bounds:
+            lengths = [span.length for span in self.spans[spans.start : spans.stop]]
+            bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
+            self._bounds[device, spans] = upload(bounds, device)
+        return self._bounds[device, spans]
 
     def are_runs(self, layer: int, spans: range, size: int) -> bool:
         """Whether every aligned block of `size` tokens of neighbouring spans' requests lies in neighbouring slots."""
