@@ -5,6 +5,7 @@ PYTHON   ?= python3
 DEMO_ENV ?= .venv
 TEST_ENV ?= .venv-test
 ORACLE_ENV ?= .venv-oracles
+CONTRACT_ENV ?= .venv-contract
 
 # Appended to the commands: make demo DEMO_ARGS="--json", make test PYTEST_ARGS="-k pages -x".
 DEMO_ARGS   ?=
@@ -20,7 +21,7 @@ TEST_CFLAGS ?= -Werror
 SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize oracles lint format types dist clean
+.PHONY: help demo test test-all sanitize oracles contract lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +46,11 @@ oracles: $(ORACLE_ENV)/.made  ## compare the file formats with the packages that
 		PYTHONPATH=$(CURDIR) GPTQMODEL_CPU_WORKERS=2 HF_HUB_OFFLINE=1 \
 		$(abspath $(ORACLE_ENV))/bin/python -W ignore $$script || exit 1; done
 
+# A client only, which shares nothing with the server but the socket: its packages stay out of the tests' environment.
+contract: $(TEST_ENV)/.built $(CONTRACT_ENV)/.made  ## try the server against its own OpenAPI description
+	LLMOPT_TEST_SCHEMATHESIS=$(abspath $(CONTRACT_ENV))/bin/schemathesis \
+		$(TEST_ENV)/bin/python -m pytest tests/test_serving_description.py $(PYTEST_ARGS)
+
 lint: $(TEST_ENV)/.made  ## check style and format
 	$(TEST_ENV)/bin/ruff check .
 	$(TEST_ENV)/bin/ruff format --check .
@@ -60,7 +66,7 @@ dist: $(TEST_ENV)/.made  ## build the source archive and the wheel into dist/
 	$(TEST_ENV)/bin/python -m build
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-test .venv-oracles build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-oracles .venv-contract build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hf_llmopt tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(1): the environment's folder, $(2): what to install, $(3): variables of the build.
@@ -87,6 +93,12 @@ $(ORACLE_ENV)/.made: tests/oracles/constraints.txt
 	$(ORACLE_ENV)/bin/python -m pip install --quiet -c $< torch transformers numpy setuptools wheel
 	$(ORACLE_ENV)/bin/python -m pip install --quiet -c $< gptqmodel compressed-tensors
 	$(ORACLE_ENV)/bin/python -m pip install --quiet -c $< --no-deps auto-gptq autoawq
+	@touch $@
+
+$(CONTRACT_ENV)/.made: Makefile
+	@echo "making $(CONTRACT_ENV): this takes a minute the first time"
+	$(PYTHON) -m venv --clear $(CONTRACT_ENV)
+	$(CONTRACT_ENV)/bin/python -m pip install --disable-pip-version-check --quiet schemathesis==4.32.5
 	@touch $@
 
 # The package is installed from its sources and the kernels lie among them: they are built again if a file of theirs is

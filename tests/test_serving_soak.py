@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -47,7 +48,9 @@ SETTINGS = {
 }
 JUNK = [None, True, -1, 0, 1, 1.5, 1e400, 10**30, "", "a", [], [[]], {}, {"a": 1}, [None], "\0", "\ud83d" * 3]
 FIELDS = ["messages", "tools", "stream_options", "response_format", "logit_bias", "n", "zzz", "chat_template_kwargs"]
-ALLOWED = {200, 400, 413, 429, 504}
+BROKEN = [b"\xff\xfe{}", b'{"prompt": "\xc3\x28"}', b'{"prompt": "\xed\xa0\x80"}', b'{"prompt": "a"', b"", b"[" * 9000]
+LIMITS = [{"n": 10**9}, {"n": 129}, {"max_tokens": -1}, {"max_tokens": 10**18}, {"top_logprobs": -3}, {"logprobs": 99}]
+ALLOWED = {200, 400, 413, 415, 429, 504}
 
 
 def body(path: str) -> dict:
@@ -62,6 +65,10 @@ def body(path: str) -> dict:
 def spoiled(asked: dict) -> bytes:
     if random.random() < 0.1:
         return b"a" * 60_000
+    if random.random() < 0.1:
+        return random.choice(BROKEN)
+    if random.random() < 0.1:
+        return json.dumps({**asked, **random.choice(LIMITS)}).encode()
     for _ in range(random.randint(1, 3)):
         asked[random.choice([*asked, *FIELDS])] = random.choice(JUNK)
     written = bytearray(json.dumps(asked).encode())
@@ -71,17 +78,36 @@ def spoiled(asked: dict) -> bytes:
     return bytes(written)
 
 
+async def half(address: str, path: str) -> None:
+    """A client that goes before it has sent what it announced."""
+    host, _, port = address.partition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n"
+    writer.write(head.encode() + b'{"prompt": "import')
+    await writer.drain()
+    await asyncio.sleep(random.uniform(0, 0.02))
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+
+
 async def one(client, seen: Counter, faults: list[str]) -> None:
     path = random.choice(["/v1/completions"] * 3 + ["/v1/chat/completions", "/tokenize", "/detokenize"])
     kind, asked = random.random(), body(path)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json" if random.random() < 0.95 else "text/plain"}
     if kind < 0.1:
         asked |= {"stream": True, "max_tokens": 400}
+        stays, last = random.random() < 0.3, ""
         async with client.stream("POST", path, json=asked) as answer:
-            async for _ in answer.aiter_lines():
-                if random.random() < 0.2:
+            async for line in answer.aiter_lines():
+                last = line or last
+                if not stays and random.random() < 0.2:
                     seen["left a stream"] += 1
                     return
+        if answer.headers["content-type"].startswith("text/event-stream"):
+            seen["whole streams"] += 1
+            if last != "data: [DONE]":
+                faults.append(f"a stream of {path} ends with {last[-300:]}")
     elif kind < 0.2:
         asked |= {"max_tokens": 500}
         try:
@@ -89,6 +115,10 @@ async def one(client, seen: Counter, faults: list[str]) -> None:
         except httpx.TimeoutException:
             seen["left"] += 1
             return
+    elif kind < 0.22:
+        await half(client.base_url.netloc.decode(), path)
+        seen["left within the body"] += 1
+        return
     elif kind < 0.5:
         answer = await client.post(path, content=spoiled(asked), headers=headers)
     else:
@@ -121,6 +151,6 @@ def test_soak(one_thread) -> None:
         assert it.service.engine.submit([5], max_new_tokens=1).result()
     assert faults == []
     assert seen[200] > REQUESTS / 3
-    assert seen["left"] > 0 < seen["left a stream"]
+    assert all(seen[how] > 0 for how in ("left", "left a stream", "left within the body", "whole streams"))
     assert {status for status in seen if isinstance(status, int)} <= ALLOWED
     assert sizes[-1] - sizes[0] < GROWTH, sizes

@@ -12,26 +12,22 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, RootModel
 
 from .. import __version__
 from ..errors import InvalidOption
 from .chat import chat
 from .completions import completions
+from .description import describe
 from .errors import APIError
 from .front import Front
 from .limits import read_body
 from .page import HEADERS, PAGE
 from .parse import parse
-from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeChat, TokenizeText
+from .schema import DetokenizeRequest, TokenizeChat, TokenizeRequest
 from .service import Service
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 Route = Callable[[Service, Request], Awaitable[Response]]
-
-
-class TokenizeRequest(RootModel[TokenizeChat | TokenizeText]):
-    """Body of `/tokenize`."""
 
 
 def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
@@ -59,11 +55,11 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="hf_llmopt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    posts: dict[str, tuple[Route, type[BaseModel]]] = {
-        "/v1/completions": (completions, CompletionRequest),
-        "/v1/chat/completions": (chat, ChatRequest),
-        "/tokenize": (tokenize, TokenizeRequest),
-        "/detokenize": (detokenize, DetokenizeRequest),
+    posts: dict[str, Route] = {
+        "/v1/completions": completions,
+        "/v1/chat/completions": chat,
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
     }
     gets: dict[str, Route] = {
         "/v1/models": models,
@@ -71,13 +67,14 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
         "/health": health,
         "/metrics": metrics,
     }
-    for path, (route, body) in posts.items():
-        _add(app, service, path, route, "POST", openapi_extra=_described(body))
+    for path, route in posts.items():
+        _add(app, service, path, route, "POST")
     for path, route in gets.items():
         _add(app, service, path, route, "GET")
     _add(app, service, "/", page, "GET", include_in_schema=False)
     for status, says in ((404, "There is no such path."), (405, "The path does not know this method.")):
         app.add_exception_handler(status, partial(_no_route, status, says))
+    describe(app, keys=len(service.keys) > 0)
     app.add_middleware(Front, service=service)
     if origins:
         _open_to(app, origins)
@@ -109,25 +106,8 @@ def _add(app: FastAPI, service: Service, path: str, route: Route, method: str, *
     app.add_api_route(path, answer, methods=[method], name=route.__name__, description=route.__doc__, **more)
 
 
-def _described(body: type[BaseModel]) -> dict[str, Any]:
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
-
-
-def _inlined(schema: Any, known: dict[str, Any] | None = None) -> Any:
-    """A schema without references: it stands in the middle of another document."""
-    if isinstance(schema, list):
-        return [_inlined(item, known) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    known = schema.get("$defs", known)
-    if "$ref" in schema and known is not None:
-        return _inlined(known[schema["$ref"].rsplit("/", 1)[-1]], known)
-    return {name: _inlined(value, known) for name, value in schema.items() if name != "$defs"}
-
-
 async def _no_route(status: int, says: str, request: Request, error: Exception) -> Response:
-    return JSONResponse(APIError(status, says, "not_found").body, status)
+    return JSONResponse(APIError(status, says, "not_found").body, status, getattr(error, "headers", None))
 
 
 def _card(service: Service) -> dict[str, Any]:

@@ -91,18 +91,24 @@ def of_engine(error: LLMOptError) -> APIError:
     return APIError(500, str(error), "engine_error")
 
 
-def of_validation(error: ValidationError) -> APIError:
-    """The first thing that is wrong with a body. The value itself is not repeated: it may be a prompt."""
+def of_validation(error: ValidationError, skip: int = 0) -> APIError:
+    """The first thing that is wrong with a body. The value itself is not repeated: it may be a prompt.
+
+    Args:
+        error: Of pydantic.
+        skip: How many names of kinds stand before that of the field.
+    """
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return APIError(400, f"The body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}", "invalid_json")
     message = first["msg"].removeprefix("Value error, ")
     found = first.get("ctx", {}).get("error")
-    where = ".".join(str(part) for part in first["loc"])
+    place = first["loc"][skip:]
+    where = ".".join(map(str, place))
     if isinstance(found, FieldError):
-        param = found.param or str(first["loc"][0])
+        param = found.param or str(place[0])
         return APIError(400, f"{where or param}: {message}", found.code, param)
     if not where:
         return APIError(400, "The body must be a JSON object.", "invalid_type")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return APIError(400, f"{where}: {message}", code, str(first["loc"][0]))
+    return APIError(400, f"{where}: {message}", code, str(place[0]))

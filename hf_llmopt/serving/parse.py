@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from .errors import of_validation
 from .schema import Body
@@ -22,7 +22,9 @@ def parse(kind: type[B], body: bytes, request: Request) -> B:
     try:
         ask = kind.model_validate_json(body)
     except ValidationError as error:
-        raise of_validation(error) from None  # the error shows what was given, which may be a prompt
+        raise of_validation(
+            error, skip=issubclass(kind, RootModel)
+        ) from None  # the error shows what was given, which may be a prompt
     if isinstance(ask, Body) and ask.model_extra:
         request.state.note["ignored"] = [name[:64] for name in sorted(ask.model_extra)[:16]]
     return ask

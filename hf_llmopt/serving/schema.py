@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    RootModel,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from .errors import FieldError
 
@@ -274,6 +283,19 @@ class TokenizeChat(ChatMessages):
     """Body of `/tokenize` for a chat."""
 
     model: str | None = None
+
+
+def _kind(body: Any) -> str | None:
+    """Which of the two a body of `/tokenize` is meant to be, so that an error is about that one."""
+    if not isinstance(body, dict):
+        return None
+    return "chat" if "messages" in body else "text"
+
+
+class TokenizeRequest(RootModel[Any]):
+    """Body of `/tokenize`."""
+
+    root: Annotated[Annotated[TokenizeChat, Tag("chat")] | Annotated[TokenizeText, Tag("text")], Discriminator(_kind)]
 
 
 class DetokenizeRequest(Body):
