@@ -74,10 +74,10 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     _add(app, service, "/", page, "GET", include_in_schema=False)
     for status, says in ((404, "There is no such path."), (405, "The path does not know this method.")):
         app.add_exception_handler(status, partial(_no_route, status, says))
-    describe(app, keys=len(service.keys) > 0)
     app.add_middleware(Front, service=service)
     if origins:
         _open_to(app, origins)
+    describe(app, keys=len(service.keys) > 0)
     return app
 
 
