@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
 import logging
@@ -19,9 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import hf_llmopt
 from hf_llmopt import demo, errors
+from hf_llmopt.cli import app as cli_app
+from hf_llmopt.cli.command import keyword
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx2")
@@ -717,6 +721,39 @@ def test_the_command_serves_until_it_is_told_to_stop() -> None:
         "/v1/completions",
         "/v1/models/{name:path}",
     ]
+
+
+SERVING = Path(__file__).parents[1] / "docs" / "serving.md"
+
+
+def options(command: str) -> set[str]:
+    """The options of a command of ours."""
+    described = typer.main.get_command(cli_app).commands[command]
+    return {name for parameter in described.params for name in parameter.opts}
+
+
+def test_tables_for_those_who_come_from_elsewhere_name_what_exists() -> None:
+    section = SERVING.read_text("utf-8").split("## Coming from another server")[1].split("\n## ")[0]
+    theirs, ours = zip(*re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE), strict=True)
+    flags = {flag for cell in ours for flag in re.findall(r"--[a-z-]+", cell)}
+    assert {"--llmopt", "--allow-origin", "--tool-parser", "--served-name"} <= flags <= options("serve")
+    for cell in ours:
+        for value in re.findall(r"--llmopt ('[^']+'|\w+)", cell):
+            hf_llmopt.LLMOptConfig.parse(keyword(value.strip("'")))
+    stock = inspect.signature(pytest.importorskip("transformers.cli.serve").Serve.__init__).parameters
+    asked = set(re.findall(r"--([a-z-]+)", " ".join(theirs[: theirs.index("`vllm serve MODEL`")])))
+    assert {"continuous-batching", "enable-cors"} <= asked <= {name.replace("_", "-") for name in stock}
+
+
+def test_the_container_starts_the_command() -> None:
+    text = (Path(__file__).parents[1] / "Dockerfile").read_text("utf-8")
+    program, command, *rest = json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[1])
+    assert (program, command) == ("hf-llmopt", "serve")
+    assert set(rest[::2]) <= options("serve")
+    for line in re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE):
+        for name in line.split():
+            assert (Path(__file__).parents[1] / name).exists()
+            assert f"!{name}\n" in (Path(__file__).parents[1] / ".dockerignore").read_text("utf-8")
 
 
 def wait_for(condition) -> None:
