@@ -104,6 +104,8 @@ def test_drafts_and_lost_pages_change_nothing(pair, grammars) -> None:
     guessed, handles = texts(pair, grammar, "speculative", 9)
     assert guessed == plain
     assert sum(handle.stats.accepted_tokens for handle in handles) > 10
+    overlapped, _ = texts(pair, grammar, LLMOptConfig(batching=BatchingConfig(overlap=True)), 9)
+    assert overlapped == plain
     small = LLMOptConfig(kv_cache=KVCacheConfig(page_size=4, max_tokens=264), batching=BatchingConfig(max_requests=16))
     crowded, handles = texts(pair, grammar, small, 9)
     assert crowded == plain

@@ -103,7 +103,7 @@ TEXT = [
     ("hermes", '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call> and text'),
     ("hermes", '<tool_call>\n{"name": ["now"], "arguments": {}}\n</tool_call>'),
     ("hermes", "<tool_call>\nnow()\n</tool_call>\n"),
-    ("hermes", "<tool_call>" + "[" * 5000 + "</tool_call>"),
+    ("hermes", "<tool_call>" + "[" * 2000 + "</tool_call>"),
     ("llama3_json", '{"temperature": 20}'),
     ("llama3_json", '{"name": "now", "parameters": {}} That is the call.'),
     ("llama3_json", 'The answer is {"name": "now", "parameters": {}}'),
