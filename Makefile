@@ -6,6 +6,8 @@ DEMO_ENV ?= .venv
 TEST_ENV ?= .venv-test
 ORACLE_ENV ?= .venv-oracles
 CONTRACT_ENV ?= .venv-contract
+RAY_ENV ?= .venv-ray
+WITH_RAY := .[dev,ray]
 
 # Appended to the commands: make demo DEMO_ARGS="--json", make test PYTEST_ARGS="-k pages -x".
 DEMO_ARGS   ?=
@@ -21,7 +23,7 @@ TEST_CFLAGS ?= -Werror
 SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize oracles contract lint format types dist clean
+.PHONY: help demo test test-all test-ray sanitize oracles contract lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +41,10 @@ sanitize: build/sanitize/.built  ## run the kernels' tests under the address and
 	cd build/sanitize && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HF_HUB_OFFLINE=1 \
 		$(abspath $(TEST_ENV))/bin/python -m pytest -p no:cacheprovider $(wildcard $(CURDIR)/tests/test_cpu_*.py) $(PYTEST_ARGS)
+
+# Warnings of Ray's own are no errors here.
+test-ray: $(RAY_ENV)/.made  ## run the tests of replicas and clusters, with Ray
+	$(RAY_ENV)/bin/python -m pytest -W default $(wildcard tests/test_ray*.py) $(PYTEST_ARGS)
 
 # Slow to install: packages are built from source. Not part of the tests, which read the files that this leaves.
 oracles: $(ORACLE_ENV)/.made  ## compare the file formats with the packages that wrote them first; renews tests/data/quantized
@@ -66,7 +72,7 @@ dist: $(TEST_ENV)/.made  ## build the source archive and the wheel into dist/
 	$(TEST_ENV)/bin/python -m build
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-test .venv-oracles .venv-contract build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-oracles .venv-contract .venv-ray build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hf_llmopt tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(1): the environment's folder, $(2): what to install, $(3): variables of the build.
@@ -85,6 +91,9 @@ $(DEMO_ENV)/.made: $(SETTINGS)
 
 $(TEST_ENV)/.made: $(SETTINGS)
 	$(call make-environment,$(TEST_ENV),.[dev],CFLAGS="$(TEST_CFLAGS)")
+
+$(RAY_ENV)/.made: $(SETTINGS)
+	$(call make-environment,$(RAY_ENV),$(WITH_RAY),CFLAGS="$(TEST_CFLAGS)")
 
 # auto-gptq and autoawq ask for packages of their time; what is used of them runs without.
 $(ORACLE_ENV)/.made: tests/oracles/constraints.txt

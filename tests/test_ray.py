@@ -6,6 +6,9 @@ Ray is not part of the tests' environment: `make test-ray` makes one that has it
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +36,8 @@ def url():
     ray.init(include_dashboard=False, num_cpus=2, _node_ip_address="127.0.0.1", log_to_driver=False)
     yield ray_app.start(Arguments(replicas=2, cpus=0.4, dtype="float32", max_body_bytes=100_000), "127.0.0.1", 0)
     ray_app.stop()
+    serve.shutdown()
+    ray.shutdown()
 
 
 @pytest.fixture
@@ -195,3 +200,32 @@ def test_a_replica_dies_under_load(url, pair) -> None:
             assert right.startswith(text) if error else text == right
         until(lambda: len(figure(http, "num_requests_running")) == 2)  # another one has taken its place
         assert complete(http, prompts[0], 200)["choices"][0]["text"] == truth[0]
+
+
+def test_the_command(tmp_path) -> None:
+    """It starts its own cluster, serves, and ends at the first signal."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hf_llmopt", "serve", "--replicas", "1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_LLMOPT_API_KEYS": "secret"}
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            until(lambda: answers(http) or process.poll() is not None)
+            assert complete(http, "import")["error"]["code"] == "invalid_api_key"
+            http.headers["authorization"] = "Bearer secret"
+            assert complete(http, "import", 4)["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        log.seek(0)
+        print(log.read())
+
+
+def answers(http) -> bool:
+    try:
+        return http.get("/health").status_code == 200
+    except httpx2.TransportError:
+        return False

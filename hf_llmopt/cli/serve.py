@@ -9,6 +9,7 @@ import typer
 
 from . import ui
 from .command import Device, Dtype, Llmopt, UserError, keyword
+from .replicas import serve_replicas
 from .service import MAX_BODY_BYTES, MAX_WAITING, make, room
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -48,6 +49,12 @@ def serve(
             help="How the model writes tool calls, if not as its template tells.",
         ),
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="So many engines behind one address, on this machine or Ray's cluster.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --replicas: more of them under load, up to so many.")
+    ] = None,
     drain: Annotated[float, typer.Option(min=0.0, help="Seconds that running requests have when it stops.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     dtype: Dtype = "auto",
@@ -64,6 +71,29 @@ def serve(
     from hf_llmopt.serving import logs
 
     keys = serving.Keys.read(api_key_file)
+    if host not in LOOPBACK and not len(keys):
+        ui.warn(f"whoever reaches {host} may use this server; --api-key-file asks for a key")
+    if replicas is not None:
+        return serve_replicas(
+            host,
+            port,
+            replicas=replicas,
+            max_replicas=max_replicas,
+            drain=drain,
+            model=model,
+            llmopt=wanted,
+            dtype=dtype,
+            device=device,
+            served_name=served_name,
+            max_model_len=max_model_len,
+            max_waiting=max_waiting,
+            max_body_bytes=max_body_bytes,
+            deadline=deadline,
+            keys=keys,
+            log_prompts=log_prompts,
+            tool_parser=tool_parser,
+            origins=tuple(allow_origin or ()),
+        )
     service = make(
         model,
         wanted,
@@ -81,8 +111,6 @@ def serve(
     logs.to_stderr()
     server = serving.Server(service, drain, allow_origin or ())
     listening = server.listen(host, port)
-    if host not in LOOPBACK and not len(keys):
-        ui.warn(f"whoever reaches {host} may use this server; --api-key-file asks for a key")
     where = f"[{host}]" if ":" in host else host
     ui.talk(f"serving {service.name} on http://{where}:{listening.getsockname()[1]}/v1")
     server.run(sockets=[listening])

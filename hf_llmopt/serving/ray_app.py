@@ -8,14 +8,17 @@ clients ─▶ Ray's proxy ─▶ Front ─▶ PrefixRouter ─▶ Replica: engi
 
 # No `from __future__ import annotations`: Ray reads the annotation of `build`.
 
+import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import Field
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
@@ -31,8 +34,8 @@ ROUTER = "hf_llmopt.serving.ray_router.PrefixRouter"
 FRONT_REQUESTS = 10_000  # that are open at one time
 
 
-class Arguments(BaseModel):
-    """What `serve run hf_llmopt.serving.ray_app:build NAME=VALUE ...` takes; the rest is as in `Recipe`.
+class Arguments(Recipe):
+    """What `serve run hf_llmopt.serving.ray_app:build NAME=VALUE ...` takes, besides what a `Recipe` does.
 
     Args:
         replicas: How many there are, or are at least.
@@ -40,48 +43,19 @@ class Arguments(BaseModel):
         target_requests: Open requests of a replica at which another one is started.
         max_ongoing: Most open requests of a replica; others wait in front of it, `max_waiting` at most.
         cpus: Cores of each replica; Ray lets its threads be as many.
-        gpus: GPUs of each replica.
+        gpus: GPUs of each replica; by default one where this machine has any.
         drain: Seconds that running requests have when a replica is stopped.
         api_key_file: Keys that are let in, one a line; HF_LLMOPT_API_KEYS adds others.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = "demo"
-    llmopt: Any = True
-    dtype: str = "auto"
-    device: str | None = None
-    served_name: str | None = None
-    max_model_len: int | None = None
-    max_waiting: int = Field(1024, ge=1)
-    max_body_bytes: int = Field(Limits.max_body_bytes, ge=1)
-    deadline: float | None = None
-    log_prompts: bool = False
-    api_key_file: Path | None = None
     replicas: int = Field(1, ge=1)
-    max_replicas: int | None = None
+    max_replicas: int | None = Field(None, ge=1)
     target_requests: float = Field(32.0, gt=0)
     max_ongoing: int = Field(256, ge=1)
     cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
+    gpus: float | None = Field(None, ge=0)
     drain: float = Field(30.0, ge=0)
-
-    @property
-    def recipe(self) -> Recipe:
-        """How a replica makes its service."""
-        return Recipe(
-            self.model,
-            self.llmopt,
-            self.dtype,
-            self.device,
-            self.served_name,
-            self.max_model_len,
-            self.max_waiting,
-            self.max_body_bytes,
-            self.deadline,
-            Keys.read(self.api_key_file),
-            self.log_prompts,
-        )
+    api_key_file: Path | None = None
 
 
 def build(arguments: Arguments) -> serve.Application:
@@ -98,7 +72,10 @@ def build(arguments: Arguments) -> serve.Application:
         >>> type(build(Arguments(replicas=2))).__name__
         'Application'
     """
-    recipe = arguments.recipe
+    recipe = arguments
+    if not len(arguments.keys):  # they are read here: replicas on other machines get digests
+        recipe = arguments.model_copy(update={"keys": Keys.read(arguments.api_key_file)})
+    gpus = arguments.gpus if arguments.gpus is not None else float(torch.cuda.is_available())
     most = arguments.max_replicas or arguments.replicas
     if most < arguments.replicas:
         raise InvalidOption(f"max_replicas={most} is less than replicas={arguments.replicas}.")
@@ -116,7 +93,7 @@ def build(arguments: Arguments) -> serve.Application:
         max_ongoing_requests=arguments.max_ongoing,
         max_queued_requests=arguments.max_waiting,
         graceful_shutdown_timeout_s=arguments.drain,
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": gpus},
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **scaling,
     )
@@ -130,15 +107,16 @@ def build(arguments: Arguments) -> serve.Application:
 
 
 def start(arguments: Arguments, host: str, port: int) -> str:
-    """Start the application on this machine, or on the cluster that `RAY_ADDRESS` names; returns its address.
+    """Start the application and return its address.
+
+    Ray is joined where it runs (`RAY_ADDRESS`, or `ray.init()` before), and else started on this machine.
 
     Args:
         arguments: As for `build`.
-        host: Address to listen on.
+        host: Address to listen on. Where Serve runs already, its own stays.
         port: 0 takes any that is free.
     """
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=True)
+    _join()
     if not port:
         with socket.create_server((host, 0)) as free:
             port = free.getsockname()[1]
@@ -147,23 +125,38 @@ def start(arguments: Arguments, host: str, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def run(arguments: Arguments, host: str, port: int) -> None:
+def stop() -> None:
+    """End the application, once what runs has ended."""
+    serve.delete(NAME)
+
+
+def run(arguments: Arguments, host: str, port: int, tell: Callable[[str], object]) -> None:
     """Serve until SIGTERM or Ctrl-C; then running requests have `drain` seconds to end.
 
     Args:
         arguments: As for `build`.
         host: Address to listen on.
         port: 0 takes any that is free.
+        tell: Called with the address, once requests are answered there.
     """
+    started = _join()
     over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own
         signal.signal(number, lambda *_: over.set())
-    start(arguments, host, port)
+    tell(start(arguments, host, port))
     over.wait()
     stop()
+    if started:
+        serve.shutdown()
+        ray.shutdown()
 
 
-def stop() -> None:
-    """End the application, once what runs has ended, and what `start` began."""
-    serve.shutdown()
-    ray.shutdown()
+def _join() -> bool:
+    """Join Ray; whether it was started for that."""
+    if ray.is_initialized():
+        return False
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+        return False
+    ray.init("local", include_dashboard=False)
+    return True

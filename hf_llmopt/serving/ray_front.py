@@ -111,10 +111,10 @@ class Front:
 
 
 def together(texts: dict[str, str]) -> bytes:
-    """Figures in Prometheus' text format by replica, as one text in which each has its replica's name.
+    r"""Figures in Prometheus' text format by replica, as one text in which each has its replica's name.
 
     Example:
-        >>> text = "# TYPE llmopt:a gauge\\nllmopt:a 1.0\\n"
+        >>> text = "# TYPE llmopt:a gauge\nllmopt:a 1.0\n"
         >>> print(together({"x": text, "y": text}).decode().splitlines()[2:])
         ['llmopt:a{replica="x"} 1.0', 'llmopt:a{replica="y"} 1.0']
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 from . import logs
@@ -23,7 +23,7 @@ class Replica:
     def __init__(self, recipe: Recipe) -> None:
         logs.to_stderr()
         self.service = recipe.service()
-        self._app = create_app(self.service)
+        self._app = create_app(self.service, recipe.origins)
         self._running: set[asyncio.Task[None]] = set()
 
     def __del__(self) -> None:
@@ -37,7 +37,7 @@ class Replica:
         Yields:
             A `Start`, then further parts of the body: all that has come since the last one.
         """
-        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        messages: asyncio.Queue[MutableMapping[str, Any] | None] = asyncio.Queue()
         body, gone = [asked.body], asyncio.Event()
 
         async def receive() -> dict[str, Any]:
@@ -46,14 +46,14 @@ class Replica:
             await gone.wait()
             return {"type": "http.disconnect"}
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: MutableMapping[str, Any]) -> None:
             messages.put_nowait(message)
 
         run = asyncio.ensure_future(self._app(_scope(asked), receive, send))
         self._running.add(run)  # which ends by itself, also where nobody reads on
         run.add_done_callback(self._running.discard)
         run.add_done_callback(lambda _: messages.put_nowait(None))
-        begun: dict[str, Any] | None = None
+        begun: MutableMapping[str, Any] | None = None
         try:
             while (message := await messages.get()) is not None:
                 if message["type"] == "http.response.start":

@@ -44,9 +44,9 @@ class Asked:
         Example:
             >>> def asked(prompt):
             ...     return Asked("POST", "/v1/completions", b"", (), json.dumps({"prompt": prompt}).encode())
-            >>> first, second = asked("import os, sys").beginnings(4), asked("import os, re").beginnings(4)
+            >>> first, second = asked("import os, sys").beginnings(4), asked("import os, re, io").beginnings(4)
             >>> [one == other for one, other in zip(first, second)]
-            [True, True, True, True, True, False]
+            [True, True, True, False]
         """
         text = _prompt(self.body) if self.method == "POST" else ""
         names, digest = [], blake2b(digest_size=16)

@@ -14,7 +14,7 @@ from .ray_request import Asked
 REMEMBERED = 100_000  # beginnings of prompts
 
 
-class PrefixRouter(RequestRouter):  # type: ignore[misc]
+class PrefixRouter(RequestRouter):
     """Remembers where prompts went, and sends those that begin alike to the same replica.
 
     Its engine has the pages of that beginning, so it computes the rest only. Everything else goes where the fewest

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..batching import Engine
+from pydantic import BaseModel, ConfigDict, Field
+
 from ..config import LLMOptConfig
 from ..errors import InvalidOption
 from .auth import Keys
@@ -13,8 +13,7 @@ from .limits import Limits
 from .service import Service
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseModel):
     """What is served, and to whom.
 
     Args:
@@ -24,11 +23,13 @@ class Recipe:
         device: Where to; a GPU by default if there is one.
         served_name: What clients call the model; by default `model`.
         max_model_len: Most tokens of prompt and answer; by default the model's positions.
-        max_waiting: Requests that may wait for pages.
+        max_waiting: Requests that may wait.
         max_body_bytes: Most bytes of a request's body.
         deadline: Seconds after which an answer ends with an error.
         keys: Who is let in.
         log_prompts: Whether prompts stand in the log.
+        tool_parser: How the model writes calls of tools, as of `Service`.
+        origins: Whose web pages may read answers, as of `create_app`.
 
     Example:
         >>> from hf_llmopt.serving.recipe import Recipe
@@ -38,36 +39,44 @@ class Recipe:
         >>> service.close()
     """
 
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", frozen=True)
+
     model: str = "demo"
     llmopt: Any = True
     dtype: str = "auto"
     device: str | None = None
     served_name: str | None = None
-    max_model_len: int | None = None
-    max_waiting: int = 1024
-    max_body_bytes: int = Limits.max_body_bytes
-    deadline: float | None = None
-    keys: Keys = field(default_factory=Keys)
+    max_model_len: int | None = Field(None, ge=2)
+    max_waiting: int = Field(1024, ge=1)
+    max_body_bytes: int = Field(Limits.max_body_bytes, ge=1)
+    deadline: float | None = Field(None, gt=0)
+    keys: Keys = Field(default_factory=Keys)
     log_prompts: bool = False
+    tool_parser: str | None = None
+    origins: tuple[str, ...] = ()
 
     def service(self) -> Service:
         """Load the model and make its service.
 
         Raises:
-            UserError: There is no such model, or it cannot be loaded.
-            InvalidOption: The keyword names something that does not exist, or the model does not say how many positions
-                it has.
+            UserError: There is no such model, or it cannot be served.
+            InvalidOption: The keyword names something that does not exist.
         """
-        from ..cli.models import load
+        from ..cli.service import make
 
-        config = LLMOptConfig.parse(self.llmopt)
-        if config is None:
+        if LLMOptConfig.parse(self.llmopt) is None:
             raise InvalidOption("llmopt=False is stock transformers, which `transformers serve` serves.")
-        config = replace(config, batching=replace(config.batching, max_waiting=self.max_waiting))
-        model, tokenizer = load(self.model, self.dtype, self.device, self.llmopt)
-        length = self.max_model_len or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if length is None:
-            raise InvalidOption("The model does not say how many positions it has; give max_model_len.")
-        limits = Limits(length, self.max_body_bytes, deadline=self.deadline)
-        name = self.served_name or self.model
-        return Service(Engine(model, config), tokenizer, name, limits, self.keys, self.log_prompts)
+        return make(
+            self.model,
+            self.llmopt,
+            self.dtype,
+            self.device,
+            self.served_name,
+            self.max_model_len,
+            self.max_waiting,
+            self.max_body_bytes,
+            self.deadline,
+            keys=self.keys,
+            log_prompts=self.log_prompts,
+            tool_parser=self.tool_parser,
+        )
