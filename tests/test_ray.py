@@ -86,6 +86,7 @@ def test_every_endpoint_is_there(http) -> None:
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/v1/models").json()["data"][0]["id"] == "demo"
     assert http.get("/v1/models/demo").json()["id"] == "demo"
+    assert http.get("/").headers["content-type"].startswith("text/html")
     assert "/v1/completions" in http.get("/openapi.json").json()["paths"]
     tokens = http.post("/tokenize", json={"prompt": "import"}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == "import"
