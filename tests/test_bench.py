@@ -469,7 +469,7 @@ def test_eviction_needs_a_model_that_copies() -> None:
 def test_eviction_tables() -> None:
     found = json.loads((Path(__file__).parent.parent / "docs/results/kv_cache-eviction.json").read_text("utf-8"))
     view = eviction.table(found)
-    assert len(view.rows) == len(found["cases"]) == 9
+    assert len(view.rows) == len(found["cases"]) == 11
     assert all(len(row) == len(view.columns) for row in view.rows)
     assert eviction.failures({**found, "reasons": ["why"]}) == ["why"]
 

@@ -50,6 +50,7 @@ class Dense:
     def __init__(self) -> None:
         self.seen: dict[int, torch.Tensor] = {}  # by layer, bool [kv_heads, queries, keys]
         self.weights: dict[int, torch.Tensor] = {}  # [kv_heads, heads per key head, queries, keys]
+        self.parts: dict[int, list[torch.Tensor]] = {}  # scaled queries, keys, values, [heads, tokens, width]
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
         layer, length = module.layer_idx, query.shape[2]
@@ -60,6 +61,7 @@ class Dense:
         mask = causal.expand(key.shape[1], -1, -1)
         if layer in self.seen and not window:
             mask = mask & self.seen[layer]
+        self.parts[layer] = [query[0] * (scaling or query.shape[-1] ** -0.5), key[0], value[0]]
         grouped = query[0].unflatten(0, (key.shape[1], -1))
         scores = grouped @ key[0][:, None].transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
         if softcap:
@@ -82,6 +84,17 @@ def dense_logits(served, ids: torch.Tensor, dense: Dense, positions: torch.Tenso
             return served(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0]
     finally:
         served.set_attn_implementation(former)
+
+
+def expected_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`E[exp(q k)]` for normal queries, `[kv_heads, keys]`, from the mean and variance of `q k` for each key."""
+    share, rows = len(query) // len(key), []
+    for head, queries in enumerate(query.double()):
+        along = queries @ key[head // share].double().T  # [queries, keys]
+        exponent = along.mean(0) + along.var(0, correction=0) / 2
+        exponent[:4] = float("-inf")
+        rows.append(exponent.softmax(0))
+    return (torch.stack(rows).unflatten(0, (-1, share)).sum(1) * value.double().norm(dim=2)).float()
 
 
 @pytest.fixture
@@ -135,6 +148,8 @@ def test_scored_methods_are_dense_attention_over_what_they_kept(model, chosen, m
         again = Dense()
         dense_logits(served, twice, again)
         expected = {layer: again.weights[layer][:, :, length:, :length].amax((1, 2)) for layer in layers}
+    elif method == "expected":
+        expected = {layer: expected_attention(*(part[:, :length] for part in dense.parts[layer])) for layer in layers}
     else:
         last = slice(length - 32, length) if method == "snapkv" else slice(0, length)
         expected = {layer: dense.weights[layer][:, :, last].sum((1, 2)) for layer in layers}
@@ -322,7 +337,7 @@ def test_found_prompts_lose_the_same_tokens(method):
         if method != "sink" or not found:  # what a prompt's tokens see depends on how it is cut
             assert torch.equal(ours, expected)
         assert served.llmopt.stats.evicted_tokens > 0
-        limit = {"snapkv": 120 - 32, "h2o": 0}.get(method, 119)
+        limit = {"snapkv": 120 - 32, "h2o": 0, "expected": 0}.get(method, 119)
         assert found <= limit
         assert (found > 0) == (attempt > 0 and limit > 0)
     # Compacted pages are found by nobody: another engine's answer without eviction is stock's.
@@ -392,7 +407,7 @@ def test_a_model_of_windows_only_is_refused(model):
         ({"eviction": "h2o", "keep_ratio": 1.5}, "at most 1.0"),
         ({"eviction": "snapkv", "keep_tokens": 32}, "at least 64"),
         ({"eviction": "snapkv", "keep_tokens": 128, "keep_ratio": 0.5}, "Give one"),
-        ({"eviction": "sink", "keep_ratio": 0.5}, "'snapkv', 'h2o' or 'kvzip'"),
+        ({"eviction": "sink", "keep_ratio": 0.5}, "'snapkv', 'h2o', 'expected' or 'kvzip'"),
         ({"eviction": "sink", "keep_tokens": 64, "page_size": 32}, "at least 96"),
     ],
 )

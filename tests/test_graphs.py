@@ -215,6 +215,22 @@ def test_quantized_pages(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (model.llmopt.stats.graph_steps, model.llmopt.stats.no_graphs) == (steps, None)
 
 
+@pytest.mark.parametrize("method", ["sink", "expected"])
+def test_eviction(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that lose pages between replays, or many of them at the prompt's end."""
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    model, prompt = one_layer(), torch.randint(3, 90, (1, 130), generator=torch.Generator().manual_seed(3))
+    llmopt = config(kv_cache={"page_size": 4, "eviction": method, "keep_tokens": 64})
+    arguments = {**KW, "max_new_tokens": 10}
+    expected = model.generate(prompt, **arguments, llmopt={**llmopt, "graphs": False})
+    assert not torch.equal(model.generate(prompt, **arguments), expected), "what is evicted makes no difference here"
+    assert torch.equal(model.generate(prompt, **arguments, llmopt=llmopt), expected)
+    stats = model.llmopt.stats
+    assert stats.graph_steps >= 6
+    assert stats.no_graphs is None
+    assert stats.evicted_tokens >= 66
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_requests_that_come_and_go(overlap: bool) -> None:
     """With `overlap` a pass is launched before the host knows its ids."""

@@ -1,4 +1,4 @@
-"""How some queries of a pass attend, shown to whoever decides which tokens to keep."""
+"""Some queries of a pass and how they attend, shown to whoever decides which tokens to keep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Watch(NamedTuple):
         span: Its place in the pass.
         queries: Which of its tokens.
         slots: Leading slots of the request whose weights count.
-        scores: By layer, float32 `[kv_heads, slots]`, made where they are missing.
+        scores: By layer, what is folded, made where it is missing.
     """
 
     span: int
@@ -31,31 +31,50 @@ class Watch(NamedTuple):
 
 
 class Observer:
-    """A backend that also computes the attention weights of a few queries, in layers of full attention.
+    """A backend that also looks at a few queries, in layers of full attention.
 
     Args:
         attend: The backend.
         watches: Which queries.
-        fold: Called with a watch's scores and weights `[kv_heads, heads per key head, queries, slots]`, a block of
-            queries at a time.
+        fold: Called with what a watch has folded and with a block of queries: if `weighs`, with float32
+            `[kv_heads, slots]` and weights `[kv_heads, heads per key head, queries, slots]`, else with float32
+            `[heads, key_dim + 1, key_dim + 1]` and scaled queries `[heads, queries, key_dim]`.
+        weighs: Whether attention weights are computed.
     """
 
-    def __init__(self, attend: Attend, watches: Sequence[Watch], fold: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(
+        self, attend: Attend, watches: Sequence[Watch], fold: Callable[[Tensor, Tensor], None], weighs: bool = True
+    ) -> None:
         self.attend = attend
         self.watches = watches
         self.fold = fold
+        self.weighs = weighs
 
     def __call__(self, step: StepInputs, call: Call) -> Tensor:
         """What the backend gives."""
         output = self.attend(step, call)
         if step.group(call.layer).kind == "full":
-            kv_heads = step.store.layers[call.layer].kv_heads
             for watch in self.watches:
-                if call.layer not in watch.scores:
-                    watch.scores[call.layer] = call.query.new_zeros(kv_heads, watch.slots, dtype=torch.float32)
-                for weights in _weights(step, call, watch):
-                    self.fold(watch.scores[call.layer][:, : weights.shape[-1]], weights)
+                if self.weighs:
+                    self._weigh(step, call, watch)
+                else:
+                    self._fold_queries(step, call, watch)
         return output
+
+    def _weigh(self, step: StepInputs, call: Call, watch: Watch) -> None:
+        if call.layer not in watch.scores:
+            kv_heads = step.store.layers[call.layer].kv_heads
+            watch.scores[call.layer] = call.query.new_zeros(kv_heads, watch.slots, dtype=torch.float32)
+        for weights in _weights(step, call, watch):
+            self.fold(watch.scores[call.layer][:, : weights.shape[-1]], weights)
+
+    def _fold_queries(self, step: StepInputs, call: Call, watch: Watch) -> None:
+        _, heads, _, width = call.query.shape
+        if call.layer not in watch.scores:
+            watch.scores[call.layer] = call.query.new_zeros(heads, width + 1, width + 1, dtype=torch.float32)
+        first = step.spans[watch.span].offset
+        queries = call.query[0, :, first + watch.queries.start : first + watch.queries.stop]
+        self.fold(watch.scores[call.layer], queries.float() * call.scaling)
 
 
 def _weights(step: StepInputs, call: Call, watch: Watch) -> Iterator[Tensor]:

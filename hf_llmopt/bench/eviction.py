@@ -17,7 +17,7 @@ from .measure import environment
 from .report import Table
 
 FULL = "all tokens"
-METHODS = ("sink", "snapkv", "h2o", "kvzip")
+METHODS = ("sink", "snapkv", "h2o", "expected", "kvzip")
 RATIOS = (0.5, 0.25)
 ROWS, LENGTH = 16, 704
 DRAWN = 3  # needles that are drawn for each that is taken

@@ -26,8 +26,9 @@ class KVCacheConfig(Section):
         eviction: Give up tokens in layers of full attention. `"sink"` (Xiao et al. 2023) keeps the first tokens and the
             last ones, in constant memory however long a text becomes. The others give up part of the prompt, each key
             head its own, once it is computed: `"snapkv"` (Li et al. 2024) keeps what its end attends to, `"h2o"` (Zhang
-            et al. 2023) what all of it attends to, `"kvzip"` (Kim et al. 2025) what is needed to repeat it, for a
-            second pass over the prompt.
+            et al. 2023) what all of it attends to, `"expected"` (Devoto et al. 2025) what queries distributed like its
+            last ones would attend to, `"kvzip"` (Kim et al. 2025) what is needed to repeat it, for a second pass over
+            the prompt.
         keep_tokens: Most tokens that eviction keeps, of the text with `"sink"` (1024 by default), of the prompt with
             the others; at least 64.
         keep_ratio: Share of the prompt that is kept instead, in (0, 1]; a half by default. Not with `"sink"`.
@@ -45,7 +46,7 @@ class KVCacheConfig(Section):
     dtype: str = option("auto", choices=("auto", "int8", "fp8", "int4"))
     max_tokens: int | None = option(None, kind=int, low=1)
     memory_fraction: float = option(0.9, kind=float, low=0.01, high=1.0)
-    eviction: str | None = option(None, choices=(None, "sink", "snapkv", "h2o", "kvzip"))
+    eviction: str | None = option(None, choices=(None, "sink", "snapkv", "h2o", "expected", "kvzip"))
     keep_tokens: int | None = option(None, kind=int, low=LEAST_KEPT)
     keep_ratio: float | None = option(None, kind=float, low=0.01, high=1.0)
     offload: bool = option(False, choices=(False, True))
@@ -61,7 +62,7 @@ class KVCacheConfig(Section):
         if named and self.eviction is None:
             raise InvalidOption(
                 f"KVCacheConfig({named[0]}=...) says how much eviction keeps, and eviction=None evicts nothing. "
-                "Choose eviction='sink', 'snapkv', 'h2o' or 'kvzip'."
+                "Choose eviction='sink', 'snapkv', 'h2o', 'expected' or 'kvzip'."
             )
         if len(named) == 2:
             raise InvalidOption(
@@ -71,7 +72,8 @@ class KVCacheConfig(Section):
         if self.eviction == "sink" and self.keep_ratio is not None:
             raise InvalidOption(
                 f"KVCacheConfig(keep_ratio={self.keep_ratio}): 'sink' keeps a number of tokens, however long the text "
-                "becomes. Give keep_tokens=..., or choose 'snapkv', 'h2o' or 'kvzip', which keep a share of the prompt."
+                "becomes. Give keep_tokens=..., or choose 'snapkv', 'h2o', 'expected' or 'kvzip', which keep a share "
+                "of the prompt."
             )
         if self.eviction == "sink" and (self.keep_tokens or 1024) < 3 * self.page_size:
             raise InvalidOption(

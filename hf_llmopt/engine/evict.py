@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import count, islice
 
+from torch import Tensor
+
 from ..config import KVCacheConfig
 from ..errors import InvalidOption, UnsupportedModel
 from ..kv_cache import PagedStore
@@ -73,7 +75,7 @@ class Evictor:
             if reason:
                 raise InvalidOption(
                     f"KVCacheConfig(eviction={self.method.config.eviction!r}) reads the prompt a second time, and "
-                    f"{reason}. Choose 'snapkv', 'h2o' or 'sink'."
+                    f"{reason}. Choose 'snapkv', 'h2o', 'expected' or 'sink'."
                 )
         if self.method.chunk is not None:
             request.chunk = min(request.chunk or self.method.chunk, self.method.chunk)
@@ -136,7 +138,7 @@ class Evictor:
                 self._replay(request, selection, runner, grow)
             for index in self.full:
                 kept = {
-                    layer: with_rest(self.scored.choose(scores.layers[layer], selection.kept), selection.held, rest)
+                    layer: with_rest(self._chosen(request, selection, index, layer), selection.held, rest)
                     for layer in self.store.groups[index].layers
                 }
                 table, total = request.tables[index], selection.kept + rest
@@ -149,6 +151,14 @@ class Evictor:
             done[id(scores)] = request
         request.evicted = request.tables[self.full[0]].evicted
         request.selection = None
+
+    def _chosen(self, request: Request, selection: Selection, group: int, layer: int) -> Tensor:
+        """The slots that each head of a layer keeps, `[kv_heads, kept]`."""
+        assert self.scored is not None
+        seen = selection.scores.layers[layer]
+        places = self.store.slots(request.tables[group], 0, selection.held).to(seen.device)
+        scores = self.scored.score(seen, lambda: self.store.read(layer, lambda slots: slots[places]))
+        return self.scored.choose(scores, selection.kept)
 
     def _replay(
         self, request: Request, selection: Selection, runner: Runner, grow: Callable[[list[int]], None]

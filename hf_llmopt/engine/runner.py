@@ -188,7 +188,7 @@ class Runner:
         slots = self._slots(spans)
         watches, attend = _watches(spans), self.attend
         if watches and self._eviction is not None:
-            attend = Observer(attend, watches, self._eviction.fold)
+            attend = Observer(attend, watches, self._eviction.fold, self._eviction.weighs)
         names = [request.adapter for request, length in spans for _ in range(length)]
         batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
         put_unknown, logits = partial(self._put_unknown, spans), None

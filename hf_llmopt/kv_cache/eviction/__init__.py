@@ -5,12 +5,19 @@ from __future__ import annotations
 from ...config import KVCacheConfig
 from .compact import compact
 from .contract import Eviction, Scored, Scores, Selection, with_rest
+from .expected import ExpectedAttention
 from .h2o import H2O
 from .kvzip import KVzip
 from .sink import Sink
 from .snapkv import SnapKV
 
-METHODS: dict[str, type[Eviction]] = {"sink": Sink, "snapkv": SnapKV, "h2o": H2O, "kvzip": KVzip}
+METHODS: dict[str, type[Eviction]] = {
+    "sink": Sink,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "expected": ExpectedAttention,
+    "kvzip": KVzip,
+}
 
 
 def method(config: KVCacheConfig) -> Eviction | None:

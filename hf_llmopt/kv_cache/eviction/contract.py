@@ -2,12 +2,13 @@
 
 Two kinds of methods exist. One drops pages from the middle after every pass (`Eviction.excess`), and needs to see
 nothing. The other chooses, at a prompt's end, the slots that every key head keeps (`Scored`): it folds how queries
-attended into a score for each head and slot.
+attended, or the queries themselves, into what gives a score for each head and slot.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ class Scores:
     """What was seen so far of how a prompt attends; requests with the same prompt share it.
 
     Attributes:
-        layers: By layer, float32 `[kv_heads, slots]` on its device.
+        layers: By layer, float32 on its device: what a method folds (`Scored.fold`).
         seen: Queries of tokens before this one are in.
     """
 
@@ -101,6 +102,7 @@ class Scored(Eviction, ABC):
     """A method that keeps the slots with the highest scores at the end of a prompt, each head its own."""
 
     recent = 0  # last tokens of the prompt that are kept whatever their score
+    weighs = True  # whether it folds what queries pay to slots, or else the queries themselves
 
     def room(self, prompt: int, total: int, span: int) -> int:
         """All of the prompt until it ends."""
@@ -127,13 +129,24 @@ class Scored(Eviction, ABC):
         """The tokens of a prompt whose queries are looked at."""
 
     @abstractmethod
-    def fold(self, scores: Tensor, weights: Tensor) -> None:
-        """Take note of how some queries attended, in place.
+    def fold(self, scores: Tensor, seen: Tensor) -> None:
+        """Take note of some queries, in place.
 
         Args:
-            scores: float32 `[kv_heads, slots]`, 0 before the first call.
-            weights: float32 `[kv_heads, heads per key head, queries, slots]`; each query's sum is 1 at most.
+            scores: float32 `[kv_heads, slots]`, 0 before the first call; if the method does not weigh,
+                `[heads, key_dim + 1, key_dim + 1]`.
+            seen: float32 `[kv_heads, heads per key head, queries, slots]`, what each query pays, 1 at most in sum; or
+                the queries times the attention's scaling, `[heads, queries, key_dim]`.
         """
+
+    def score(self, seen: Tensor, read: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """Scores `[kv_heads, slots]`.
+
+        Args:
+            seen: What was folded.
+            read: Gives the keys `[slots, kv_heads, key_dim]` and values.
+        """
+        return seen
 
     def ranked(self, scores: Tensor, kept: int) -> Tensor:
         """Scores in the order of which slots are kept, `[kv_heads, slots]`; the first and last ones rank above all."""
