@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,21 +144,31 @@ async def run(
         InvalidRequest: A `custom_id` comes twice, or `target` is not of this `source`.
         OSError: A file cannot be read or written. What was written before stays, and a later run goes on.
     """
+    with begun(source, target) as (journal, counts, left):
+        tell(counts, counts.before)
+        await _answer_all(left, answer, min(at_once, max(1, counts.total - counts.before)), journal, counts, tell)
+    return counts
+
+
+@contextmanager
+def begun(source: Path, target: Path) -> Iterator[tuple[Journal, Counts, Iterator[Line]]]:
+    """What is there of a file's results, the counts, and the requests that have none; raises what `run` does.
+
+    Args:
+        source: One request a line.
+        target: One result a line.
+    """
     if target.exists() and source.samefile(target):
         raise InvalidRequest(f"{str(source)!r} cannot be both input and output.")
     keys = _keys(source)
-    counts = Counts(total=len(keys))
     with Journal(target) as journal:
         if foreign := journal.known - keys:
             raise InvalidRequest(
                 f"{str(target)!r} has a result for {next(iter(foreign))!r}, which {str(source)!r} does not ask for. "
                 "Give another file for the results."
             )
-        counts.before = len(journal.known)
-        tell(counts, counts.before)
         left = (line for line in read(source) if line.key not in journal.known)
-        await _answer_all(left, answer, min(at_once, max(1, len(keys) - counts.before)), journal, counts, tell)
-    return counts
+        yield journal, Counts(len(keys), len(journal.known)), left
 
 
 def _keys(source: Path) -> set[Key]:
@@ -190,7 +201,7 @@ async def _answer_all(
 
     async def work() -> None:
         for line in lines:  # shared: each takes the next
-            new.append(await _result(line, answer))
+            new.append(await result_of(line, answer))
             more.set()
 
     def write() -> None:
@@ -198,11 +209,7 @@ async def _answer_all(
             return
         results = new.copy()
         new.clear()
-        journal.add(
-            results
-        )  # nothing waits for this loop but clients that are not there: the engine has its own thread
-        counts.answered += len(results)
-        counts.failed += sum(map(_failed, results))
+        keep(results, journal, counts)  # the loop may wait: nobody else uses it, and the engine has its own thread
         tell(counts, len(results))
 
     tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
@@ -221,7 +228,18 @@ async def _answer_all(
         write()  # what is answered need not be answered again
 
 
-async def _result(line: Line, answer: Answerer) -> dict[str, Any]:
+def keep(results: Sequence[dict[str, Any]], journal: Journal, counts: Counts) -> None:
+    """Put results on the disk, and count them.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    journal.add(results)
+    counts.answered += len(results)
+    counts.failed += sum(map(_failed, results))
+
+
+async def result_of(line: Line, answer: Answerer) -> dict[str, Any]:
     """What stands in the output for a request."""
     result: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id}
     if line.error is not None:
