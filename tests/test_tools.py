@@ -262,6 +262,45 @@ def test_grammars_allow_what_is_read_and_nothing_else(pair, form: str) -> None:
     assert not accepts(grammars, tokenizer, either, "null")
 
 
+@pytest.mark.parametrize("form", ["hermes", "llama3_json", "mistral", "mistral, names first"])
+def test_a_strict_function_is_called_rightly_or_not_at_all(pair, form: str) -> None:
+    _, tokenizer = pair
+    grammars = Grammars(tokenizer, [tokenizer.eos_token_id])
+    written = Mistral(names_first=True) if "," in form else of_template(None, form)
+    schemas = {"get_weather": TOOLS[0]["function"]["parameters"], "now": {}}
+    rules = Tools(written, schemas, None, True, frozenset({"get_weather"})).grammar(tokenizer, None)
+    assert rules is not None
+    assert Tools(written, schemas, None, True).grammar(tokenizer, None) is None
+
+    def call(name: str, arguments: str) -> str:
+        return {
+            "hermes": f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>',
+            "llama3_json": f'{{"name": "{name}", "parameters": {arguments}}}',
+            "mistral": f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {arguments}}}]',
+            "mistral, names first": f"[TOOL_CALLS]{name}[ARGS]{arguments}",
+        }[form]
+
+    right = call("get_weather", '{"city": "Oslo", "days": 3}')
+    several = form in ("hermes", "mistral, names first")  # lists are one call of the format, and Llama makes one
+    for text, allowed in (
+        ("", True),
+        ("Well.\n\n1 < 2, <tool, [TOOL, {1}", True),
+        (right, True),
+        (call("now", '{"anything": [1]}'), True),  # it is not strict
+        ("Well. " + right, form != "llama3_json" or None),  # text that has a call in it, or not
+        (right + right, several),
+        (right + "\n" + right + " Done.", form == "hermes"),
+        (call("get_weather", '{"city": "Rome", "days": 3}'), False),
+        (call("get_weather", '{"city": "Oslo"}'), False),
+        (call("rm", "{}"), False),
+        ("Well. " + call("rm", "{}"), False if form != "llama3_json" else None),
+    ):
+        if allowed is not None:
+            assert accepts(grammars, tokenizer, rules, text) is allowed, text
+            read = Reader(written, OFFERED).add(text, ends=True)
+            assert not allowed or len(read.calls) == text.count('{"city"') + text.count("anything")
+
+
 def test_marks_may_be_special_tokens(pair) -> None:
     tokenizer = copy.deepcopy(pair[1])
     tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]"]})
@@ -274,8 +313,12 @@ def test_marks_may_be_special_tokens(pair) -> None:
     mark, args = tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "[ARGS]"])
     assert f"<[{mark}]>" in rules
     assert f"<[{args}]>" in rules
+    free = Tools(Mistral(names_first=True), used.functions, None, True, frozenset({"now"})).grammar(tokenizer, None)
     grammars = Grammars(tokenizer, [tokenizer.eos_token_id])
     assert accepts(grammars, tokenizer, rules, "[TOOL_CALLS]now[ARGS]{}")
+    assert accepts(grammars, tokenizer, free, "Well. [TOOL_CALLS]now[ARGS]{}")
+    assert accepts(grammars, tokenizer, free, "Well.")
+    assert not accepts(grammars, tokenizer, free, "Well. [TOOL_CALLS]rm[ARGS]{}")
     (entry,) = used.entries([Call("now", "{}")])
     assert len(entry["id"]) == 9  # templates of Mistral refuse others
 
@@ -373,6 +416,17 @@ def test_what_the_model_writes_by_itself_is_read(client, served, pair, monkeypat
     assert sum(len(choice.logprobs.content) for choice in stream if choice.logprobs) == len(ids) - 1
     assert stream[-1].finish_reason == "tool_calls"
     assert demand(client, tool_choice="none").choices[0].message.content == text
+
+
+def test_strict_functions_leave_other_text_alone(client, served, monkeypatch) -> None:
+    monkeypatch.setattr(served.service, "tool_parser", "hermes")
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    asked = {"max_tokens": 24, "temperature": 0, "messages": [{"role": "user", "content": demo.PROMPTS[0]}]}
+    free, held = demand(client, **asked), demand(client, tools=strict, **asked)
+    assert held.choices[0].message.content == free.choices[0].message.content
+    strict[0]["function"]["parameters"] = {"type": "object", "not": {}}
+    with pytest.raises(openai.BadRequestError, match="Unimplemented keys"):
+        demand(client, tools=strict)
 
 
 BAD = [

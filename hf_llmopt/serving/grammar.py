@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidRequest, NotServed
+from .lark import json_rule
 
 if TYPE_CHECKING:  # there are machines without a wheel of it, and all else is served there
     from llguidance import LLMatcher
 
 LONGEST_GRAMMAR = 2**16  # characters
 KEPT_GRAMMARS = 64
-# A blank, or a new line with its indentation: a model that knows no better could write blanks for ever.
-WHITESPACE = r"( |\n[ \t]{0,40})?"
 # Of llguidance. A compilation takes half a second at most, a step a hundredth, with some ten megabytes each.
 COMPILATION, STATES, SYMBOLS = 200_000, 50_000, 200_000
 
@@ -144,12 +142,6 @@ class Grammars:
         if matcher.is_error():
             raise InvalidRequest(_reason(matcher.get_error()))
         return Grammar(matcher)
-
-
-def json_rule(schema: dict[str, Any]) -> str:
-    """What stands for JSON of a schema in the rules of a Lark grammar."""
-    own = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False}
-    return f"%json {json.dumps({**schema, 'x-guidance': own}, ensure_ascii=False)}"
 
 
 def _reason(error: str) -> str:

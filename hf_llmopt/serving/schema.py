@@ -264,6 +264,12 @@ class ChatRequest(Generation, ChatMessages):
         return {function["name"]: function.get("parameters") or {} for function in found}
 
     @property
+    def strict(self) -> frozenset[str]:
+        """Functions whose arguments are to obey their schemas whoever decides to call them."""
+        found = [tool["function"] for tool in self.tools or ()]
+        return frozenset(function["name"] for function in found if function.get("strict") is True) & set(self.functions)
+
+    @property
     def demanded(self) -> list[str] | None:
         """Functions of which at least one has to be called, `None` if the model decides."""
         if self.tool_choice == "required":

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from .grammar import json_rule
+from .lark import MOST_CALLS, alternatives, objects, opened, quoted, repeated
 from .text import overlap
 
-MOST_CALLS = 16  # that a grammar lets follow one another
 DECODER = json.JSONDecoder()
 
 
@@ -65,12 +64,15 @@ class ToolFormat(Protocol):
         """
         ...
 
-    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+    def rules(
+        self, tools: Mapping[str, dict[str, Any]], several: bool, free: bool, literal: Callable[[str], str]
+    ) -> list[str]:
         """Lark's rules for calls; the first one is `calls`.
 
         Args:
             tools: The schema of each tool's arguments.
             several: Whether calls may follow one another.
+            free: Whether there may be text beside calls, or no call.
             literal: Says how a text stands in a rule; marks may be special tokens.
         """
         ...
@@ -122,11 +124,16 @@ class Hermes:
         last = _call(_json(text), offered) if ends else None
         return last, text if last is None else ""
 
-    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+    def rules(
+        self, tools: Mapping[str, dict[str, Any]], several: bool, free: bool, literal: Callable[[str], str]
+    ) -> list[str]:
         """Lark's rules for calls."""
         opening, closing = map(literal, self.marks)
-        call = f'call: {opening} "\\n" tool "\\n" {closing}'
-        return [_repeated('"\\n"', several), call, *_objects(tools, "arguments")]
+        if free:
+            head = [f"calls: (opened body){'*' if several else '?'} TEXT", *opened(opening)]
+        else:
+            head = [repeated('"\\n"', several), f"call: {opening} body"]
+        return [*head, f'body: "\\n" tool "\\n" {closing}', *objects(tools, "arguments")]
 
 
 class Llama3:
@@ -160,9 +167,12 @@ class Llama3:
             calls.append(call)
         return calls or None
 
-    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+    def rules(
+        self, tools: Mapping[str, dict[str, Any]], several: bool, free: bool, literal: Callable[[str], str]
+    ) -> list[str]:
         """Lark's rules for calls; these models make one at a time."""
-        return ["calls: tool", *_objects(tools, "parameters")]
+        head = ["calls: tool | PLAIN?", r"PLAIN: /[^{ \n\t](.|\n)*/"] if free else ["calls: tool"]
+        return [*head, *objects(tools, "parameters")]
 
 
 class Mistral:
@@ -205,14 +215,21 @@ class Mistral:
         whole = [call for call in calls if call is not None]
         return whole if whole and len(whole) == len(calls) else None
 
-    def rules(self, tools: Mapping[str, dict[str, Any]], several: bool, literal: Callable[[str], str]) -> list[str]:
+    def rules(
+        self, tools: Mapping[str, dict[str, Any]], several: bool, free: bool, literal: Callable[[str], str]
+    ) -> list[str]:
         """Lark's rules for calls."""
         mark, args, _ = map(literal, self.marks)
         if self.names_first:
-            heads = [f"{_quoted(name)} {args}" for name in tools]
-            return [_repeated("", several), f"call: {mark} tool", *_tools(heads, tools.values(), "")]
-        listed = _repeated('", "', several, "listed")
-        return [f'calls: {mark} "[" listed "]"', listed, "call: tool", *_objects(tools, "arguments")]
+            heads = [f"{quoted(name)} {args}" for name in tools]
+            own = alternatives(heads, tools.values(), "")
+            if free:
+                more = f"({mark} tool){{0,{MOST_CALLS - 1}}}" if several else ""
+                return [f"calls: TEXT | opened tool {more}", *opened(mark), *own]
+            return [repeated("", several), f"call: {mark} tool", *own]
+        begin = ["calls: TEXT | opened list", *opened(mark)] if free else [f"calls: {mark} list"]
+        listed = repeated('", "', several, "listed")
+        return [*begin, 'list: " "? "[" listed "]"', listed, "call: tool", *objects(tools, "arguments")]
 
 
 FORMATS: tuple[ToolFormat, ...] = (Mistral(), Hermes(), Llama3())
@@ -279,30 +296,6 @@ class Reader:
         if ends and self.calls and not found.text.strip():
             found.text = ""
         return found
-
-
-def _repeated(between: str, several: bool, name: str = "calls") -> str:
-    """The rule of calls that may follow one another."""
-    return f"{name}: call ({between} call){{0,{MOST_CALLS - 1}}}" if several else f"{name}: call"
-
-
-def _objects(tools: Mapping[str, dict[str, Any]], arguments: str) -> list[str]:
-    """Rules of a JSON object for each tool, written as templates write them."""
-    heads = [_quoted(f'{{"name": {json.dumps(name)}, "{arguments}": ') for name in tools]
-    return _tools(heads, tools.values(), _quoted("}"))
-
-
-def _tools(heads: Sequence[str], schemas: Iterable[dict[str, Any]], tail: str) -> list[str]:
-    """The rule `tool`, and one for each: what stands before its arguments, and behind them."""
-    rules = [
-        f"tool_{index}: {head} {json_rule(schema)} {tail}"
-        for index, (head, schema) in enumerate(zip(heads, schemas, strict=True))
-    ]
-    return ["tool: " + " | ".join(f"tool_{index}" for index in range(len(rules))), *rules]
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
 
 
 def _json(text: str) -> Any:

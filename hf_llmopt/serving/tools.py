@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .grammar import json_rule
+from .lark import json_rule, quoted
 from .schema import ChatRequest
 from .tool_formats import Call, Hermes, Reader, ToolFormat, of_template
 
@@ -25,12 +24,14 @@ class Tools:
         functions: The schema of each function's arguments.
         demanded: Functions of which at least one has to be called, `None` if the model decides.
         several: Whether an answer may have more than one call.
+        strict: Functions whose arguments obey their schemas, also where the model decides to call them.
     """
 
     form: ToolFormat
     functions: dict[str, dict[str, Any]]
     demanded: Sequence[str] | None
     several: bool
+    strict: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, ask: ChatRequest, tokenizer: Any, parser: str | None) -> Tools | None:
@@ -47,7 +48,7 @@ class Tools:
         if form is None and ask.demanded is not None:
             form = Hermes()
         several = ask.parallel_tool_calls is not False and ask.tool_choice in (None, "auto", "required")
-        return None if form is None else cls(form, ask.functions, ask.demanded, several)
+        return None if form is None else cls(form, ask.functions, ask.demanded, several, ask.strict)
 
     def reader(self) -> Reader:
         """Reads the calls of one answer."""
@@ -64,18 +65,23 @@ class Tools:
             tokenizer: The model's.
             answer: The schema of an answer that is no call, `None` for any.
         """
-        if self.demanded is None and answer is None:
+        if self.demanded is None and answer is None and not self.strict:
             return None
 
         def literal(mark: str) -> str:
             token = _special(tokenizer, mark)
-            return json.dumps(mark) if token is None else f"<[{token}]>"
+            return quoted(mark) if token is None else f"<[{token}]>"
 
+        free = self.demanded is None and answer is None
         names = self.functions if self.demanded is None else self.demanded
-        rules = self.form.rules({name: _closed(self.functions[name]) for name in names}, self.several, literal)
-        if self.demanded is not None or answer is None:
-            return "\n".join(["start: calls", *rules])
-        return "\n".join(["start: calls | answer", f"answer: {json_rule(answer)}", *rules])
+        tools = {
+            name: {"type": "object"} if free and name not in self.strict else _closed(self.functions[name])
+            for name in names
+        }
+        rules = self.form.rules(tools, self.several, free, literal)
+        if self.demanded is None and answer is not None:
+            return "\n".join(["start: calls | answer", f"answer: {json_rule(answer)}", *rules])
+        return "\n".join(["start: calls", *rules])
 
     def entries(self, calls: Sequence[Call], first: int = 0) -> list[dict[str, Any]]:
         """Calls as OpenAI's API has them.
