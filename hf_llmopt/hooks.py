@@ -1,6 +1,6 @@
 """Teach transformers the keyword `llmopt=`. The only module that sets an attribute on transformers.
 
-`install` wraps five methods and a function, and replaces one registry entry; each wrapper passes everything through
+`install` wraps six methods and a function, and replaces one registry entry; each wrapper passes everything through
 unless `llmopt=` is given or the model carries a default. `uninstall` puts the very same objects back.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
-from transformers import PreTrainedModel, TextGenerationPipeline, modeling_utils, pipelines
+from transformers import PreTrainedConfig, PreTrainedModel, TextGenerationPipeline, modeling_utils, pipelines
 from transformers.generation import GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -41,6 +41,7 @@ def install() -> None:
     attention.register()
     for owner, name, wrap in (
         (PreTrainedModel, "from_pretrained", _from_pretrained),
+        (PreTrainedConfig, "from_dict", _from_dict),
         (GenerationMixin, "generate", _generate),
         (GenerationMixin, "_sample", _loop(_serve)),
         (GenerationMixin, "_assisted_decoding", _loop(_assisted)),
@@ -138,6 +139,19 @@ def _from_pretrained(original: Any) -> Any:
         return model
 
     wrapped: Any = from_pretrained
+    return classmethod(wrapped)
+
+
+def _from_dict(original: Any) -> Any:
+    """What a config.json says of quantization is looked at before transformers fails on it, far from the cause."""
+
+    @wraps(original.__func__)
+    def from_dict(cls: Any, config_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("llmopt") or quantization.LOADING.get() is not None:  # an Auto class reads the config first
+            quantization.require_entry(config_dict)
+        return original.__func__(cls, config_dict, *args, **kwargs)
+
+    wrapped: Any = from_dict
     return classmethod(wrapped)
 
 

@@ -436,6 +436,7 @@ def added_to(before, *classes):
 # All that `install` replaces. The text-generation entry of the pipelines' table holds the pipeline class.
 HOOKS = {
     "PreTrainedModel.from_pretrained",
+    "PreTrainedConfig.from_dict",
     "GenerationMixin.generate",
     "GenerationMixin._sample",
     "GenerationMixin._assisted_decoding",

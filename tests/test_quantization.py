@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import build
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
@@ -425,6 +425,18 @@ def test_a_config_of_other_files_is_refused(folder, tmp_path, says, why):
     (tmp_path / "config.json").write_text(json.dumps(entry))
     with pytest.raises(InvalidCheckpoint, match=why):
         load(tmp_path, True)
+
+
+@pytest.mark.parametrize("entry", [[{"quant_method": "gptq"}], [], "gptq", 4, True], ids=repr)
+def test_a_config_of_another_type_is_refused(folder, tmp_path, entry):
+    """transformers fails on it while it prints the config."""
+    words = {**json.loads((folder / "config.json").read_text()), "quantization_config": entry}
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    for llmopt in (True, "int8"):
+        with pytest.raises(InvalidCheckpoint, match=r"is an object with a quant_method, or null, got .* was edited"):
+            load(tmp_path, llmopt)
+        with pytest.raises(InvalidCheckpoint, match="is an object with a quant_method"):
+            LlamaForCausalLM.from_pretrained(tmp_path, llmopt=llmopt)
 
 
 @pytest.mark.parametrize("calibration", [[], ["text"], [[1, 2, 500]], torch.zeros(0, dtype=torch.long)])

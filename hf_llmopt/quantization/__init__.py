@@ -4,7 +4,7 @@ from .formats import Recipe, Scheme
 from .grid import make_grid
 from .in_place import quantize
 from .linear import QuantizedHead, QuantizedLinear
-from .loading import LOADING, answering, has, stored_quantized
+from .loading import LOADING, answering, has, require_entry, stored_quantized
 from .quantizer import Quantizer
 from .report import QuantizationReport
 
@@ -20,5 +20,6 @@ __all__ = [
     "has",
     "make_grid",
     "quantize",
+    "require_entry",
     "stored_quantized",
 ]

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from ..config import CALIBRATED, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from .formats import Recipe
+from .formats.configs import REMEDY
 from .quantizer import Quantizer, WeightConfig
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read
@@ -41,6 +42,19 @@ def answering(original: Callable[..., Any]) -> Callable[..., Any]:
         return ours, config, device_map
 
     return get_hf_quantizer
+
+
+def require_entry(config: Any) -> None:
+    """Raise if the `quantization_config` of a config.json is neither null nor an object.
+
+    Raises:
+        InvalidCheckpoint: It is something else.
+    """
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    if entry is not None and not isinstance(entry, dict) and not hasattr(entry, "to_dict"):
+        raise InvalidCheckpoint(
+            f"The quantization_config of config.json is an object with a quant_method, or null, got {entry!r}. {REMEDY}"
+        )
 
 
 def stored_quantized(config: Any) -> bool:
