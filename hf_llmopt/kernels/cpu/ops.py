@@ -1,6 +1,6 @@
 """Calls into the C kernels: tensors in, tensors out.
 
-Every function has a twin of the same name and signature in `kernels/reference.py`, which says what it computes.
+Every function has a twin of the same name and signature in `kernels/reference/`, which says what it computes.
 Callers see to it that tensors are on the CPU, of one dtype in `DTYPES`, and contiguous where the C files say so.
 """
 

@@ -1,0 +1,61 @@
+"""What each token goes through by itself: norms, activations, rotations, the choice of the largest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arguments import Norm, Turns
+
+
+def norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm or RMSNorm of the last axis, `[..., width]`."""
+    wide, weight = x.float(), None if norm.weight is None else norm.weight.float()
+    if norm.centre:
+        weight = weight + 1 if weight is not None and norm.variant == 1 else weight
+        bias = None if norm.bias is None else norm.bias.float()
+        return torch.nn.functional.layer_norm(wide, wide.shape[-1:], weight, bias, norm.epsilon).to(x.dtype)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+    if weight is not None:
+        wide = wide.to(x.dtype).float() * weight if norm.variant == 0 else wide * (weight + (norm.variant == 1))
+    return wide.to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """`act(gate) * up`, or `act(gate)` where `up` is `None` (Shazeer 2020).
+
+    Args:
+        gate: `[..., width]`.
+        up: `[..., width]`, or `None`.
+        kind: `"silu"`, `"gelu_tanh"`, `"gelu"`, `"relu"` or `"relu2"`.
+    """
+    functional = torch.nn.functional
+    act = {
+        "silu": functional.silu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "gelu": functional.gelu,
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
+    }[kind](gate)
+    return act if up is None else act * up
+
+
+def rotate(x: Tensor, turns: Turns) -> Tensor:
+    """Queries or keys `[tokens, heads, width]` turned by their positions."""
+    if turns.cosine is None or turns.sine is None:
+        return x
+    cosine, sine = turns.cosine[:, None], turns.sine[:, None]
+    part, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
+    if turns.pairs == 2:
+        cosine, sine = (t[..., : t.shape[-1] // 2].repeat_interleave(2, dim=-1) for t in (cosine, sine))
+    if turns.pairs:
+        turned = torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
+    else:
+        low, high = part.chunk(2, dim=-1)
+        turned = torch.cat([-high, low], dim=-1)
+    return torch.cat([(part * cosine + turned * sine).to(x.dtype), rest], dim=-1)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The first of the largest elements of each row of `[rows, width]`, int64; -1 for a row that contains NaN."""
+    return x.float().argmax(dim=-1).masked_fill(x.isnan().any(dim=-1), -1)
