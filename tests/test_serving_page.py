@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,25 @@ def test_the_page_shows_figures_that_exist(it) -> None:
     shown = set(re.findall(r"now\.(\w+_(?:total|count|sum|perc|running|waiting))", page.PAGE))
     assert len(shown) > 8
     assert shown <= known
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_tokens_count_while_an_answer_grows(it, streams: bool) -> None:
+    def growing() -> float:
+        found = httpx.get(it.url + "/metrics", headers=headers).text
+        return float(re.search(r"^llmopt:generation_tokens_running\{.*\} (\S+)$", found, re.MULTILINE)[1])
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"prompt": "def main(", "max_tokens": 200, "temperature": 0, "stream": streams}
+    assert growing() == 0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, it.url + "/v1/completions", json=body, headers=headers, timeout=60)
+        seen = []
+        while not answer.done():
+            seen.append(growing())
+    assert answer.result().status_code == 200
+    assert len(set(seen)) > 3
+    assert growing() == 0
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser

@@ -86,6 +86,7 @@ class Answer:
             LLMOptError: The request failed.
         """
         before = self._began
+        self._metrics.began(self.handle.stats)
         try:
             if at_once:
                 await self._over()

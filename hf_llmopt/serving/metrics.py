@@ -24,10 +24,13 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._name = name
         self._looks_up = engine.config.prompt_cache is not None
+        self._running: dict[int, Stats] = {}  # of answers, which are counted when they have ended
         running = self._gauge("num_requests_running", "Requests that hold pages.")
         running.set_function(lambda: len(engine.loop.scheduler.running))
         self._gauge("num_requests_waiting", "Requests that wait for pages.").set_function(lambda: engine.waiting)
         self._gauge("kv_cache_usage_perc", "Share of the pages that requests hold.").set_function(lambda: _used(engine))
+        growing = self._gauge("generation_tokens_running", "Generated tokens of answers that are not whole yet.")
+        growing.set_function(lambda: sum(stats.generated_tokens for stats in self._running.values()))
         self._prompt = self._counter("prompt_tokens", "Prompt tokens, found ones included.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
         self._queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up.")
@@ -68,6 +71,10 @@ class Metrics:
         """A token came, so long after the request or after the token before it."""
         (self._first if first else self._between).observe(seconds)
 
+    def began(self, stats: Stats) -> None:
+        """An answer is waited for; `stats` will be its figures."""
+        self._running[id(stats)] = stats
+
     def ended(self, stats: Stats, generated: int, seconds: float, reason: str) -> None:
         """An answer ended.
 
@@ -77,6 +84,7 @@ class Metrics:
             seconds: From the request to the end.
             reason: `stop`, `length`, `abort` or `error`.
         """
+        self._running.pop(id(stats), None)
         self._ended.labels(self._name, reason).inc()
         self._prompt.inc(stats.prompt_tokens)
         self._generated.inc(generated)
