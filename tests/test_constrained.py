@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ openai = pytest.importorskip("openai")
 
 from served import make, running  # noqa: E402 - needs the extra
 
+from hf_llmopt.serving import grammar as grammar_module  # noqa: E402
 from hf_llmopt.serving.grammar import LONGEST_GRAMMAR, Grammars  # noqa: E402
 
 pytestmark = [
@@ -186,15 +188,51 @@ def test_costly_schemas_end_soon(pair, grammars, schema: dict) -> None:
     assert time.process_time() - began < 10
 
 
-def test_compiled_grammars_are_kept(grammars, monkeypatch) -> None:
-    schema = {"type": "object", "properties": {"kept": {"type": "null"}}}
-    first = grammars.json_schema(schema)
-    assert grammars.json_schema(schema) is first
-    one, two = first(), first()  # sequences of one grammar do not know each other
+def test_sequences_of_one_grammar_do_not_know_each_other(grammars) -> None:
+    grammar = grammars.json_schema({"enum": ["ab", "cd"]})
+    one, two = grammar(), grammar()
     mask = one.allowed([]).tolist()
     assert two.allowed([]).tolist() == mask
     two.allowed([next(token for token in range(4096) if mask[token // 32] >> (token % 32) & 1)])
-    assert one.allowed([]).tolist() == mask == first().allowed([]).tolist()
+    assert one.allowed([]).tolist() == mask == grammar().allowed([]).tolist()
+
+
+def test_what_requests_compute_does_not_add_up(grammars) -> None:
+    """A grammar whose lexer grows with every sequence serves the hundredth request as it served the first."""
+    schema = {"type": "string", "pattern": "^.*(a.{300}|b.{301}|c.{302}).*$"}
+
+    def steps(seed: int) -> int:
+        sentence, tokens, chance = grammars.json_schema(schema)(), [], random.Random(seed)
+        try:
+            while len(tokens) < 400:
+                mask = sentence.allowed(tokens).tolist()
+                tokens.append(chance.choice([t for t in range(4096) if mask[t // 32] >> (t % 32) & 1]))
+        except errors.InvalidRequest as error:
+            assert "too complex" in str(error)  # noqa: PT017 - it is allowed to end so, but not sooner and sooner
+        return len(tokens)
+
+    first = steps(0)
+    assert first > 20
+    assert [steps(0) for _ in range(5)] == [first] * 5
+
+
+def test_sequences_share_what_takes_long_to_compile(grammars, monkeypatch) -> None:
+    monkeypatch.setattr(grammar_module, "SHARED", 3)
+    compiled = []
+    made = grammar_module.Grammar._made
+
+    def counted(grammar):
+        compiled.append(grammar)
+        return made(grammar)
+
+    monkeypatch.setattr(grammar_module.Grammar, "_made", counted)
+    for seconds, sequences, expected in ((60.0, 4, 4), (0.0, 6, 2), (0.0, 7, 3)):
+        monkeypatch.setattr(grammar_module, "LONG", seconds)
+        compiled.clear()
+        schema = {"const": f"{seconds} {sequences}"}
+        masks = [grammars.json_schema(schema)().allowed([]).tolist() for _ in range(sequences)]
+        assert masks == masks[:1] * sequences
+        assert len(compiled) == expected
 
 
 def test_without_an_end_or_a_fast_tokenizer_nothing_is_constrained(pair) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,23 +20,47 @@ if TYPE_CHECKING:  # there are machines without a wheel of it, and all else is s
 
 LONGEST_GRAMMAR = 2**16  # characters
 KEPT_GRAMMARS = 64
+# What sequences compute of a grammar's lexer adds up, against a limit, if they begin as copies of one matcher. So each
+# gets its own, but where that takes long.
+LONG, SHARED = 0.05, 16  # seconds, and sequences
 # Of llguidance. A compilation takes half a second at most, a step a hundredth, with some ten megabytes each.
-COMPILATION, STATES, SYMBOLS = 200_000, 50_000, 200_000
+COMPILATION, STATES, SYMBOLS = 200_000, 25_000, 200_000
 
 
 class Grammar:
-    """A compiled grammar, for `Engine.submit(constraint=...)`; each call makes the constraint of one sequence.
+    """A grammar, for `Engine.submit(constraint=...)`; each call makes the constraint of one sequence.
 
     Args:
-        matcher: At the beginning, and it stays there.
+        compile: Makes what follows one sequence.
+        one: Held while it does: whoever sends many large grammars keeps one core busy, not all.
+
+    Raises:
+        InvalidRequest: It cannot be compiled.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, compile: Callable[[], LLMatcher], one: Lock) -> None:
+        self._compile = compile
+        self._one = one
+        with one:
+            self._matcher: LLMatcher | None = self._made()
 
     def __call__(self) -> Sentence:
         """A constraint for one sequence."""
-        return Sentence(self._matcher.deep_copy())
+        with self._one:
+            matcher = self._matcher or self._made()
+            self._left -= 1
+            self._matcher = matcher if self._left else None
+            return Sentence(matcher.deep_copy() if self._left else matcher)
+
+    def _made(self) -> LLMatcher:
+        began = perf_counter()
+        matcher = self._compile()
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # what every sequence begins with
+        if matcher.is_error():
+            raise InvalidRequest(_reason(matcher.get_error()))
+        self._left = SHARED if perf_counter() - began > LONG else 1
+        return matcher
 
 
 class Sentence:
@@ -69,7 +94,7 @@ class Sentence:
 
 
 class Grammars:
-    """Compiles grammars for a tokenizer. What was compiled lately is kept.
+    """Compiles grammars for a tokenizer.
 
     Args:
         tokenizer: The model's; it must be a fast one.
@@ -112,9 +137,12 @@ class Grammars:
             max_grammar_size=SYMBOLS,
             verbose_errors=False,  # what a client sent is not repeated
         )
-        self._match: Callable[[str], LLMatcher] = lambda grammar: LLMatcher(own, grammar, log_level=0, limits=limits)
-        self._one = Lock()
-        self._compiled = lru_cache(KEPT_GRAMMARS)(self._compile)
+
+        def match(grammar: str) -> LLMatcher:
+            return LLMatcher(own, grammar, log_level=0, limits=limits)
+
+        one = Lock()
+        self._known = lru_cache(KEPT_GRAMMARS)(lambda grammar: Grammar(partial(match, grammar), one))
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
         """The grammar of JSON that a schema allows, written compactly, with single blanks, or with line breaks.
@@ -132,16 +160,7 @@ class Grammars:
         """
         if len(grammar) > LONGEST_GRAMMAR:
             raise InvalidRequest(f"{len(grammar)} characters; at most {LONGEST_GRAMMAR} are compiled")
-        return self._compiled(grammar)
-
-    def _compile(self, grammar: str) -> Grammar:
-        with self._one:  # whoever sends many large ones keeps one core busy, not all
-            matcher = self._match(grammar)
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # what every sequence begins with is computed once
-        if matcher.is_error():
-            raise InvalidRequest(_reason(matcher.get_error()))
-        return Grammar(matcher)
+        return self._known(grammar)
 
 
 def _reason(error: str) -> str:
