@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_llmopt import demo, errors
 
@@ -86,7 +88,7 @@ WRITTEN = [
         "",
         [WEATHER, NOW],
     ),
-    ("mistral", 'Well: [TOOL_CALLS]{"name": "now", "arguments": {}}', "Well: ", [NOW]),
+    ("mistral", 'Well: [TOOL_CALLS]{"name": "now", "arguments": {}}', "Well:", [NOW]),
     (
         "mistral",
         '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris", "days": 2}[TOOL_CALLS]now[CALL_ID]a1b2c3d4e[ARGS]{}',
@@ -133,6 +135,37 @@ def test_calls_are_found_however_they_come(form: str, text: str, shown: str, cal
 def test_what_is_no_call_stays_text(form: str, text: str) -> None:
     for pieces in cuts(text):
         assert joined(read(form, pieces)) == (text, [])
+
+
+PARTS = [
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<tool",
+        "_call>",
+        "[TOOL_CALLS]",
+        "[TOOL_",
+        "[ARGS]",
+        "[CALL_ID]",
+        "<|python_tag|>",
+    ),
+    *('{"name": "now"}', '{"name": "now", "arguments": {}}', '[{"name": "now", "arguments": {}}]', '"parameters": '),
+    *('{"name": "get_weather", "arguments": {"city": "</tool_call>"}}', '{"name": "now", "parameters": {}}'),
+    *("now", "\n", " ", "text", "{", "}", "[", "]", ";", '"', "\\", "é"),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    form=st.sampled_from(["hermes", "llama3_json", "mistral"]),
+    text=st.lists(st.sampled_from(PARTS), max_size=9).map("".join),
+    places=st.lists(st.integers(0, 200), max_size=6),
+    most=st.sampled_from([None, 1]),
+)
+def test_it_does_not_matter_where_a_text_is_cut(form: str, text: str, places: list[int], most: int | None) -> None:
+    ends = sorted({min(place, len(text)) for place in places} | {len(text)})
+    pieces = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    assert joined(read(form, pieces, most=most)) == joined(read(form, [text], most=most))
 
 
 def test_a_call_behind_a_spoiled_one_counts() -> None:

@@ -194,12 +194,11 @@ class Mistral:
         """Part what is certain from what is not."""
         mark = self.marks[0]
         start = text.find(mark)
+        before = text[: start if start >= 0 else len(text) - overlap(text, mark)].rstrip()  # no blanks before a call
         if not ends:
-            if start < 0:
-                start = len(text) - overlap(text, mark)
-            return Found(text[:start]), text[start:]
+            return Found(before), text[len(before) :]
         calls = None if start < 0 else self._calls(text[start:], offered)
-        return (Found(text) if calls is None else Found(text[:start], calls)), ""
+        return (Found(text) if calls is None else Found(before, calls)), ""
 
     def _calls(self, text: str, offered: Collection[str]) -> list[Call] | None:
         calls: list[Call | None] = []
