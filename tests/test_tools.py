@@ -21,7 +21,8 @@ from served import make, running  # noqa: E402 - needs the extra
 from hf_llmopt.serving import Service  # noqa: E402
 from hf_llmopt.serving.grammar import Grammars  # noqa: E402
 from hf_llmopt.serving.schema import ChatRequest  # noqa: E402
-from hf_llmopt.serving.tool_formats import Call, Found, Mistral, Reader, of_template  # noqa: E402
+from hf_llmopt.serving.tool_formats import Found, Mistral, Reader, of_template  # noqa: E402
+from hf_llmopt.serving.tool_stream import GrowingCalls  # noqa: E402
 from hf_llmopt.serving.tools import Tools  # noqa: E402
 
 pytestmark = [
@@ -166,6 +167,46 @@ def test_it_does_not_matter_where_a_text_is_cut(form: str, text: str, places: li
     ends = sorted({min(place, len(text)) for place in places} | {len(text)})
     pieces = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     assert joined(read(form, pieces, most=most)) == joined(read(form, [text], most=most))
+
+
+GROWN = [  # the format, the text, and what would be read of the whole
+    ("hermes", 'Well.\n<tool_call>\n{"name": "now", "arguments": {"a": "}\\"{", "b": [{"c": {}}]}}\n</tool_call>\n'),
+    (
+        "hermes",
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><tool_call>\n{"name": "get_weather", "argum'
+        'ents": {"city": "</tool_call>"}}\n</tool_call> Done.',
+    ),
+    ("hermes", "No call, a <tool"),
+    ("hermes", '<tool_call>\n{"name": "no'),
+    ("llama3_json", '{"name": "now", "parameters": {"a": {"b": "\\\\"}}}'),
+    ("llama3_json", " It is {1}."),
+    ("llama3_json", " "),
+    ("mistral", '[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"name": "get_weather", "arguments": {"a": "]}"}}]'),
+    ("mistral", 'Well. [TOOL_CALLS]now[ARGS]{"a": 1}[TOOL_CALLS]get_weather[ARGS]{"b": "[ARGS]"}'),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), GROWN)
+@pytest.mark.parametrize("most", [None, 1])
+def test_calls_grow_to_what_is_read_of_the_whole(form: str, text: str, most: int | None) -> None:
+    shown, calls = joined(read(form, [text], most=most))
+    for pieces in cuts(text):
+        growing, got, said = GrowingCalls(of_template(None, form), most), {}, ""
+        for place, piece in enumerate(pieces):
+            growth = growing.add(piece, ends=place == len(pieces) - 1)
+            said += growth.text
+            for number, name, arguments in growth.calls:
+                assert (name is None) == (number in got), "the name comes first, and once"
+                got[number] = (got[number][0], got[number][1] + arguments) if number in got else (name, arguments)
+        assert said == shown
+        assert [(name, json.loads(arguments)) for name, arguments in got.values()] == calls
+        assert bool(growing.calls) == bool(calls)
+
+
+def test_a_call_that_is_cut_off_has_shown_its_beginning() -> None:
+    growing = GrowingCalls(of_template(None, "hermes"))
+    growth = growing.add('<tool_call>\n{"name": "now", "arguments": {"a": "b', ends=True)
+    assert (growth.text, growth.calls) == ("", [(0, "now", '{"a": "b')])
 
 
 def test_a_call_behind_a_spoiled_one_counts() -> None:
@@ -352,7 +393,7 @@ def test_marks_may_be_special_tokens(pair) -> None:
     assert accepts(grammars, tokenizer, free, "Well. [TOOL_CALLS]now[ARGS]{}")
     assert accepts(grammars, tokenizer, free, "Well.")
     assert not accepts(grammars, tokenizer, free, "Well. [TOOL_CALLS]rm[ARGS]{}")
-    (entry,) = used.entries([Call("now", "{}")])
+    (entry,) = used.entries([(0, "now", "{}")])
     assert len(entry["id"]) == 9  # templates of Mistral refuse others
 
 
@@ -399,17 +440,20 @@ def test_a_demanded_call_is_always_valid(client) -> None:
 def test_a_stream_has_the_same_calls(client) -> None:
     asked = {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
     (call,) = demand(client, **asked).choices[0].message.tool_calls
-    calls, finish = {}, []
+    calls, finish, deltas = {}, [], 0
     for chunk in demand(client, stream=True, **asked):
         choice = chunk.choices[0]
         assert not choice.delta.content
         for delta in choice.delta.tool_calls or ():
+            deltas += 1
             known = calls.setdefault(delta.index, {"id": delta.id, "name": "", "arguments": ""})
             known["name"] += delta.function.name or ""
             known["arguments"] += delta.function.arguments or ""
         finish += [choice.finish_reason] if choice.finish_reason else []
     assert finish == ["tool_calls"]
-    assert {key: calls[0][key] for key in ("name", "arguments")} == call.function.model_dump()
+    assert calls[0]["name"] == call.function.name
+    assert json.loads(calls[0]["arguments"]) == json.loads(call.function.arguments)
+    assert deltas > 2, "arguments come while they are written"
     assert calls[0]["id"].startswith("call_")
 
 

@@ -17,6 +17,7 @@ from .service import Caller, Service, Shown
 from .streaming import note, respond
 from .tokens import finite, token_bytes, token_text
 from .tool_formats import Reader
+from .tool_stream import GrowingCalls
 from .tools import Tools
 
 
@@ -50,7 +51,8 @@ async def chat(service: Service, request: Request) -> Response:
     if service.log_prompts:
         request.state.note["messages"] = [message.model_dump(exclude_none=True) for message in ask.messages]
     note(request, answers, n)
-    form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs), tools)
+    grows = bool(ask.stream) and tools is not None and tools.held(ask.json_schema)
+    form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs), tools, grows)
     return await respond(request, answers, n, form, ask)
 
 
@@ -62,13 +64,17 @@ class ChatForm:
         name: The answer's id.
         logprobs: Whether log-probabilities are shown.
         tools: What may be called, `None` for nothing.
+        grows: Whether calls are shown before they are whole.
     """
 
-    def __init__(self, service: Service, name: str, logprobs: bool, tools: Tools | None = None) -> None:
+    def __init__(
+        self, service: Service, name: str, logprobs: bool, tools: Tools | None = None, grows: bool = False
+    ) -> None:
         self._tokenizer = service.prompts.tokenizer
         self._shows = logprobs
         self._tools = tools
-        self._readers: dict[Answer, Reader] = {}
+        self._grows = grows
+        self._readers: dict[Answer, Reader | GrowingCalls] = {}
         self._head = {"id": name, "created": int(time.time()), "model": service.name}
 
     def envelope(self, choices: list[dict[str, Any]], streams: bool) -> dict[str, Any]:
@@ -103,11 +109,15 @@ class ChatForm:
         text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
         if self._tools is None:
             return text, [], finish
-        reader = self._readers.setdefault(answer, self._tools.reader())
-        before = reader.calls
-        found = reader.add(text, ends=finish is not None)
+        reader = self._readers.setdefault(answer, self._tools.reader(self._grows))
+        if isinstance(reader, GrowingCalls):
+            growth = reader.add(text, ends=finish is not None)
+            text, calls = growth.text, growth.calls
+        else:
+            before, found = reader.calls, reader.add(text, ends=finish is not None)
+            text, calls = found.text, [(before + n, call.name, call.arguments) for n, call in enumerate(found.calls)]
         ended = "tool_calls" if reader.calls and finish == "stop" else finish
-        return found.text, self._tools.entries(found.calls, before), ended
+        return text, self._tools.entries(calls), ended
 
     def _rest(self, pieces: Sequence[Piece], finish: str | None) -> dict[str, Any]:
         entries = [entry for piece in pieces for entry in piece.logprobs]

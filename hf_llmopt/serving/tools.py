@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .lark import json_rule, quoted
 from .schema import ChatRequest
-from .tool_formats import Call, Hermes, Reader, ToolFormat, of_template
+from .tool_formats import Hermes, Reader, ToolFormat, of_template
+from .tool_stream import GrowingCalls
 
 SHORT_ID = 9  # characters
 APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "unevaluatedProperties")
@@ -50,9 +51,22 @@ class Tools:
         several = ask.parallel_tool_calls is not False and ask.tool_choice in (None, "auto", "required")
         return None if form is None else cls(form, ask.functions, ask.demanded, several, ask.strict)
 
-    def reader(self) -> Reader:
-        """Reads the calls of one answer."""
-        return Reader(self.form, self.functions, None if self.several else 1)
+    def reader(self, grows: bool) -> Reader | GrowingCalls:
+        """Reads the calls of one answer.
+
+        Args:
+            grows: Whether a grammar holds it to well-formed calls, so that they can be shown before they are whole.
+        """
+        most = None if self.several else 1
+        return GrowingCalls(self.form, most) if grows else Reader(self.form, self.functions, most)
+
+    def held(self, answer: dict[str, Any] | None) -> bool:
+        """Whether a grammar holds the model to well-formed calls, and to nothing that looks like them.
+
+        Args:
+            answer: The schema of an answer that is no call, `None` for any.
+        """
+        return self.demanded is not None or (answer is None and bool(self.strict))
 
     def shows_marks(self, tokenizer: Any) -> bool:
         """Whether special tokens have to be shown for calls to be seen."""
@@ -83,21 +97,22 @@ class Tools:
             return "\n".join(["start: calls | answer", f"answer: {json_rule(answer)}", *rules])
         return "\n".join(["start: calls", *rules])
 
-    def entries(self, calls: Sequence[Call], first: int = 0) -> list[dict[str, Any]]:
+    def entries(self, calls: Iterable[tuple[int, str | None, str]]) -> list[dict[str, Any]]:
         """Calls as OpenAI's API has them.
 
         Args:
-            calls: What the model called.
-            first: How many calls the answer had before.
+            calls: The number of each in its answer; its name, `None` where only more of its arguments came; arguments.
         """
         return [
-            {
-                "index": first + place,
+            {"index": number, "function": {"arguments": arguments}}
+            if name is None
+            else {
+                "index": number,
                 "id": uuid.uuid4().hex[:SHORT_ID] if self.form.short_ids else f"call_{uuid.uuid4().hex[:24]}",
                 "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
+                "function": {"name": name, "arguments": arguments},
             }
-            for place, call in enumerate(calls)
+            for number, name, arguments in calls
         ]
 
 
