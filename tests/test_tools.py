@@ -97,6 +97,7 @@ WRITTEN = [
         [WEATHER, NOW],
     ),
     ("mistral", '[TOOL_CALLS]get_weather{"city": "Paris", "days": 2}', "", [WEATHER]),
+    ("mistral", '[TOOL_CALLS]now[ARGS]{"a": "[TOOL_CALLS]"}', "", [("now", {"a": "[TOOL_CALLS]"})]),
 ]
 # What is no call stays as it is.
 TEXT = [

@@ -201,18 +201,19 @@ class Mistral:
         return (Found(text) if calls is None else Found(before, calls)), ""
 
     def _calls(self, text: str, offered: Collection[str]) -> list[Call] | None:
-        calls: list[Call | None] = []
-        for part in text.split(self.marks[0])[1:]:
-            named = self._named.match(part)
-            while named is not None:
-                value, part = _leading(part[named.end() :])
-                calls.append(_call({"name": named[1], "arguments": value}, offered))
-                named = self._named.match(part)
-            if part.strip():
-                values = _json(part)
-                calls += [_call(value, offered) for value in (values if isinstance(values, list) else [values])]
-        whole = [call for call in calls if call is not None]
-        return whole if whole and len(whole) == len(calls) else None
+        calls: list[Call] = []
+        while text := text.strip().removeprefix(self.marks[0]).lstrip():
+            if text.startswith(self.marks[0]):
+                continue
+            named = self._named.match(text)
+            value, text = _leading(text if named is None else text[named.end() :])
+            values = value if isinstance(value, list) and named is None else [value]
+            for item in values:
+                call = _call(item if named is None else {"name": named[1], "arguments": item}, offered)
+                if call is None:
+                    return None
+                calls.append(call)
+        return calls or None
 
     def rules(
         self, tools: Mapping[str, dict[str, Any]], several: bool, free: bool, literal: Callable[[str], str]
