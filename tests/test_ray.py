@@ -230,3 +230,13 @@ def answers(http) -> bool:
         return http.get("/health").status_code == 200
     except httpx2.TransportError:
         return False
+
+
+def test_the_example_runs(tmp_path) -> None:
+    example = Path(__file__).parent.parent / "examples" / "08_ray.py"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", str(example)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "with an error" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from ..command import ModelCommand
 from .continuous_batching import continuous_batching
 from .cpu import cpu
 from .flash_attention import flash_attention
+from .hops import hops
 from .kv_cache import kv_cache
 from .prompt_cache import prompt_cache
 from .quantization import quantization
@@ -22,6 +23,7 @@ app.command("quantization", cls=ModelCommand)(quantization)
 app.command("flash_attention", cls=ModelCommand)(flash_attention)
 app.command("speculative", cls=ModelCommand)(speculative)
 app.command("serve", cls=ModelCommand)(serve)
+app.command("hops", cls=ModelCommand)(hops)
 app.command("cpu", cls=ModelCommand)(cpu)
 
 
