@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 import hf_llmopt
 from hf_llmopt import Engine, KVCacheConfig, LLMOptConfig, PromptCacheConfig
 from hf_llmopt.errors import LLMOptError
+from hf_llmopt.generation import Wishes
 
 QUICK, MORE = ("llama", "qwen3"), ("gemma2", "gemma3_text", "mixtral", "olmo2", "qwen2")
+SERVED = "llama"  # which the quick test also serves with an engine
 GATHERED = ("olmo2",)  # the plan gathers what queries, keys and values are: every rank attends for all heads
 REFUSED = {
     "eviction": KVCacheConfig(eviction="sink"),
@@ -26,10 +28,10 @@ REFUSED = {
 
 def _job(rank: int, folders: dict[str, str], more: bool) -> dict:
     """Everything that is compared, by architecture."""
-    return {name: _one(rank, folder, more) for name, folder in folders.items()}
+    return {name: _one(rank, folder, more, more or name == SERVED) for name, folder in folders.items()}
 
 
-def _one(rank: int, folder: str, more: bool) -> dict:
+def _one(rank: int, folder: str, more: bool, serves: bool) -> dict:
     model = load(folder)
     found: dict = {"stock": generate(model), "stock sampled": generate(model, **SAMPLED)}
     ours = {
@@ -49,6 +51,8 @@ def _one(rank: int, folder: str, more: bool) -> dict:
     found["alone"] = generate(model, slice(0, 1)), generate(model, slice(0, 1), llmopt=True)
     found["own heads"] = [spec.kv_heads for spec in model.llmopt.engine.store.layers]
     found["shapes"] = [keys.shape[1] for keys in model.llmopt.engine.store.keys]
+    if serves:
+        found["served"] = _served(model) if rank == 0 else _follow(model)
     if rank == 1:  # the other rank has to hear of it
         weights = [weight for weight in model.model.layers[0].parameters() if isinstance(weight, DTensor)]
         with torch.no_grad():
@@ -57,10 +61,60 @@ def _one(rank: int, folder: str, more: bool) -> dict:
     return found
 
 
+def _ask(engine: Engine) -> list[list[int]]:
+    """Tokens of requests that share steps."""
+    handles = [
+        engine.submit(PROMPTS[1], max_new_tokens=NEW, do_sample=False),
+        engine.submit([31, 32, 33], max_new_tokens=20, do_sample=True, seed=3),
+        engine.submit([31, 32, 34], max_new_tokens=6, do_sample=True, seed=5, num_return_sequences=2),
+    ]
+    return [choice.result() for handle in handles for choice in handle.choices]
+
+
+def _error(handle) -> LLMOptError:
+    with pytest.raises(LLMOptError) as failed:
+        handle.result()
+    return failed.value
+
+
+def _served(model) -> dict:
+    """What an engine does for those who ask on rank 0."""
+    long = {"max_new_tokens": 120, "min_new_tokens": 120, "do_sample": False}
+    with Engine(model) as engine:
+        found: dict = {"tokens": _ask(engine)}
+        cancelled = engine.submit([41, 42], **long)
+        next(iter(cancelled))
+        cancelled.cancel()
+        late = engine.submit([51, 52], **long, deadline=0.05)
+        found["unseeded"] = engine.submit([61], max_new_tokens=8, min_new_tokens=8, do_sample=True).result()
+        found["again"] = _ask(engine)
+        found["errors"] = [type(_error(handle)).__name__ for handle in (cancelled, late)]
+        for name, call in {
+            "unpicklable": lambda: engine.submit([1], logits_processor=[lambda ids, scores: scores]),
+            "pipeline": lambda: engine.submit_call(lambda: model.generate(PROMPTS), Wishes()),
+            "follow": engine.follow,
+        }.items():
+            with pytest.raises(LLMOptError) as refused:
+                call()
+            found[name] = str(refused.value)
+        running = engine.submit([41, 43], **long)
+        next(iter(running))
+    found["closed"] = type(_error(running)).__name__
+    found["held"] = sum(pool.used for pool in engine.loop.scheduler.pools)
+    return found
+
+
+def _follow(model) -> dict:
+    with Engine(model) as engine:
+        with pytest.raises(LLMOptError) as refused:
+            engine.submit([1])
+        engine.follow()
+    return {"refused": str(refused.value), "held": sum(pool.used for pool in engine.loop.scheduler.pools)}
+
+
 def _refusals(rank: int, folder: str) -> dict[str, str]:
     model, found = load(folder), {}
     calls = {name: lambda given=given: generate(model, llmopt=given) for name, given in REFUSED.items()}
-    calls["engine"] = lambda: Engine(model)
     calls["int8"] = lambda: load(folder, llmopt="int8")
     calls["int8 in place"] = lambda: hf_llmopt.optimize(model, llmopt="int8")
     for name, call in calls.items():
@@ -107,6 +161,25 @@ def _check(name: str, models: dict, ranks: list[dict]) -> None:
         assert stats.cached_tokens == 0  # the keys of other weights
 
 
+def test_an_engine_takes_requests_on_rank_0(quick) -> None:
+    models, ranks = quick
+    served, followed = (rank[SERVED]["served"] for rank in ranks)
+    _check_served(models[SERVED], served, followed)
+
+
+def _check_served(whole, served: dict, followed: dict) -> None:
+    with Engine(whole) as engine:
+        assert served["tokens"] == served["again"] == _ask(engine)
+    assert served["errors"] == ["RequestCancelled", "DeadlineExceeded"]
+    assert served["closed"] == "EngineClosed"
+    assert len(served["unseeded"]) == 8
+    assert "pickled" in served["unpicklable"]
+    assert "rank 0" in served["pipeline"]
+    assert "rank 0" in served["follow"]
+    assert "engine.follow()" in followed["refused"]
+    assert served["held"] == followed["held"] == 0
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_tokens_are_those_of_stock_and_of_one_process(quick, name) -> None:
     _check(name, *quick)
@@ -118,6 +191,7 @@ def test_more_architectures(tmp_path) -> None:
     for name in models:
         _check(name, models, ranks)
         first, second = (rank[name] for rank in ranks)
+        _check_served(models[name], first["served"], second["served"])
         assert first["draft model"][1].accepted_tokens > 0
         assert torch.equal(first["int8 pages"][0], second["int8 pages"][0])
         assert first["int8 pages"][0].shape == (2, PROMPTS.shape[1] + NEW)
@@ -127,8 +201,7 @@ def test_more_architectures(tmp_path) -> None:
 def test_what_ranks_would_do_differently_is_refused(tmp_path) -> None:
     build("llama").save_pretrained(tmp_path / "llama")
     for found in run(_refusals, tmp_path / "ranks", str(tmp_path / "llama")):
-        assert set(found) == {*REFUSED, "engine", "int8", "int8 in place"}
+        assert set(found) == {*REFUSED, "int8", "int8 in place"}
         assert all("2 processes" in found[name] for name in REFUSED)
-        assert "model.generate" in found["engine"]
         assert "one process" in found["int8"]
         assert "one process" in found["int8 in place"]

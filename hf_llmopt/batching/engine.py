@@ -36,6 +36,7 @@ from ..errors import (
 from ..generation import ACTIVE, Active, Chosen, Constraint, Prepared, Row, Wishes, choose, handle_of, require_model
 from ..kernels import cpu
 from .handle import RequestHandle
+from .lockstep import Lockstep, Told, pack, settled
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -82,12 +83,6 @@ class Engine:
         self.model = model
         self.config = config
         self.loop = handle_of(model).engine_for(model, config)
-        if self.loop.ranks is not None:
-            raise UnsupportedModel(
-                f"{type(model).__name__} is sharded over {self.loop.ranks.size} processes (tp_plan=), which have to "
-                "run the same passes, and an Engine takes requests at any time. Call model.generate(..., llmopt=...) "
-                "with the same batch in every process."
-            )
         self.loop.owners += 1
         # `gate` guards what `submit` touches. The loop's lock, which is held for whole steps, is never taken inside it.
         self._gate = threading.Condition()
@@ -98,6 +93,8 @@ class Engine:
         self._ready: list[Row] = []  # rows with logits or errors; guarded by the loop's lock
         self._ahead: Chosen | None = None  # tokens of the last step, which the host does not know yet
         self._closed = False
+        self._over = False  # no further turn
+        self._lockstep = None if self.loop.ranks is None else Lockstep(self.loop.ranks, self._gate)
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self._owned = [self.loop]
@@ -119,7 +116,8 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that hold no pages yet."""
-        return len(self._entering) + len(self.loop.scheduler.line)
+        untold = 0 if self._lockstep is None else self._lockstep.untold
+        return len(self._entering) + untold + len(self.loop.scheduler.line)
 
     def submit(
         self,
@@ -188,18 +186,36 @@ class Engine:
             )
         ids = self._ids(input_ids, "inputs_embeds" in kwargs)
         generate: Any = self.model.generate
-        return self.submit_call(lambda: generate(ids, **kwargs), wishes)
+        packed = None
+        if self._lockstep is not None:
+            self._lockstep.require_leader()
+            wishes = settled(wishes)
+            packed = pack(ids, kwargs, wishes)
+        return self.submit_call(lambda: generate(ids, **kwargs), wishes, packed)
 
-    def submit_call(self, call: Callable[[], Any], wishes: Wishes) -> RequestHandle:
+    def submit_call(self, call: Callable[[], Any], wishes: Wishes, packed: bytes | None = None) -> RequestHandle:
         """Hand in what a function would generate.
 
         Args:
             call: Calls `generate` of this engine's model, for one prompt. It does not return from that.
             wishes: What is asked for beyond the arguments of `generate`.
+            packed: The same for the other processes of a sharded model.
 
         Raises:
             LLMOptError: As `submit`.
         """
+        if self._lockstep is not None and packed is None:
+            raise UnsupportedModel(
+                "The model is sharded over processes, which a pipeline cannot tell of its inputs. Use Engine.submit or "
+                "generate_batch on rank 0, and Engine.follow on the others."
+            )
+        handles = self._make(call, wishes)
+        with self._gate:
+            self._enqueue(handles, packed)
+        cpu.rest()  # from here on the engine's thread computes, not this one
+        return handles[0]
+
+    def _make(self, call: Callable[[], Any], wishes: Wishes) -> tuple[RequestHandle, ...]:
         if wishes.logit_bias and max(wishes.logit_bias) >= (size := self.model.config.get_text_config().vocab_size):
             raise InvalidRequest(f"logit_bias names token {max(wishes.logit_bias)}; the model's ids are below {size}.")
         if wishes.adapter is not None:
@@ -216,10 +232,7 @@ class Engine:
         handles = tuple(RequestHandle(row, lambda handle: (end() or _nothing)(handle)) for row in rows)
         for handle in handles:
             handle.choices = handles
-        with self._gate:
-            self._enqueue(handles)
-        cpu.rest()  # from here on the engine's thread computes, not this one
-        return handles[0]
+        return handles
 
     def _ids(self, input_ids: Tensor | list[int], has_embeds: bool) -> Tensor:
         try:
@@ -260,7 +273,7 @@ class Engine:
             ACTIVE.reset(token)
         raise InvalidOption("hf_llmopt is not installed in transformers; call hf_llmopt.install() first.")
 
-    def _enqueue(self, handles: tuple[RequestHandle, ...]) -> None:
+    def _enqueue(self, handles: tuple[RequestHandle, ...], packed: bytes | None = None) -> None:
         rows = [handle._row for handle in handles]
         if self._closed or os.getpid() != self._process:
             raise EngineClosed("The engine was closed, or belongs to the process this one was forked from.")
@@ -289,10 +302,13 @@ class Engine:
             self._live[row] = handle
             if row.wishes.deadline is not None:
                 self._deadlines[row] = monotonic() + row.wishes.deadline
-            self._entering.append(handle)
-        if self._thread is None:
+        if self._lockstep is not None and packed is not None:
+            self._lockstep.came.append((packed, handles))
+        else:
+            self._entering.extend(handles)
+        if self._thread is None and (self._lockstep is None or self._lockstep.leads):
             self._thread = threading.Thread(
-                target=_work, args=(weakref.ref(self), self._live), name="hf_llmopt-engine", daemon=True
+                target=_work, args=(weakref.ref(self), self._live, self._lockstep), name="hf_llmopt-engine", daemon=True
             )
             self._thread.start()
         self._gate.notify_all()
@@ -314,17 +330,43 @@ class Engine:
             return
         with self._gate:
             self._closed = True
-            handles = list(self._live.values())
             thread = self._thread
             self._gate.notify_all()
-        for handle in handles:
-            self._end(handle, EngineClosed("The engine was closed before the request finished."))
+        if self._lockstep is None:
+            self._end_all()
+        elif thread is None and self._lockstep.leads and not self._over:
+            self._agree()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         _disown(self._owned)
 
+    def follow(self) -> None:
+        """On every rank of a sharded model but rank 0: take part until rank 0 closes its engine.
+
+        Raises:
+            InvalidOption: The model is not sharded, or this is rank 0.
+            RuntimeError: Rank 0 has ended.
+        """
+        if self._lockstep is None or self._lockstep.leads:
+            raise InvalidOption("Only the ranks of a sharded model follow, and all but rank 0: there, call submit.")
+        with torch.no_grad():
+            while not self._over:
+                self._turn()
+
+    def _end_all(self) -> None:
+        for handle in list(self._live.values()):
+            self._end(handle, EngineClosed("The engine was closed before the request finished."))
+
     def _cancel(self, handle: RequestHandle) -> None:
-        self._end(handle, RequestCancelled("The request was cancelled."))
+        self._give_up(handle, RequestCancelled("The request was cancelled."))
+
+    def _give_up(self, handle: RequestHandle, error: LLMOptError) -> None:
+        if self._lockstep is None:
+            self._end(handle, error)
+            return
+        with self._gate:
+            self._lockstep.gone.append((handle, error))
+            self._gate.notify_all()
 
     def _end(self, handle: RequestHandle, error: LLMOptError | None) -> None:
         row = handle._row
@@ -335,6 +377,8 @@ class Engine:
                 self._entering.remove(handle)
             self._live.pop(row, None)
             self._deadlines.pop(row, None)
+            if self._lockstep is not None:
+                self._lockstep.numbers.pop(handle, None)
             self._objects -= set(map(id, row.users_objects()))
         handle._finish(error)
 
@@ -344,10 +388,14 @@ class Engine:
         Where the device runs beside the CPU, a step is launched before the host knows the tokens that the step before
         chose: they are read, and what follows from them is done, while the device is busy.
         """
+        follows = self._lockstep is not None and not self._lockstep.leads
         with self._gate:
-            if not self._live and not self._closed:
+            if not self._live and not self._closed and not follows:
                 cpu.rest()  # threads that wait for nothing slow down all others
                 self._gate.wait(0.5)
+            idle = not self._live and not self._closed
+        if self._lockstep is not None and ((idle and not follows) or not self._agree()):
+            return
         lock = self.loop.lock
         with lock:
             self._enter()
@@ -374,6 +422,28 @@ class Engine:
             self._ahead = chosen
         else:
             self._accept(chosen)
+
+    def _agree(self) -> bool:
+        """Let all ranks of a sharded model take the same turn; `False` if it was the last."""
+        assert self._lockstep is not None
+        told = self._lockstep.turn(self._closed, self._repeat)
+        with self._gate:
+            for handles in told.came:
+                if self._lockstep.leads:
+                    self._entering.extend(handles)
+                else:
+                    self._enqueue(handles)
+        for handle, error in told.gone:
+            self._end(handle, error)
+        if told.closes:
+            self._closed = self._over = True
+            self._end_all()
+        return not told.closes
+
+    def _repeat(self, ids: Tensor, kwargs: dict[str, Any], wishes: Wishes) -> tuple[RequestHandle, ...]:
+        """What rank 0 was asked for, on another rank."""
+        generate: Any = self.model.generate
+        return self._make(lambda: generate(ids.to(self.model.device), **kwargs), wishes)
 
     def _accept(self, chosen: Chosen) -> None:
         """Hand requests their tokens, and end those that are done."""
@@ -405,9 +475,12 @@ class Engine:
         now = monotonic()
         for row in [row for row, at in list(self._deadlines.items()) if at <= now]:
             handle = self._live.get(row)
+            del self._deadlines[row]
             if handle is not None:
                 seconds, tokens = row.wishes.deadline, len(row.tokens)
-                self._end(handle, DeadlineExceeded(f"The deadline of {seconds} s passed after {tokens} new tokens."))
+                self._give_up(
+                    handle, DeadlineExceeded(f"The deadline of {seconds} s passed after {tokens} new tokens.")
+                )
 
 
 def _nothing(handle: RequestHandle) -> None:
@@ -424,7 +497,7 @@ def _disown(owned: list[EngineLoop]) -> None:
         owned.pop().owners -= 1
 
 
-def _work(reference: weakref.ref[Engine], live: dict[Row, RequestHandle]) -> None:
+def _work(reference: weakref.ref[Engine], live: dict[Row, RequestHandle], lockstep: Lockstep | None) -> None:
     """The engine's thread. It holds the engine only for a turn, so that one that is dropped can be collected."""
     torch.set_grad_enabled(False)  # of this thread
     while True:
@@ -434,8 +507,10 @@ def _work(reference: weakref.ref[Engine], live: dict[Row, RequestHandle]) -> Non
                 with row.engine.lock:
                     row.engine.remove(row)
                 handle._finish(EngineClosed("The engine was dropped while the request ran: keep it, or use `with`."))
+            if lockstep is not None:
+                lockstep.share(Told(closes=True))
             return
-        if engine._closed:
+        if engine._over or (engine._closed and lockstep is None):
             return
         try:
             engine._turn()
