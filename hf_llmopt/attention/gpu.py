@@ -50,8 +50,8 @@ def replayable(step: StepInputs, call: Call) -> Tensor:
     """
     if not _serves(step, call):
         raise UnsupportedModel(
-            f"no Triton kernel reads the pages of layer {call.layer} (heads wider than {WIDEST}, "
-            "int4 pages of heads whose width is no multiple of 8, or fp8 pages on a GPU before Ada)"
+            f"no Triton kernel reads the pages of layer {call.layer} (heads wider than {WIDEST}, or quantized "
+            "ones of odd width, with int4 of one that is no multiple of 8)"
         )
     return _ours(step, call, range(len(step.spans)))
 
@@ -85,7 +85,7 @@ def _serves(step: StepInputs, call: Call) -> bool:
     spec = step.store.layers[call.layer]
     if call.value.dtype not in FORMATS or max(spec.key_dim, spec.value_dim) > WIDEST:
         return False
-    return all(reads(spec.form, width, call.value.device) for width in (spec.key_dim, spec.value_dim))
+    return all(reads(spec.form, width) for width in (spec.key_dim, spec.value_dim))
 
 
 def _parts(step: StepInputs) -> list[range]:

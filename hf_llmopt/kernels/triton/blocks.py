@@ -6,8 +6,9 @@ weighted values `o` (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1):
     m' = max(m, max s)      l' = l 2^(m - m') + sum 2^(s - m')      o' = o 2^(m - m') + 2^(s - m') v
 
 A page's number format is a matter of `codes_of`, `rows_of`, `scales_of`, `score` and `add`: codes become numbers in
-registers, and their scales multiply columns of scores and of weights, not keys and values. With 4 bits (`nibbles.py`)
-keys, values, queries and results are four tiles, each a quarter of a head wide, and a dot product is the sum of four.
+registers, and their scales multiply columns of scores and of weights, not keys and values. Keys and values of quantized
+pages, and queries and results with them, are two or four tiles, planes of the head (`planes.py`), and a dot product is
+the sum of as many.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .int_linear import INTERPRETED
-from .nibbles import PLANES, columns, numbers, quarter, turned
+from .planes import PLANES, columns, numbers, plane, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,20 +40,19 @@ def codes_of(rows: Tensor, form: PageFormat | None, kv_heads: int, width: int) -
         rows: `[slots, kv_heads, width]`, or bytes as `PageFormat` says.
         form: Of quantized pages.
         kv_heads: Heads of a slot.
-        width: Of a head, a multiple of 8 with 4 bits.
+        width: Of a head, even, and with 4 bits a multiple of 8.
 
     Returns:
-        Numbers or codes `[slots, kv_heads, width]`, and the scales of codes, bfloat16 `[slots, kv_heads]`. With 4 bits
-        int16 `[slots, kv_heads, width / 4]`, and int32: a scale, and in the high half the lowest value.
+        Numbers `[slots, kv_heads, width]`, or int16 of which each holds the codes of two bytes, `[slots, kv_heads, *]`;
+        and the scales of codes, bfloat16 `[slots, kv_heads]`, with 4 bits int32: a scale, and in the high half the
+        lowest value.
     """
     if form is None:
         return rows, None
     size = kv_heads * width * form.bits // 8
     codes, scales = rows[:, 0].split([size, rows.shape[2] - size], dim=1)
-    if form.bits == 4:
-        return codes.view(torch.int16).unflatten(1, (kv_heads, width // PLANES)), scales.view(torch.int32)
-    number = torch.int8 if form.name == "int8" else torch.float8_e4m3fn
-    return codes.view(number).unflatten(1, (kv_heads, width)), scales.view(torch.bfloat16)
+    pairs = codes.view(torch.int16).unflatten(1, (kv_heads, -1))
+    return pairs, scales.view(torch.int32 if form.bits == 4 else torch.bfloat16)
 
 
 def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -63,7 +63,8 @@ def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any
         seen: What its tokens attend to.
     """
     kv_heads, key_dim, value_dim = seen.shape
-    share = PLANES if seen.form is not None and seen.form.bits == 4 else 1
+    form = "" if seen.form is None else seen.form.name
+    share = PLANES[form]
     keys, key_scales = codes_of(seen.keys, seen.form, kv_heads, key_dim)
     values, value_scales = codes_of(seen.values, seen.form, kv_heads, value_dim)
     constants = {
@@ -79,6 +80,7 @@ def arguments(query: Tensor, seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any
         "BLOCK_D": block_of(key_dim // share),
         # Triton gives every warp all 16 rows and some columns only where there are more columns than rows.
         "BLOCK_V": block_of(value_dim // share) if share == 1 else max(32, block_of(value_dim // share)),
+        "FORM": form,
         "DTYPE": FORMATS[torch.float32 if INTERPRETED else query.dtype],  # the interpreter cannot multiply bfloat16
     }
     return (keys, values, key_scales, value_scales, seen.table, seen.items), constants
@@ -89,17 +91,9 @@ def block_of(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def reads(form: PageFormat | None, width: int, device: torch.device) -> bool:
-    """Whether kernels on a device read pages that hold heads of a width in this format."""
-    if form is None or form.name == "int8":
-        return True
-    return width % 8 == 0 if form.bits == 4 else has_float8(device)
-
-
-@cache
-def has_float8(device: torch.device) -> bool:
-    """Whether Triton converts to and from e4m3: on GPUs since Ada, and in the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+def reads(form: PageFormat | None, width: int) -> bool:
+    """Whether kernels read pages that hold heads of a width in this format: two bytes of codes at a time."""
+    return form is None or width % (8 if form.bits == 4 else 2) == 0
 
 
 @cache
@@ -121,55 +115,66 @@ def slots_of(table, token, seen, PAGE: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def queries_of(
     query, token, head, mine, QUERY_TOKEN, QUERY_HEAD,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, NIBBLES: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Queries `[BLOCK_M, BLOCK_D]`; for 4-bit keys four quarters of them, turned as keys are, and their sum."""
+    """Queries `[BLOCK_M, BLOCK_D]`, or their planes; for 4-bit keys turned as those are, and their sum behind."""
     places = query + token.to(tl.int64)[:, None] * QUERY_TOKEN + head[:, None] * QUERY_HEAD
-    if NIBBLES:
+    if FORM == "":
+        d = tl.arange(0, BLOCK_D)
+        q = tl.load(places + d[None, :], mask=mine[:, None] & (d < DIM)[None, :], other=0).to(DTYPE)
+    elif FORM == "int4":
         d = tl.arange(0, 4 * BLOCK_D)
         whole = tl.load(places + d[None, :], mask=mine[:, None] & (d < 4 * DIM)[None, :], other=0).to(tl.float32)
         whole = turned(whole, 4 * DIM).to(DTYPE).to(tl.float32)
         q = (
-            quarter(whole, 0, DIM, BLOCK_D).to(DTYPE),
-            quarter(whole, 1, DIM, BLOCK_D).to(DTYPE),
-            quarter(whole, 2, DIM, BLOCK_D).to(DTYPE),
-            quarter(whole, 3, DIM, BLOCK_D).to(DTYPE),
+            plane(whole, 0, DIM, BLOCK_D, FORM).to(DTYPE),
+            plane(whole, 1, DIM, BLOCK_D, FORM).to(DTYPE),
+            plane(whole, 2, DIM, BLOCK_D, FORM).to(DTYPE),
+            plane(whole, 3, DIM, BLOCK_D, FORM).to(DTYPE),
             tl.sum(whole, 1),
         )
     else:
-        d = tl.arange(0, BLOCK_D)
-        q = tl.load(places + d[None, :], mask=mine[:, None] & (d < DIM)[None, :], other=0).to(DTYPE)
+        r = tl.arange(0, BLOCK_D)
+        mask = mine[:, None] & (r < DIM)[None, :]
+        q = (
+            tl.load(places + columns(r, 0, DIM, FORM)[None, :], mask=mask, other=0).to(DTYPE),
+            tl.load(places + columns(r, 1, DIM, FORM)[None, :], mask=mask, other=0).to(DTYPE),
+        )
     return q
 
 
 @triton.jit
-def nothing(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, NIBBLES: tl.constexpr):
+def nothing(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, FORM: tl.constexpr):
     """Weighted values of no keys."""
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    if NIBBLES:
+    if FORM == "int4":
         total = (total, total, total, total)
+    elif FORM != "":
+        total = (total, total)
     return total
 
 
 @triton.jit
-def put(out, rows, total, weight, mine, DIM: tl.constexpr, BLOCK_V: tl.constexpr, NIBBLES: tl.constexpr):
-    """Write weighted values over the sums of weights, `[BLOCK_M]` or a number, to rows of `out`."""
+def put(out, rows, total, weight, mine, DIM: tl.constexpr, BLOCK_V: tl.constexpr, FORM: tl.constexpr):
+    """Write weighted values over the sums of weights, `[BLOCK_M, 1]`, to rows of `out`."""
     v = tl.arange(0, BLOCK_V)
     mask = mine[:, None] & (v < DIM)[None, :]
-    if NIBBLES:
-        for plane in tl.static_range(4):
-            places = out + rows[:, None] * (4 * DIM) + columns(v, plane, DIM)[None, :]
-            tl.store(places, (total[plane] / weight).to(out.dtype.element_ty), mask=mask)
-    else:
+    if FORM == "":
         places = out + rows[:, None] * DIM + v[None, :]
         tl.store(places, (total / weight).to(out.dtype.element_ty), mask=mask)
+    else:
+        COUNT: tl.constexpr = 4 if FORM == "int4" else 2
+        for j in tl.static_range(COUNT):
+            places = out + rows[:, None] * (COUNT * DIM) + columns(v, j, DIM, FORM)[None, :]
+            tl.store(places, (total[j] / weight).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rows_of(
-    pages, slots, seen, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Keys or values of a block, `[BLOCK_N, BLOCK_D]`, or of 4 bits four quarters.
+    pages, slots, seen, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    DTYPE: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of a block, `[BLOCK_N, BLOCK_D]`, or their planes.
 
     What no query sees is 0 where MASKED, or finite with 4 bits. `pages` is the address of a head's numbers in slot 0.
     """
@@ -184,10 +189,10 @@ def rows_of(
         found = tl.load(places, mask=seen[:, None], other=0.0)
     else:
         found = tl.load(places)
-    if pages.dtype.element_ty == tl.int16:
-        rows = numbers(found, DTYPE)
-    else:
+    if FORM == "":
         rows = found.to(DTYPE)
+    else:
+        rows = numbers(found, FORM, DTYPE)
     return rows
 
 
@@ -204,7 +209,7 @@ def scales_of(scales, slots, seen, stride, head):
 
 
 @triton.jit
-def score(q, k, scales, factor, cap, NIBBLES: tl.constexpr):
+def score(q, k, scales, factor, cap, FORM: tl.constexpr):
     """Scores of a block in units of log 2, `[BLOCK_M, BLOCK_N]`.
 
     Args:
@@ -213,19 +218,19 @@ def score(q, k, scales, factor, cap, NIBBLES: tl.constexpr):
         scales: Of the keys, as from `scales_of`, or `None`.
         factor: Scaling times log2(e).
         cap: Softcap times log2(e), or `None`.
-        NIBBLES: Whether pages hold 4 bits.
+        FORM: Of the pages.
     """
-    if NIBBLES:
+    if FORM == "":
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    else:
         s = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
         s = tl.dot(q[1], tl.trans(k[1]), s, input_precision="ieee")
-        s = tl.dot(q[2], tl.trans(k[2]), s, input_precision="ieee")
-        s = tl.dot(q[3], tl.trans(k[3]), s, input_precision="ieee")
-        s = s * (scales[0] * factor)[None, :] + q[4][:, None] * (scales[1] * factor)[None, :]
-    else:
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if scales is not None:
-            s = s * scales[None, :]
-        s = s * factor
+        if FORM == "int4":
+            s = tl.dot(q[2], tl.trans(k[2]), s, input_precision="ieee")
+            s = tl.dot(q[3], tl.trans(k[3]), s, input_precision="ieee")
+            s = s * (scales[0] * factor)[None, :] + q[4][:, None] * (scales[1] * factor)[None, :]
+        else:
+            s = s * (scales * factor)[None, :]
     if cap is not None:
         s = cap * _tanh(s / cap)
     return s
@@ -251,33 +256,38 @@ def visible(s, token, first, end, tree, TREE: tl.constexpr):
 
 
 @triton.jit
-def add(s, v, scales, total, largest, weight, NIBBLES: tl.constexpr):
+def add(s, v, scales, total, largest, weight, FORM: tl.constexpr):
     """Take a block into the online softmax.
 
     Args:
         s: Scores `[BLOCK_M, BLOCK_N]`.
         v: Values, as from `rows_of`.
         scales: Of the values, as from `scales_of`, or `None`.
-        total: Weighted values so far, float32 `[BLOCK_M, BLOCK_V]`, or four.
+        total: Weighted values so far, float32 `[BLOCK_M, BLOCK_V]`, or their planes.
         largest: Largest score so far, float32 `[BLOCK_M]`.
         weight: Sum of weights so far.
-        NIBBLES: Whether pages hold 4 bits.
+        FORM: Of the pages.
     """
     now = tl.maximum(largest, tl.max(s, 1))
     p = tl.exp2(s - now[:, None])
     less = tl.exp2(largest - now)
     weight = weight * less + tl.sum(p, 1)
-    if NIBBLES:
+    less = less[:, None]
+    if FORM == "":
+        total = tl.dot(p.to(v.dtype), v, total * less, input_precision="ieee")
+    elif FORM == "int4":
         middle = tl.sum(p * scales[1][None, :], 1)[:, None]  # every value's part that is not in its code
         p = (p * scales[0][None, :]).to(v[0].dtype)
         total = (
-            tl.dot(p, v[0], total[0] * less[:, None] + middle, input_precision="ieee"),
-            tl.dot(p, v[1], total[1] * less[:, None] + middle, input_precision="ieee"),
-            tl.dot(p, v[2], total[2] * less[:, None] + middle, input_precision="ieee"),
-            tl.dot(p, v[3], total[3] * less[:, None] + middle, input_precision="ieee"),
+            tl.dot(p, v[0], total[0] * less + middle, input_precision="ieee"),
+            tl.dot(p, v[1], total[1] * less + middle, input_precision="ieee"),
+            tl.dot(p, v[2], total[2] * less + middle, input_precision="ieee"),
+            tl.dot(p, v[3], total[3] * less + middle, input_precision="ieee"),
         )
     else:
-        if scales is not None:
-            p = p * scales[None, :]
-        total = tl.dot(p.to(v.dtype), v, total * less[:, None], input_precision="ieee")
+        p = (p * scales[None, :]).to(v[0].dtype)
+        total = (
+            tl.dot(p, v[0], total[0] * less, input_precision="ieee"),
+            tl.dot(p, v[1], total[1] * less, input_precision="ieee"),
+        )
     return total, now, weight

@@ -62,9 +62,8 @@ def _decode(
     KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    NIBBLES: tl.constexpr = keys.dtype.element_ty == tl.int16
     head = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
@@ -86,8 +85,8 @@ def _decode(
     branch = None
     if tree is not None:
         branch = tl.load(tree + token, mask=mine, other=0)
-    q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, NIBBLES)
-    total = nothing(BLOCK_M, BLOCK_V, NIBBLES)
+    q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, FORM)
+    total = nothing(BLOCK_M, BLOCK_V, FORM)
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None and part == 0:  # a score that has no value
@@ -100,15 +99,15 @@ def _decode(
         place = key + tl.arange(0, BLOCK_N)
         seen = (place >= lowest) & (place < high)  # pages before the window may be somebody else's by now
         slots = slots_of(pages, place, seen, PAGE, True)
-        k = rows_of(keys, slots, seen, KEY_SLOT, KEY_DIM, BLOCK_D, True, DTYPE)
+        k = rows_of(keys, slots, seen, KEY_SLOT, KEY_DIM, BLOCK_D, True, DTYPE, FORM)
         k_scales = None
         v_scales = None
         if key_scales is not None:
             k_scales = scales_of(key_scales, slots, seen, KEY_SCALES, head)
             v_scales = scales_of(value_scales, slots, seen, VALUE_SCALES, head)
-        s = visible(score(q, k, k_scales, factor, cap, NIBBLES), place, first, end, branch, tree is not None)
-        v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE)
-        total, largest, weight = add(s, v, v_scales, total, largest, weight, NIBBLES)
+        s = visible(score(q, k, k_scales, factor, cap, FORM), place, first, end, branch, tree is not None)
+        v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE, FORM)
+        total, largest, weight = add(s, v, v_scales, total, largest, weight, FORM)
     place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
     if SPLIT == 1:
         weight = tl.where(weight > 0, weight, 1)
@@ -116,7 +115,7 @@ def _decode(
         tl.store(sums + place * 2, largest, mask=mine)
         tl.store(sums + place * 2 + 1, weight, mask=mine)
         weight = tl.full([BLOCK_M], 1, tl.float32)
-    put(out, place, total, weight[:, None], mine, VALUE_DIM, BLOCK_V, NIBBLES)
+    put(out, place, total, weight[:, None], mine, VALUE_DIM, BLOCK_V, FORM)
 
 
 @triton.jit

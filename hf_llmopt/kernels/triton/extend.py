@@ -60,24 +60,23 @@ def _blocks(
     KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, TREE: tl.constexpr, DTYPE: tl.constexpr,
+    MASKED: tl.constexpr, TREE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    NIBBLES: tl.constexpr = keys.dtype.element_ty == tl.int16
     for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_N)
         seen = (token >= lowest) & (token < highest)
         slots = slots_of(table, token, seen, PAGE, MASKED)
-        k = rows_of(keys, slots, seen, KEY_SLOT, KEY_DIM, BLOCK_D, MASKED, DTYPE)
+        k = rows_of(keys, slots, seen, KEY_SLOT, KEY_DIM, BLOCK_D, MASKED, DTYPE, FORM)
         k_scales = None
         v_scales = None
         if key_scales is not None:
             k_scales = scales_of(key_scales, slots, seen, KEY_SCALES, head)
             v_scales = scales_of(value_scales, slots, seen, VALUE_SCALES, head)
-        s = score(q, k, k_scales, factor, cap, NIBBLES)
+        s = score(q, k, k_scales, factor, cap, FORM)
         if MASKED:
             s = visible(s, token, first, end, tree, TREE)
-        v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, MASKED, DTYPE)
-        total, largest, weight = add(s, v, v_scales, total, largest, weight, NIBBLES)
+        v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, MASKED, DTYPE, FORM)
+        total, largest, weight = add(s, v, v_scales, total, largest, weight, FORM)
     return total, largest, weight
 
 
@@ -88,10 +87,9 @@ def _extend(
     KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-    WINDOWED: tl.constexpr, DTYPE: tl.constexpr,
+    WINDOWED: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     TREE: tl.constexpr = tree is not None
-    NIBBLES: tl.constexpr = keys.dtype.element_ty == tl.int16
     head = tl.program_id(0) // TILES  # programs that read the same keys follow one another
     tile = tl.program_id(0) % TILES
     start = tl.load(tiles + tile * 3)
@@ -107,8 +105,8 @@ def _extend(
     branch = None
     if TREE:
         branch = tl.load(tree + token, mask=mine, other=0)
-    q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, NIBBLES)
-    total = nothing(BLOCK_M, BLOCK_V, NIBBLES)
+    q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, FORM)
+    total = nothing(BLOCK_M, BLOCK_V, FORM)
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # a score that has no value
@@ -140,22 +138,22 @@ def _extend(
             q, total, largest, weight, begin, whole, lowest, stop, pages, first, end, branch, head,
             keys, values, key_scales, value_scales, factor, cap,
             KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
-            PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
+            PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE, FORM,
         )  # fmt: skip
     total, largest, weight = _blocks(
         q, total, largest, weight, whole, whole_stop, lowest, stop, pages, first, end, branch, head,
         keys, values, key_scales, value_scales, factor, cap,
         KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
-        PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, DTYPE,
+        PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, False, TREE, DTYPE, FORM,
     )  # fmt: skip
     total, largest, weight = _blocks(
         q, total, largest, weight, whole_stop, stop, lowest, stop, pages, first, end, branch, head,
         keys, values, key_scales, value_scales, factor, cap,
         KEY_SLOT, VALUE_SLOT, KEY_SCALES, VALUE_SCALES,
-        PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE,
+        PAGE, KEY_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, STAGES, True, TREE, DTYPE, FORM,
     )  # fmt: skip
     place = token.to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    put(out, place, total, tl.where(weight > 0, weight, 1)[:, None], mine, VALUE_DIM, BLOCK_V, NIBBLES)
+    put(out, place, total, tl.where(weight > 0, weight, 1)[:, None], mine, VALUE_DIM, BLOCK_V, FORM)
 
 
 def shape_for(query: Tensor, seen: Seen) -> Shape:

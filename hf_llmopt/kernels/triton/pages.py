@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import FORMATS, has_float8
-from .nibbles import picked, turned
+from .blocks import FORMATS
+from .planes import picked, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +66,9 @@ def _pack(
 
 
 def serves(x: Tensor, form: PageFormat) -> bool:
-    """Whether the kernel packs these: their scales have to lie at even bytes."""
-    return x.dtype in FORMATS and x.shape[2] % (2 * form.parts) == 0 and (form.name != "fp8" or has_float8(x.device))
+    """Whether the kernel packs these: scales lie at even bytes, and GPUs since Ada convert to float8."""
+    converts = form.name != "fp8" or not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    return x.dtype in FORMATS and x.shape[2] % (2 * form.parts) == 0 and converts
 
 
 def pack_rows(x: Tensor, form: PageFormat, rotates: bool = False) -> Tensor:
