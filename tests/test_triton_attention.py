@@ -253,7 +253,7 @@ def test_packing(form: str, rotates: bool) -> None:
         assert pages.serves(x, PAGE_FORMATS[form])
         ours = pages.pack_rows(x, PAGE_FORMATS[form], rotates)
         differ = (ours != reference.pack_rows(x, PAGE_FORMATS[form], rotates)).float().mean()
-        assert differ <= (0.05 if form == "fp8" else 0)
+        assert differ <= (0.05 if form == "fp8" else 1e-3 if GPU else 0)  # a GPU joins products and sums
         again = reference.unpack_rows(ours, PAGE_FORMATS[form], heads, width, torch.float32, rotates)
         assert float((again - x.float()).norm() / x.float().norm()) < {"int8": 0.01, "fp8": 0.06, "int4": 0.15}[form]
 
