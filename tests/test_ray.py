@@ -156,6 +156,34 @@ def test_too_many_get_429(url, http) -> None:
         serve.delete("small")
 
 
+def test_load_starts_another_replica(http) -> None:
+    scaled = build(Arguments(cpus=0.1, max_replicas=2, target_requests=1.0))
+    serve.run(scaled, name="scaled", route_prefix="/scaled")
+    try:
+        ask = {**GREEDY, "prompt": "import", "max_tokens": 900, "min_tokens": 900}
+        over = threading.Event()
+
+        def go_on() -> list[int]:
+            statuses = []
+            while not over.is_set():
+                statuses.append(http.post("/scaled/v1/completions", json=ask).status_code)
+            return statuses
+
+        def replicas() -> int:
+            lines = http.get("/scaled/metrics").text.splitlines()
+            return sum(line.startswith("llmopt:num_requests_running{") for line in lines)
+
+        with ThreadPoolExecutor(6) as pool:
+            answers = [pool.submit(go_on) for _ in range(6)]
+            try:
+                until(lambda: replicas() == 2, 120)
+            finally:
+                over.set()
+        assert {status for found in answers for status in found.result()} == {200}
+    finally:
+        serve.delete("scaled")
+
+
 def stream(http, prompt: str, tokens: int, begun: threading.Semaphore) -> tuple[str, str]:
     """The text of a stream, and the code of the error that it ended with."""
     text, error, done = "", "", False
