@@ -17,10 +17,11 @@ SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 50}
 
 
 def run(job: Callable[..., object], folder: Path, *args: object) -> list:
-    """What `job(rank, *args)` returns on each rank."""
+    """What `job(rank, *args)` returns on each rank; `None` for one that does not."""
     folder.mkdir()
     torch.multiprocessing.spawn(_rank, (job, str(folder), *args), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    paths = [folder / f"{rank}.pt" for rank in range(RANKS)]
+    return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
 def _rank(rank: int, job: Callable[..., object], folder: str, *args: object) -> None:

@@ -3,6 +3,8 @@
 All ranks of a module's models are started once: a process takes seconds to import torch.
 """
 
+import os
+
 import pytest
 import torch
 from architectures import build
@@ -195,6 +197,32 @@ def test_more_architectures(tmp_path) -> None:
         assert first["draft model"][1].accepted_tokens > 0
         assert torch.equal(first["int8 pages"][0], second["int8 pages"][0])
         assert first["int8 pages"][0].shape == (2, PROMPTS.shape[1] + NEW)
+
+
+def _left(rank: int, folder: str, report: str) -> None:
+    """Rank 1 dies while rank 0 serves."""
+    model = load(folder)
+    engine = Engine(model)
+    if rank == 1:
+        with torch.no_grad():
+            for _ in range(4):
+                engine._turn()
+        os._exit(0)
+    running = engine.submit([41, 42], max_new_tokens=200, min_new_tokens=200, do_sample=False)
+    found = {"running": type(_error(running)).__name__}
+    engine.close()
+    with pytest.raises(LLMOptError) as refused:
+        engine.submit([41, 42])
+    found["later"] = type(refused.value).__name__
+    torch.save(found, report)
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_dies(tmp_path) -> None:
+    build("llama").save_pretrained(tmp_path / "llama")
+    run(_left, tmp_path / "ranks", str(tmp_path / "llama"), str(tmp_path / "report.pt"))
+    assert torch.load(tmp_path / "report.pt") == {"running": "RequestFailed", "later": "EngineClosed"}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
 from types import TracebackType
@@ -335,7 +336,8 @@ class Engine:
         if self._lockstep is None:
             self._end_all()
         elif thread is None and self._lockstep.leads and not self._over:
-            self._agree()
+            with suppress(RuntimeError):  # the others have ended before
+                self._agree()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         _disown(self._owned)
@@ -426,7 +428,11 @@ class Engine:
     def _agree(self) -> bool:
         """Let all ranks of a sharded model take the same turn; `False` if it was the last."""
         assert self._lockstep is not None
-        told = self._lockstep.turn(self._closed, self._repeat)
+        try:
+            told = self._lockstep.turn(self._closed, self._repeat)
+        except RuntimeError:  # a rank has ended: there will be no turn any more
+            self._closed = self._over = True
+            raise
         with self._gate:
             for handles in told.came:
                 if self._lockstep.leads:
@@ -507,8 +513,9 @@ def _work(reference: weakref.ref[Engine], live: dict[Row, RequestHandle], lockst
                 with row.engine.lock:
                     row.engine.remove(row)
                 handle._finish(EngineClosed("The engine was dropped while the request ran: keep it, or use `with`."))
-            if lockstep is not None:
-                lockstep.share(Told(closes=True))
+            with suppress(RuntimeError):
+                if lockstep is not None:
+                    lockstep.share(Told(closes=True))
             return
         if engine._over or (engine._closed and lockstep is None):
             return
