@@ -46,6 +46,23 @@ SETTINGS = {
     "cache_salt": ["x"],
     "skip_special_tokens": [False],
 }
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"a": {}}}}}
+DEEP = json.loads("{" + '"properties": {"a": {' * 60 + "}}" * 60 + "}")
+DEMANDS = [
+    {"response_format": {"type": "json_object"}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"schema": {"type": "array", "items": {"enum": [1, 2]}}},
+        }
+    },
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "zzz"}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/no"}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "(a*)*b{9999}"}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
+    {"tools": [TOOL], "tool_choice": "required"},
+    {"tools": [TOOL] * 2, "tool_choice": {"type": "function", "function": {"name": "zzz"}}},
+]
 JUNK = [None, True, -1, 0, 1, 1.5, 1e400, 10**30, "", "a", [], [[]], {}, {"a": 1}, [None], "\0", "\ud83d" * 3]
 FIELDS = ["messages", "tools", "stream_options", "response_format", "logit_bias", "n", "zzz", "chat_template_kwargs"]
 BROKEN = [b"\xff\xfe{}", b'{"prompt": "\xc3\x28"}', b'{"prompt": "\xed\xa0\x80"}', b'{"prompt": "a"', b"", b"[" * 9000]
@@ -58,6 +75,8 @@ def body(path: str) -> dict:
         return {"tokens": [random.randrange(4096) for _ in range(9)]}
     made = {name: random.choice(values) for name, values in SETTINGS.items() if random.random() < 0.15}
     text = random.choice(demo.PROMPTS) * random.randint(1, 3)
+    if random.random() < 0.05:
+        made |= random.choice(DEMANDS)
     asked = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
     return {**made, **asked, "max_tokens": random.randint(1, 12)}
 
