@@ -108,6 +108,15 @@ def test_greedy_completion_is_what_generate_gives(pair, client) -> None:
     assert answer.usage.prompt_tokens == len(pair[1](PROMPT)["input_ids"])
 
 
+def test_a_padding_token_in_a_prompt_is_a_token(pair, client) -> None:
+    prompt = f"import os\n{pair[1].pad_token}def main("
+    expected = pair[1].decode(alone(pair, prompt, max_new_tokens=12, do_sample=False))
+    for given in (prompt, pair[1](prompt)["input_ids"]):
+        answer = client.completions.create(model="demo", prompt=given, max_tokens=12, temperature=0)
+        assert answer.choices[0].text == expected
+    client.completions.create(model="demo", prompt=[pair[1].pad_token_id], max_tokens=1)
+
+
 def test_sampled_completions_are_what_generate_gives(pair, client) -> None:
     answer = client.completions.create(
         model="demo", prompt=PROMPT, max_tokens=16, temperature=0.8, top_p=0.9, seed=7, n=2, extra_body={"top_k": 40}

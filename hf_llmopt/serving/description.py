@@ -175,5 +175,5 @@ def _answer(path: str) -> Schema:
     if path == "/metrics":
         content = {"text/plain": {"schema": TEXT}}
     if ANSWERS.get(path) in (COMPLETION, CHAT):
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {}  # there are no schemas of events before OpenAPI 3.2
     return {"description": "The answer.", "content": content}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeVar
 
+import torch
+
 from ..batching import Engine
 from ..errors import EngineFull, InvalidOption, InvalidRequest, LLMOptError, NotServed, unknown
 from .answer import Answer
@@ -224,6 +226,7 @@ class Service:
                 for _ in range(n // together):
                     first = self.engine.submit(
                         prompt,
+                        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else padding tokens are masked
                         max_new_tokens=max(1, length),
                         num_return_sequences=together,
                         logprobs=shown.new,
