@@ -97,6 +97,8 @@ def test_the_report(pair, it, here, tmp_path) -> None:
     shown = serve_tables.tables(report)
     assert all(len(row) == len(made.columns) for made in shown for row in made.rows)
     assert "transformers serve did not start: No module named 'openai'" in shown[0].caption
+    assert "llmopt" not in shown[0].title
+    assert "llmopt=int8" in serve_tables.tables({**report, "llmopt": "int8"})[1].title
     assert ElementTree.fromstring(plots.served(report["points"])) is not None
 
 

@@ -41,7 +41,7 @@ def _rates(report: Mapping[str, Any]) -> Table:
     notes += [f"{way} did not start: {' '.join(why.split())}" for way, why in report["refused"].items()]
     columns = ["requests/s", "server", "same", "first ms p50", "p90", "p99", "between ms p50", "p90", "p99"]
     columns += ["tokens/s", "answers/s", "good/s"]
-    return Table(f"serve: {model_text(report['model'])}", columns, rows, 2, "; ".join(notes))
+    return Table(f"serve: {_model(report)}", columns, rows, 2, "; ".join(notes))
 
 
 def _overhead(report: Mapping[str, Any]) -> Table:
@@ -61,7 +61,13 @@ def _overhead(report: Mapping[str, Any]) -> Table:
         "ratios"
     )
     columns = ["answers", "engine s", "HTTP s", "above the engine"]
-    return Table(f"serve, overhead: {model_text(report['model'])}", columns, rows, 1, caption)
+    return Table(f"serve, overhead: {_model(report)}", columns, rows, 1, caption)
+
+
+def _model(report: Mapping[str, Any]) -> str:
+    """What is served, and how if that is not the default."""
+    named = report.get("llmopt", "true")
+    return model_text(report["model"]) + ("" if named == "true" else f", llmopt={named}")
 
 
 def _ms(seconds: float | None, digits: int) -> str:
