@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ ENGINE, HTTP, REPLICAS = "engine", "HTTP", "Ray Serve, one replica"
 PROMPT = "import os\n"  # cached from its second request on, so that the way costs more than the engine
 SIZES = (4096, 65_536, 1_048_576)  # bytes of an all-reduce: tokens times hidden size times bytes of a number
 Way = Callable[[int], tuple[float, float, str]]  # by new tokens: seconds, seconds per further token, and the text
+Opened = Callable[[], AbstractContextManager[Way]]
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,15 @@ def bench(
         NoServer: A server did not start.
     """
     with ExitStack() as stack:
-        ways: dict[str, Way] = {ENGINE: partial(_submitted, engine, tokenizer)}
+        ways: dict[str, Opened] = {ENGINE: lambda: nullcontext(partial(_submitted, engine, tokenizer))}
         for way, command in servers.items():
             server = stack.enter_context(started(command, logs / f"{len(ways)}.log"))
-            ways[way] = stack.enter_context(_asked(server.url, name))
-        texts = {way: ask(plan.tokens)[2] for way, ask in ways.items()}  # warms up, too
-        runs = interleave({way: partial(_run, ask, plan) for way, ask in ways.items()}, plan.repeats, on_run)
+            ways[way] = partial(_asked, server.url, name)
+        texts = {}
+        for way, opened in ways.items():
+            with opened() as ask:
+                texts[way] = ask(plan.tokens)[2]  # warms up, too
+        runs = interleave({way: partial(_run, opened, plan) for way, opened in ways.items()}, plan.repeats, on_run)
     return {
         "bench": "hops",
         "environment": environment(),
@@ -107,10 +111,11 @@ def bench(
     }
 
 
-def _run(ask: Way, plan: Plan) -> tuple[float, float]:
+def _run(opened: Opened, plan: Plan) -> tuple[float, float]:
     """Medians of a run: seconds of a request for one token, and of each further token of a longer one."""
-    ones = summary(ask(1)[0] for _ in range(plan.requests))
-    tokens = summary(ask(plan.tokens)[1] for _ in range(max(1, plan.requests // 8)))
+    with opened() as ask:  # anew: a server closes connections that are idle while the other ways run
+        ones = summary(ask(1)[0] for _ in range(plan.requests))
+        tokens = summary(ask(plan.tokens)[1] for _ in range(max(1, plan.requests // 8)))
     return ones["median"], tokens["median"]
 
 
