@@ -2,13 +2,14 @@
 
 from .choice import backend
 from .gpu import replayable
-from .inputs import Attend, FixedInputs, Span, StepInputs, cut, listed
+from .inputs import Attend, Call, FixedInputs, Span, StepInputs, cut, listed
 from .interface import NAME, Step, configs_of, current_step, register, serving
 from .observe import Observer, Watch
 
 __all__ = [
     "NAME",
     "Attend",
+    "Call",
     "FixedInputs",
     "Observer",
     "Span",

@@ -76,6 +76,10 @@ class CudaCapture:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        # When all graphs of a pool are gone and a tensor of theirs is not, torch takes no other graph into it.
+        self._first = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), _capturing, torch.cuda.stream(self._stream):
+            self._recorded(self._first, lambda: torch.zeros(1, device=device), self._pool)
 
     def __call__(self, run: Run) -> Run:
         """As `Capture`."""

@@ -6,7 +6,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..adapters import LoraLayers
 from ..attention import Attend, Observer, Span, StepInputs, Watch, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..errors import InvalidOption
-from ..fusion import Fusion
+from ..fusion import Fusion, launches
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, upload
 from ..kv_cache.eviction import Scored
@@ -63,9 +63,11 @@ class Runner:
         self._streams: dict[torch.device, Streams] = {}
         if config.kv_cache.offload:
             self._streams = self._offloading(store)
-        layers = config.attention.backend in ("auto", "cpu") and not self._streams  # C writes pages by itself
+        launched = launches(device)
+        layers = (launched or config.attention.backend in ("auto", "cpu")) and not self._streams  # writes pages itself
         timed = ranks_of(model) is None  # the clocks of several processes would choose differently
-        self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if device.type == "cpu" else None
+        fuses = layers if launched else device.type == "cpu"
+        self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None
         self._less: tuple[str, ...] = ()  # what the engine does without
         self.graphs = Graphs(model, store, config) if config.graphs is True else None
         self.taps: Taps | None = None  # of a drafter that reads hidden states
@@ -101,7 +103,7 @@ class Runner:
             return False
         part = "decoder layer" if self.fusion.layers else "modules"
         self._less = (f"{part}: eager, together they gave other logits",)
-        again = self.fusion.layers
+        again = self.fusion.layers and not self.fusion.launched
         self.fusion = Fusion(self.model, self.store.layers, False, timed=self.fusion.timed) if again else None
         return True
 
@@ -128,7 +130,7 @@ class Runner:
 
     @property
     def fused(self) -> tuple[str, ...]:
-        """What runs in C instead of the model's own modules."""
+        """What our kernels compute instead of the model's own modules."""
         return self._less if self.fusion is None else (*self.fusion.describe(), *self._less)
 
     def run(
@@ -195,7 +197,7 @@ class Runner:
         eager = embeds or any(names) or watches or self.taps is not None
         if self.graphs is not None and self.graphs.store is self.store and not eager:
             clock = Clock(device)
-            logits = self.graphs.run(batch, partial(self._compute, model), put_unknown, note)
+            logits = self.graphs.run(batch, partial(self._fused, model), put_unknown, note)
             clock.stop()
         if logits is None:
             given = _long(batch.ids, device)
@@ -247,16 +249,24 @@ class Runner:
             slots = staged.slots_of_pass
         tiled = sys.maxsize if self._invariant else TILED
         step = StepInputs(store, spans, [upload(each, device) for each in slots], attend, note, tiled, watched)
-        fused = nullcontext() if self.fusion is None else self.fusion.entered(model, tokens)
         adapted = self._lora.entered(adapters, kept or [0], device) if any(adapters) else nullcontext()
         tapped = nullcontext() if self.taps is None else self.taps.entered()
-        with fused, adapted, tapped:
+        with self._entered(model, tokens), adapted, tapped:
             positions, clock = _long(batch.positions, device), Clock(device)
             logits = self._compute(model, given, positions, keep, columns, step)
             clock.stop()
             if step.ahead is not None:
                 step.ahead.close()
         return logits, clock
+
+    def _entered(self, model: PreTrainedModel, tokens: int) -> AbstractContextManager[None]:
+        """Our kernels in the place of modules, for a pass of `tokens` tokens."""
+        return nullcontext() if self.fusion is None else self.fusion.entered(model, tokens)
+
+    def _fused(self, model: PreTrainedModel, given: Tensor, *inputs: Any) -> Tensor:
+        """The pass that a graph records: as `_compute`, with our kernels."""
+        with self._entered(model, len(given)):
+            return self._compute(model, given, *inputs)
 
     def _compute(
         self,

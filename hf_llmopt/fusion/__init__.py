@@ -1,6 +1,7 @@
-"""Small operations joined: modules of a model replaced by C kernels for the time of a step."""
+"""Small operations joined: modules of a model replaced by our kernels for the time of a step."""
 
+from .launched import launches
 from .layer import Joined
 from .modules import Fusion, Replacement
 
-__all__ = ["Fusion", "Joined", "Replacement"]
+__all__ = ["Fusion", "Joined", "Replacement", "launches"]

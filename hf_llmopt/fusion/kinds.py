@@ -69,23 +69,23 @@ def _fits(x: Tensor, weight: Tensor | None) -> bool:
 
 
 def plain_linear(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
-    """`nn.Linear` (or another kind) itself, with nothing attached, where the C kernels can read its weight."""
+    """`nn.Linear` (or another kind) itself, with nothing attached, where our kernels can read its weight."""
     return (
         type(module) is kind
         and is_plain(module)
         and type(module.weight) in (nn.Parameter, Tensor)  # the numbers of other classes lie elsewhere
-        and module.weight.device.type == "cpu"
+        and module.weight.device.type in ("cpu", "cuda")
         and module.weight.dtype in cpu.DTYPES
         and module.weight.is_contiguous()
     )
 
 
 def quantized_linear(module: Any) -> bool:
-    """Our quantized product with nothing attached, in the layout that the C kernels read."""
+    """Our quantized product with nothing attached, in the layout of a kernel of ours."""
     if type(module) is not QuantizedLinear or not is_plain(module):
         return False
     module.prepare()
-    return isinstance(module.kernel, cpu.BlockedWeight)
+    return hasattr(module.kernel, "rows")
 
 
 def product_of(module: Any, rows: slice = slice(None), factor: float = 1.0) -> ProductOf:
@@ -155,16 +155,17 @@ def norm_of(module: nn.Module) -> Norm | None:
     if len(shape) != 1 or list(module.children()) or set(parameters) - {"weight", "bias"}:
         return None
     dtype = torch.float32 if weight is None else weight.dtype
-    if dtype not in cpu.DTYPES or (weight is not None and weight.device.type != "cpu"):
+    device = torch.device("cpu") if weight is None else weight.device
+    if dtype not in cpu.DTYPES or device.type == "meta":
         return None
     epsilon = epsilon_of(module)
     found = Norm(weight, bias, shape[0], 1e-5 if epsilon is None else epsilon)  # OLMo writes it into its forward
     generator = torch.Generator("cpu").manual_seed(1)
     draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    x = draw(4, found.width).to(dtype) + 1
+    x = draw(4, found.width).to(device, dtype) + 1
     # A copy with weights that show: of zeros, say, every variant gives the same.
     shown = copy.deepcopy(module)
-    own = [None if p is None else draw(found.width).to(dtype) for p in (weight, bias)]
+    own = [None if p is None else draw(found.width).to(device, dtype) for p in (weight, bias)]
     with torch.no_grad():
         for parameter, values in zip(
             (shown._parameters.get("weight"), shown._parameters.get("bias")), own, strict=True
@@ -174,7 +175,8 @@ def norm_of(module: nn.Module) -> Norm | None:
         eager = shown(x).float()
         kinds = ((False, 0), (False, 1), (False, 2), (True, 0), (True, 1))
         trial = found._replace(weight=own[0], bias=own[1])
-        errors = [(cpu.norm(x, trial._replace(centre=c, variant=v)).float() - eager).abs().sum() for c, v in kinds]
+        ways = [reference.norm(x, trial._replace(centre=c, variant=v)).float() for c, v in kinds]
+        errors = [(way - eager).abs().sum() for way in ways]
     centre, variant = kinds[int(torch.stack(errors).argmin())]
     return found._replace(centre=centre, variant=variant)
 

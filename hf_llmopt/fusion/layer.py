@@ -6,12 +6,9 @@ only in their weights are watched once.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attention import StepInputs, current_step
@@ -20,18 +17,24 @@ from ..kernels import cpu
 from ..kernels.arguments import Layer, Stage
 from ..kv_cache import LayerSpec
 from .kinds import inside
+from .proved import Proved
 from .structure import Candidate, Structure
-from .watch import prove
 
-LayerForward = Callable[..., Any]
 APART = (
     "The model changed its hidden states between two decoder layers that were joined, or left one out. They are apart "
     "from now on, and the pass can be run again."
 )
 
 
-class Joined:
-    """A decoder layer's replacement. It proves itself at its first call, with the arguments of a real pass.
+def in_c(
+    structure: Structure, bound: Layer, layer: int, x: Tensor, step: StepInputs, turns: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """As `Compute`."""
+    return cpu.layers(x, [structure.stage(bound, layer, step, turns)])
+
+
+class Joined(Proved):
+    """A decoder layer in C.
 
     Where a pass has shown that the next layer reads what this one gives, both run in one call of the pass that
     follows: the next one's turn then only hands on what it is given.
@@ -44,6 +47,8 @@ class Joined:
         before: The layer before it.
     """
 
+    compute = staticmethod(in_c)
+
     def __init__(
         self,
         layer: nn.Module,
@@ -52,14 +57,7 @@ class Joined:
         proofs: dict[Any, Structure | None],
         before: Joined | None,
     ) -> None:
-        self.found = found
-        self._layer = weakref.ref(layer)
-        self._eager: LayerForward = layer.forward
-        self._dtype = next(layer.parameters()).dtype
-        self._signature = _signature(layer)
-        self._specs = specs
-        self._proofs = proofs
-        self._bound: Layer | None = None
+        super().__init__(layer, found, specs, proofs)
         self._before = before
         self._next: Joined | None = None
         self._apart = False  # something was done to what the layer before gives
@@ -68,16 +66,8 @@ class Joined:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer on `[1, tokens, hidden]`; the eager layer where C does not serve."""
         step: Any = current_step(self.found.config) if inside.now else None
-        limit = self.found.limit
         turns = kwargs.get("position_embeddings")
-        if (
-            not isinstance(step, StepInputs)
-            or step.watched
-            or len(args) != 1
-            or args[0].shape[1] > limit
-            or args[0].dtype is not self._dtype
-            or (turns is not None and turns[0].dtype not in (self._dtype, torch.float32))
-        ):
+        if not isinstance(step, StepInputs) or step.watched or not self._serves(args, turns):
             return self._eager(*args, **kwargs)
         hidden_states: Tensor = args[0]
         ahead: _Ahead | None = step.ahead
@@ -88,11 +78,7 @@ class Joined:
                 raise UnsupportedModel(APART)
             ahead.reached = self
             return hidden_states
-        if self._signature not in self._proofs:
-            self._proofs[self._signature] = prove(
-                self._own(), self.found, hidden_states, self._specs[self.found.layer], kwargs
-            )
-        if self._proofs[self._signature] is None:
+        if self._structure(hidden_states, kwargs) is None:
             return self._eager(hidden_states, **kwargs)
         if self._before is not None:
             joined = follows and ahead is not None and ahead.last is self._before and not self._apart
@@ -106,11 +92,6 @@ class Joined:
         gave = cpu.layers(x if x.is_contiguous() else x.contiguous(), stages)[None]
         step.ahead = _Ahead(gave, _version(gave), turns, self, last)
         return gave
-
-    @property
-    def is_eager(self) -> bool:
-        """Whether no structure gave the layer's result."""
-        return self._proofs.get(self._signature, False) is None
 
     def keep_apart(self) -> None:
         """Never run in one call with the layer before: somebody wants to see what that gives."""
@@ -128,17 +109,10 @@ class Joined:
             layer._apart = True
             layer._next, layer = None, layer._next
 
-    def _own(self) -> nn.Module:
-        layer = self._layer()
-        assert layer is not None  # it is running
-        return layer
-
     def _stage(self, step: StepInputs, turns: Any) -> Stage:
         structure = self._proofs[self._signature]
         assert structure is not None
-        if self._bound is None:
-            self._bound = structure.bind(self._own())
-        return structure.stage(self._bound, self.found.layer, step, turns)
+        return structure.stage(self._bind(structure), self.found.layer, step, turns)
 
 
 @dataclass
@@ -177,20 +151,3 @@ class _Ahead:
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written to; inference tensors do not say."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _signature(layer: nn.Module) -> Any:
-    """What distinguishes layers besides their weights: classes, plain attributes, shapes."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple(
-                (key, value)
-                for key, value in sorted(vars(module).items())
-                if key != "layer_idx" and isinstance(value, (int, float, str, bool, type(None)))
-            ),
-            tuple(p.shape for p in module.parameters(recurse=False)),
-        )
-        for name, module in layer.named_modules()
-    )

@@ -1,4 +1,4 @@
-"""Which modules of a model a C kernel can stand in for, and how it enters and leaves them.
+"""Which modules of a model our kernels can stand in for, and how they enter and leave them.
 
 A replacement is a `forward` of the instance, set before a step and taken out after it: the model's modules,
 parameters and
@@ -41,7 +41,9 @@ from .kinds import (
     plain_linear,
     quantized_linear,
 )
+from .launched import Launched, launches
 from .layer import Joined
+from .proved import Proved
 from .structure import Structure, recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
@@ -77,9 +79,9 @@ class Fusion:
     """The replacements of one model.
 
     Args:
-        model: A model on the CPU.
+        model: A model on the CPU, where kernels in C replace modules and layers, or where layers are launched.
         specs: What each of its layers stores.
-        layers: Join whole decoder layers, whose attention is then the C kernel's.
+        layers: Join whole decoder layers, whose attention is then the C kernel's, or launch them.
         batch_invariant: Use our products for any number of rows, so that a row's result never depends on others.
         timed: Measure up to how many rows our products are faster; else dense ones stay torch's.
 
@@ -101,6 +103,7 @@ class Fusion:
     ) -> None:
         self.specs = specs
         self.layers = layers
+        self.launched = launches(specs[0].device)
         self.batch_invariant = batch_invariant
         self.timed = timed
         self.replaced: dict[str, int] = {}
@@ -127,23 +130,27 @@ class Fusion:
     def _recognise(self, model: PreTrainedModel) -> None:
         self._entries, self.replaced, self.refused = [], {}, {}
         self._outer, self._limit = self._entries, 0
-        if not cpu.available() or _global_hooks():
+        if not (self.launched or cpu.available()) or _global_hooks():
             return self._require_all(model)
-        rows = self._rows(model)
+        rows = (lambda module: 1 << 30) if self.launched else self._rows(model)
         self._proofs, inner = {}, set[int]()
         last: Joined | None = None
+        replacement: Proved
         # Who calls the layers may do anything with what they give, unless it is known code.
         foreign = {id(child) for m in model.modules() if not is_library_code(m) for child in m.modules()}
         for module in model.modules() if self.layers else ():
             known = is_plain(module) and id(module) not in foreign
             found = self._try("decoder layer", recognise, module, rows) if known else None
             if found is not None:
-                last = Joined(module, found, self.specs, self._proofs, last)
-                self._add(module, "decoder layer", last)
+                if self.launched:
+                    replacement = Launched(module, found, self.specs, self._proofs)
+                else:
+                    replacement = last = Joined(module, found, self.specs, self._proofs, last)
+                self._add(module, "decoder layer", replacement)
                 self._limit = min(self._limit, found.limit) if inner else found.limit
                 inner.update(id(child.__dict__) for child in module.modules() if child is not module)
         covered: set[nn.Module] = set()
-        for module in model.modules():  # parents come before their children
+        for module in () if self.launched else model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
                 continue
             for kind, recognise_as in RECOGNISERS.items():
@@ -161,8 +168,8 @@ class Fusion:
         self._require_all(model)
 
     def describe(self) -> tuple[str, ...]:
-        """What runs in C, and what was recognised but stays eager."""
-        layers = [entry.forward for _, entry in self._entries if isinstance(entry.forward, Joined)]
+        """What our kernels compute, and what was recognised but stays eager."""
+        layers = [entry.forward for _, entry in self._entries if isinstance(entry.forward, Proved)]
         eager = sum(layer.is_eager for layer in layers)
         counts = {**self.replaced, "decoder layer": len(layers) - eager}
         lines = [f"{count} x {kind}" for kind, count in counts.items() if count]
@@ -196,7 +203,7 @@ class Fusion:
             return None
 
     def _add(self, module: nn.Module, kind: str, forward: Callable[..., Any]) -> None:
-        eager = None if isinstance(forward, Joined) else module.forward
+        eager = None if isinstance(forward, Proved) else module.forward
         self._entries.append((module.__dict__, Replacement(module, forward, eager)))
         self.replaced[kind] = self.replaced.get(kind, 0) + 1
 

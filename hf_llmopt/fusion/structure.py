@@ -49,7 +49,8 @@ def recognise(layer: nn.Module, rows: Rows) -> Candidate | None:
     if len({parameter.dtype for parameter in layer.parameters()}) != 1:
         return None  # norms kept in float32 beside half precision products, say
     # Of small products the calls are what costs, and here is only one.
-    limit = min(max(rows(p), FEW if p.weight.numel() < SMALL else 0) for p in products)  # type: ignore[operator]
+    sizes = [p.in_features * p.out_features for p in products]  # type: ignore[operator]
+    limit = min(max(rows(p), FEW if size < SMALL else 0) for p, size in zip(products, sizes, strict=True))
     index = attentions[0].layer_idx
     return Candidate(attentions[0].config, index, limit) if limit and isinstance(index, int) else None
 

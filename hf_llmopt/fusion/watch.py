@@ -12,18 +12,34 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import Span, StepInputs, backend, serving
 from ..config import KVCacheConfig
-from ..kernels import cpu
+from ..kernels.arguments import Layer
 from ..kv_cache import LayerSpec, PagedStore
 from ..quantization.linear import QuantizedLinear
 from .kinds import activation_kind, inside, plain_linear
 from .structure import ROTATIONS, Candidate, Role, Structure
+
+
+class Compute(Protocol):
+    """Computes a layer of a structure."""
+
+    def __call__(
+        self,
+        structure: Structure,
+        bound: Layer,
+        layer: int,
+        x: Tensor,
+        step: StepInputs,
+        turns: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """`[tokens, hidden]` to `[tokens, hidden]`, over the pages of `step`."""
+        ...
 
 
 class _Watched(NamedTuple):
@@ -60,19 +76,18 @@ class _Watching(StepInputs):
 
 
 def prove(
-    layer: nn.Module, found: Candidate, like: Tensor, spec: LayerSpec, kwargs: dict[str, Any]
+    layer: nn.Module, found: Candidate, like: Tensor, spec: LayerSpec, kwargs: dict[str, Any], compute: Compute
 ) -> Structure | None:
-    """The structure with which C gives the layer's own result, or `None`.
+    """The structure with which `compute` gives the layer's own result, or `None`.
 
     In float32 all digits must agree. In the layer's own format roundings differ, but what a copy in float32 cannot
     show (embeddings in another format, say) would be far off.
     """
-    if max(spec.key_dim, spec.value_dim) > cpu.MAX_DIM:
-        return None
-    former = inside.now
+    former, precision = inside.now, torch.get_float32_matmul_precision()
     inside.now = False  # the copies' own products must be torch's
+    torch.set_float32_matmul_precision("highest")
     try:
-        exact = _Trial(layer, found, like, spec, kwargs, None)
+        exact = _Trial(layer, found, like, spec, kwargs, None, compute)
         truth = exact.run(exact.eagerly)
         # Whatever depends on the position beyond the embeddings given (a scale of late queries) is not seen here.
         later = {name: value + 100_003 for name, value in kwargs.items() if _is_index(value)}
@@ -82,7 +97,7 @@ def prove(
         structures = [s for s in _structures(exact, truth[1]) if exact.agrees(s, truth[0], 1e-4)]
         exact.x *= 0.01  # an epsilon is seen where the variance is small
         truth = exact.run(exact.eagerly)
-        own = _Trial(layer, found, like, spec, kwargs, spec.dtype)
+        own = _Trial(layer, found, like, spec, kwargs, spec.dtype, compute)
         rounded = own.run(own.eagerly)
         if not structures or truth is None or rounded is None or not exact.agrees(structures[0], truth[0], 1e-4):
             return None
@@ -94,6 +109,7 @@ def prove(
         return None  # another structure after all
     finally:
         inside.now = former
+        torch.set_float32_matmul_precision(precision)
 
 
 class _Trial:
@@ -107,6 +123,7 @@ class _Trial:
         kwargs: Further arguments of a real pass.
         dtype: Of the copy. `None` for float32 and other weights: what a layer computes must not be read from weights
             that are 0 or 1 for now, and does not depend on how they are stored.
+        compute: What stands in for the layer.
     """
 
     def __init__(
@@ -117,19 +134,20 @@ class _Trial:
         spec: LayerSpec,
         kwargs: dict[str, Any],
         dtype: torch.dtype | None,
+        compute: Compute,
     ) -> None:
-        self.config = found.config
+        self.config, self.compute, self.device = found.config, compute, like.device
         known: dict[int, Any] = {id(self.config): self.config}  # a step is found by the config
         drawn, dtype = dtype is None, dtype or torch.float32
         if drawn:
-            known |= {id(m): _dense(m) for m in layer.modules() if isinstance(m, QuantizedLinear)}
+            known |= {id(m): self._dense(m) for m in layer.modules() if isinstance(m, QuantizedLinear)}
         self.own = copy.deepcopy(layer, known).to(dtype)
         for module in self.own.modules():
             module.__dict__.pop("forward", None)
             if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx = 0  # type: ignore[assignment]
         generator = torch.Generator("cpu").manual_seed(0)
-        self.x = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        self.x = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like.device, dtype)
         self.spec = replace(spec, kind="full", window=0, dtype=dtype)
         wide = dtype is torch.float32
         self.kwargs = {name: _widened(value) if wide else value for name, value in kwargs.items()}
@@ -149,6 +167,12 @@ class _Trial:
                 scaled = noise / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else 0.3 * noise
                 tensor.copy_(scaled + (tensor.dim() == 1 and name.endswith("weight")))
 
+    def _dense(self, module: QuantizedLinear) -> nn.Linear:
+        """A product of the same shape, whose weight is yet to be drawn."""
+        bias = module.bias is not None
+        made = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=torch.float32)
+        return made.to_empty(device=self.device)
+
     @property
     def turns(self) -> Any:
         """Cosine and sine, or `None`."""
@@ -166,8 +190,8 @@ class _Trial:
         for table in tables:
             table[0].reserve(0, 3)
         spans = [Span(table, row, 1, 3) for row, table in enumerate(tables)]
-        slots = torch.cat([store.slots(table[0], 2, 3) for table in tables])
-        step = _Watching(store, spans, [slots], backend("cpu", self.x.device), lambda name: None)
+        slots = torch.cat([store.slots(table[0], 2, 3) for table in tables]).to(self.device)
+        step = _Watching(store, spans, [slots], backend("auto", self.device), lambda name: None)
         step.calls, step.attended = [], []
         output = layer(step)
         return ([output - self.x, store.keys[0], store.values[0]], step) if isinstance(output, Tensor) else None
@@ -189,20 +213,16 @@ class _Trial:
                 hook.remove()
 
     def agrees(self, structure: Structure, truth: list[Tensor], bound: float) -> bool:
-        """Whether C gives the truth, up to a share of its largest value."""
+        """Whether ours gives the truth, up to a share of its largest value."""
         layer = structure.bind(self.own)
-        ours = self.run(lambda step: cpu.layers(self.x[0], [structure.stage(layer, 0, step, self.turns)])[None])
+        try:
+            ours = self.run(lambda step: self.compute(structure, layer, 0, self.x[0], step, self.turns)[None])
+        except RuntimeError:  # the parts of a product do not fit into such heads
+            return False
         return ours is not None and all(
             a.shape == b.shape and bool((a - b).abs().max() <= bound * b.abs().max().clamp_min(1e-6))
             for a, b in zip(ours[0], truth, strict=True)
         )
-
-
-def _dense(module: QuantizedLinear) -> nn.Linear:
-    """A product of the same shape, whose weight is yet to be drawn."""
-    bias = module.bias is not None
-    made = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=torch.float32)
-    return made.to_empty(device="cpu")
 
 
 def _structures(trial: _Trial, step: _Watching) -> list[Structure]:

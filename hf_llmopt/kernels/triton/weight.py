@@ -53,11 +53,15 @@ class TritonWeight:
         bits: Of a code of the grid.
         kind: `"int4"`, `"int8"` or `"float8"`.
         tile: See `tile_of`.
+
+    Attributes:
+        share: Inputs that share a scale where activations are rounded; 0 where they never are.
     """
 
     def __init__(self, tensors: dict[str, Tensor], inputs: int, bits: int, kind: str, tile: dict[str, int]) -> None:
         self.tensors = tensors
         self.inputs, self.bits, self.kind, self.tile = inputs, bits, kind, tile
+        self.share = inputs if kind == "float8" else 0
         self.ways: dict[tuple[int, torch.dtype, bool], Way] = {}
 
     @classmethod
@@ -125,6 +129,11 @@ class TritonWeight:
             weight = int_linear.dequantize(self.packed(), dtype)
         order = self.tensors.get("order")
         return weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
+
+    def rows(self, start: int, stop: int) -> TritonWeight:
+        """The outputs `[start, stop)`, which share memory with the whole."""
+        part = {name: tensor if name == "order" else tensor[start:stop] for name, tensor in self.tensors.items()}
+        return TritonWeight(part, self.inputs, self.bits, self.kind, self.tile)
 
     def packed(self) -> Packed:
         """What kernels read."""

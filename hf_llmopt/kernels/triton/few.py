@@ -1,0 +1,164 @@
+"""Dense products of few rows, which take as long as reading their weights.
+
+One launch serves up to three weights that multiply the same rows (query, key and value, say), or gate and up with the
+activation between them; what follows a product (bias, factor, residual) is done before it is written. One row is
+multiplied without tensor cores: a program reads a few outputs' weights in long runs and adds in float32.
+
+The twin is `reference.linear` and `reference.gated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .gated import activated
+from .int_linear import FORMATS, INTERPRETED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..arguments import Product
+
+ROWS = 16  # most that are multiplied here
+TOGETHER = 3  # weights of a launch, at most
+
+
+class Tile(NamedTuple):
+    """What a program computes.
+
+    Attributes:
+        outputs: Of the product.
+        inputs: That are read at a time.
+        warps: Of the program.
+        stages: Of loading.
+    """
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _multiplied(
+    x, weight, rows, M, K, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Outputs `rows` of all rows of x, float32 `[BLOCK_N, BLOCK_M]`."""
+    column = tl.arange(0, BLOCK_K)
+    token = tl.arange(0, BLOCK_M)
+    if BLOCK_M == 1:
+        total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    places = weight + rows.to(tl.int64)[:, None] * K + column[None, :]
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if EVEN:
+            w = tl.load(places + k)
+        else:
+            w = tl.load(places + k, mask=(k + column < K)[None, :], other=0.0)
+        if BLOCK_M == 1:
+            near = tl.load(x + k + column, mask=k + column < K, other=0.0)
+            total += w.to(tl.float32) * near.to(tl.float32)[None, :]
+        else:
+            seen = (token < M)[:, None] & (k + column < K)[None, :]
+            near = tl.load(x + token[:, None] * K + k + column[None, :], mask=seen, other=0.0)
+            total = tl.dot(w.to(DTYPE), tl.trans(near.to(DTYPE)), total, input_precision="ieee")
+    if BLOCK_M == 1:
+        return tl.sum(total, 1)[:, None]
+    else:
+        return total
+
+
+@triton.jit
+def _finished(y, bias, rows, factor, DTYPE: tl.constexpr):
+    """Bias and factor, rounded where the model rounds."""
+    if bias is not None:
+        y += tl.load(bias + rows).to(tl.float32)[:, None]
+    y = y.to(DTYPE).to(tl.float32)
+    if factor is not None:
+        y = (y * factor).to(DTYPE).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _few(
+    x, first, second, third, first_bias, second_bias, third_bias, residual, out, factor, M, N0, N1, N2, K,
+    KIND: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    token = tl.arange(0, BLOCK_M)[None, :]
+    dtype = out.dtype.element_ty
+    weight = first
+    bias = first_bias
+    outputs = N0
+    column = 0  # of the result
+    width = N0
+    if KIND is None:
+        width = N0 + N1 + N2
+        if second is not None:
+            before = tl.cdiv(N0, BLOCK_N)
+            if tile >= before:
+                tile -= before
+                weight = second
+                bias = second_bias
+                outputs = N1
+                column = N0
+                if third is not None:
+                    before = tl.cdiv(N1, BLOCK_N)
+                    if tile >= before:
+                        tile -= before
+                        weight = third
+                        bias = third_bias
+                        outputs = N2
+                        column = N0 + N1
+    output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(output, outputs - 1)
+    y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
+    y = _finished(y, bias, rows, factor, dtype)
+    if KIND is not None:
+        y = activated(y, KIND).to(dtype).to(tl.float32)
+        if second is not None:
+            up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
+            y = y * _finished(up, second_bias, rows, factor, dtype)
+    inside = (token < M) & (output < outputs)[:, None]
+    place = token.to(tl.int64) * width + column + output[:, None]
+    if residual is not None:
+        y = y.to(dtype).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, y.to(dtype), mask=inside)
+
+
+def few(x: Tensor, of: Sequence[Product], kind: str | None, residual: Tensor | None, tile: Tile) -> Tensor:
+    """Products of the same rows beside one another, or `act(x @ first^T) * (x @ second^T)`; plus a residual.
+
+    Args:
+        x: `[rows, inputs]`, dense; at most ROWS rows.
+        of: Up to TOGETHER products of dense weights in x's format, alike but for their weights' outputs: all or none
+            have a bias, and their factor is the same.
+        kind: An activation, as `reference.gated` knows it: then `of` are gate and up, or a plain MLP's first product.
+        residual: `[rows, outputs]`, dense, or `None`.
+        tile: What a program computes.
+
+    Returns:
+        `[rows, outputs of all]`, or those of one with an activation.
+    """
+    m, k = x.shape
+    weights: list[Tensor | None] = [product.weight for product in of]
+    biases = [product.bias for product in of]
+    counts = [product.weight.shape[0] for product in of]
+    missing = [None] * (TOGETHER - len(of))
+    shown = counts[:1] if kind else counts
+    out = x.new_empty(m, sum(shown))
+    _few[(sum(triton.cdiv(count, tile.outputs) for count in shown),)](
+        x, *weights, *missing, *biases, *missing, residual, out, None if of[0].factor == 1 else of[0].factor,
+        m, *counts, *([0] * len(missing)), k, KIND=kind, EVEN=k % tile.inputs == 0,
+        BLOCK_M=1 if m == 1 else ROWS, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, STAGES=tile.stages,
+        DTYPE=FORMATS[torch.float32 if INTERPRETED else x.dtype], num_warps=tile.warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,61 @@
+"""Activations of gated and plain MLPs. The twin is `reference.gated`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(tl.minimum(-x, 80.0)))  # e^88 is too large for float32
+
+
+@triton.jit
+def activated(x, KIND: tl.constexpr):
+    """An activation in float32."""
+    if KIND == "silu":
+        y = x * _sigmoid(x)
+    elif KIND == "gelu_tanh":  # 1 + tanh(z) = 2 sigmoid(2z)
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = tl.maximum(x, 0.0)
+        if KIND == "relu2":
+            y = y * y
+    return y
+
+
+@triton.jit
+def _gated(gate, up, out, ROW, UP_ROW, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    dtype = out.dtype.element_ty
+    y = activated(tl.load(gate + row * ROW + column, mask=inside, other=0.0).to(tl.float32), KIND).to(dtype)
+    if up is not None:
+        y = y.to(tl.float32) * tl.load(up + row * UP_ROW + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + column, y.to(dtype), mask=inside)
+
+
+def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """`act(gate) * up`, or `act(gate)`.
+
+    Args:
+        gate: `[rows, width]`, its rows maybe parts of wider ones.
+        up: Likewise, or `None`.
+        kind: As `reference.gated` knows it.
+    """
+    rows, width = gate.shape
+    out = gate.new_empty(rows, width)
+    grid = rows, triton.cdiv(width, BLOCK)
+    _gated[grid](gate, up, out, gate.stride(0), 0 if up is None else up.stride(0), width, kind, BLOCK, num_warps=4)
+    return out

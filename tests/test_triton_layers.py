@@ -1,0 +1,131 @@
+"""A decoder layer from Triton kernels against its twin: on a GPU where there is one, else in Triton's interpreter."""
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import build, ragged
+from torch import Tensor
+
+from hf_llmopt.fusion import launched
+from hf_llmopt.kernels import reference
+from hf_llmopt.kernels.arguments import Norm, Product, Turns
+
+pytest.importorskip("triton")
+from hf_llmopt.kernels.triton import few as few_rows
+from hf_llmopt.kernels.triton import layer as layers
+from hf_llmopt.kernels.triton.few import Tile, few
+from hf_llmopt.kernels.triton.gated import gated
+from hf_llmopt.kernels.triton.norm import norm
+from hf_llmopt.kernels.triton.rotary import Pages, place
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(ours: Tensor, truth: Tensor, roundings: float = 2) -> None:
+    """Equal but for so many roundings of the format, relative to the largest value."""
+    assert (ours.dtype, ours.shape) == (truth.dtype, truth.shape)
+    roundings *= 1 if ours.is_cuda else 2  # the interpreter cuts bfloat16 where a GPU rounds
+    bound = roundings * torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps
+    assert float((ours.float() - truth.float()).abs().max()) <= bound * float(truth.float().abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("centre, variant", [(False, 0), (False, 1), (False, 2), (True, 0), (True, 1)])
+def test_norms(dtype: torch.dtype, centre: bool, variant: int) -> None:
+    weight, bias = random(24, dtype=dtype, seed=1), random(24, dtype=dtype, seed=2) if centre else None
+    how = Norm(weight, bias, 24, 1e-3, centre, variant)
+    wide = random(3, 60, dtype=dtype)
+    x = wide[:, 5:53]  # two heads of wider rows
+    close(norm(x, how), reference.norm(x.reshape(3, 2, 24), how).flatten(1))
+    plain = Norm(None, None, 24, 1e-3, centre)
+    close(norm(x, plain), reference.norm(x.reshape(3, 2, 24), plain).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu", "relu2"])
+def test_activations(dtype: torch.dtype, kind: str) -> None:
+    gate, up = random(3, 50, dtype=dtype).split([20, 30], dim=1)
+    up = up[:, :20]
+    close(gated(gate, up, kind), reference.gated(gate, up, kind))
+    close(gated(10 * gate, None, kind), reference.gated(10 * gate, None, kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotated", [0, 8, 12])
+@pytest.mark.parametrize("pairs", [0, 1, 2])
+@pytest.mark.parametrize("normed", [False, True])
+def test_turns_and_pages(dtype: torch.dtype, rotated: int, pairs: int, normed: bool) -> None:
+    """Two query heads, one key head of 12, of values of 5, which lie in one row behind one another."""
+    row = random(3, 2 * 12 + 12 + 5, dtype=dtype)
+    query, key, value = row.split([24, 12, 5], dim=1)
+    query, key, value = query.unflatten(1, (2, 12)), key.unflatten(1, (1, 12)), value.unflatten(1, (1, 5))
+    wide = torch.float32 if pairs == 1 else dtype
+    angles = [random(3, rotated, dtype=wide, seed=seed) for seed in (3, 4)] if rotated else [None, None]
+    turns = Turns(*angles, torch.tensor([4, 0, 2], device=DEVICE), pairs)
+    norms = [Norm(random(12, dtype=dtype, seed=seed), None, 12, 1e-5) if normed else None for seed in (5, 6)]
+    pages = Pages(*(torch.full((6, 1, width), float("nan"), dtype=dtype, device=DEVICE) for width in (12, 5)))
+    found = place(query, key, value, (norms[0], norms[1]), turns, pages)
+    for ours, x, how in zip(found, (query, key), norms, strict=True):
+        x = x if how is None else reference.norm(x, how)
+        close(ours, reference.rotate(x, turns))
+    assert torch.equal(pages.keys[turns.slots], found[1])
+    assert torch.equal(pages.values[turns.slots], value)
+    assert bool(pages.keys[[1, 3, 5]].isnan().all() and pages.values[[1, 3, 5]].isnan().all())
+    assert all(map(torch.equal, place(query, key, value, (norms[0], norms[1]), turns, None), found))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("inputs", [64, 40])
+def test_products_of_few_rows(dtype: torch.dtype, rows: int, inputs: int) -> None:
+    x, tile = random(rows, inputs, dtype=dtype), Tile(16, 32, 1, 2)
+    of = [
+        Product(random(n, inputs, dtype=dtype, seed=n), random(n, dtype=dtype, seed=n + 1), 0.5) for n in (24, 16, 7)
+    ]
+
+    def truth(product: Product) -> Tensor:
+        return reference.linear(x, product.weight, product.bias) * product.factor
+
+    close(few(x, of, None, None, tile), torch.cat([truth(product) for product in of], dim=1))
+    residual = random(rows, 24, dtype=dtype, seed=9)
+    close(few(x, of[:1], None, residual, tile), truth(of[0]) + residual)
+    pair = [product._replace(weight=product.weight[:7], bias=None, factor=1.0) for product in of[:2]]
+    both = [reference.linear(x, product.weight) for product in pair]
+    close(few(x, pair, "silu", None, tile), reference.gated(*both, "silu"), 4)
+    close(few(x, pair[:1], "gelu", None, tile), reference.gated(both[0], None, "gelu"), 4)
+
+
+def test_ways_of_a_product_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows in one launch; more, or weights that are not alike, apart."""
+    launches = []
+    monkeypatch.setattr(layers, "few", lambda *args: launches.append(1) or few(*args))
+    of = [Product(random(16, 32, seed=1)), Product(random(8, 32, seed=2), random(8, seed=3))]
+    for x in (random(2, 32), random(few_rows.ROWS + 1, 32)):
+        for some in (of, of[:1]):
+            for ours, product in zip(layers.products(x, some), some, strict=True):
+                close(ours, reference.linear(x, product.weight, product.bias), 8)
+        same = [of[0], of[0]._replace(weight=of[0].weight + 1)]
+        close(layers.products(x, same, "silu")[0], reference.gated(*(x @ p.weight.T for p in same), "silu"), 8)
+    assert len(launches) == 2
+
+
+SLOW = ["qwen3", "qwen2", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "cohere", "stablelm", "opt", "gpt_neox", "granite", "nemotron"]
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's tokens and single ones, of a model whose layers are launched: stock's tokens."""
+    monkeypatch.setattr(launched, "LAUNCHES", {DEVICE})
+    model = build(name).to(DEVICE)
+    inputs = {key: tensor.to(DEVICE) for key, tensor in ragged().items()}
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    stock = model.generate(**inputs, **arguments)
+    assert torch.equal(model.generate(**inputs, **arguments, llmopt={"strict": True}), stock)
+    assert model.llmopt.stats.fused == (f"{len(model.llmopt.engine.store.layers)} x decoder layer",)
