@@ -309,8 +309,8 @@ class EngineLoop:
         results, clocks = self.runner.run(spans, paths.add)
         replayed = self.runner.replays > before
         self._settle(spans)
-        reached = {request.group: request.computed for request, _ in spans if request.group is not None}
-        shares = [Share(group, computed, self._held(group), replayed) for group, computed in reached.items()]
+        some = {request.group: request for request, _ in spans if request.group is not None}
+        shares = [Share(group, row, row.computed, self._held(group), replayed) for group, row in some.items()]
         self._passes.append((clocks, sum(length for _, length in spans), shares, paths))
         for request, logits in results:
             request.logits, *request.later = logits

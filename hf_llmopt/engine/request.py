@@ -38,12 +38,14 @@ class Share:
 
     Attributes:
         group: Whose tokens were computed.
-        computed: How many tokens of its last request were computed then, in this pass and before.
+        request: One of its rows that took part.
+        computed: How many tokens of that row were computed then, in this pass and before.
         held: Pages it held then, per cache group.
         replayed: The pass came from a graph.
     """
 
     group: Rows
+    request: Request
     computed: int
     held: list[int]
     replayed: bool = False

@@ -1,9 +1,9 @@
 """The rows of one `generate` call.
 
 At step t the group waits until every row has its logits. Then processors run once on stock's padded ids `[rows,
-length]`
-and float32 scores `[rows, vocabulary]`, one draw of noise picks the tokens, and criteria run once: whatever objects the
-user passed see exactly what stock's loop would show them, in the same order.
+length]` and float32 scores `[rows, vocabulary]`, one draw of noise picks the tokens, and criteria run once: whatever
+objects the user passed see exactly what stock's loop would show them, in the same order. A GPU is told of the next pass
+before the host knows these tokens; it is in vain where they turn out to be the last.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..engine import EngineLoop, Request, Share
-from ..engine.sampling import draw, greedy, sample
+from ..engine.sampling import draw, greedy, invalid, pick
 from ..errors import CallbackFailed, LLMOptError, PromptTooLong
 from ..kernels import cpu
+from ..kv_cache import Download
 from ..stats import Stats
 
 
@@ -83,6 +84,7 @@ class Group:
         self.stats = Stats(prompt_tokens=sum(len(r.tokens) - r.masked_tail for r in requests))
         self.began = perf_counter()
         self._paths: set[str] = set()
+        self._unread: list[tuple[float, set[str], Share]] = []  # steps that may have been in vain
 
     def run(self) -> None:
         """Generate until every row has finished, stepping the engine in this thread.
@@ -154,7 +156,10 @@ class Group:
         """Whoever waits for the group looks by itself."""
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
-        """Count a step that computed some of these rows."""
+        """Count a step that computed some of these rows; if in doubt, once it is known to count."""
+        if share.computed > len(share.request.tokens) - (share.request.pending is not None):
+            self._unread.append((seconds, paths, share))
+            return
         self.stats.steps += 1
         self.stats.graph_steps += share.replayed
         self.stats.forward_seconds += seconds
@@ -166,22 +171,49 @@ class Group:
     def advance(self) -> None:
         """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
         tokens = self._choose(self._next_logits()) if self._looks else self._best()
-        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        overlaps = self._overlaps()
+        if not overlaps:
+            _check(tokens.tolist())
+        self.input_ids = torch.cat([self.input_ids, tokens.clamp_min(0)[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self._call(
             "stopping criterion", self.criteria, self.input_ids, self.scores
         )
-        unfinished: list[int] = self.unfinished.tolist()
-        chosen: list[int] = tokens.tolist()
+        found = Download(tokens), Download(self.unfinished)
+        if overlaps:
+            self._step_ahead(tokens)
+        chosen, unfinished = (part.read() for part in found)
+        _check(chosen)
         if self.streamer is not None:
-            self._call("streamer", self.streamer.put, tokens.cpu())
+            self._call("streamer", self.streamer.put, torch.tensor(chosen))
         if not self.stats.time_to_first_token:
             self.stats.time_to_first_token = perf_counter() - self.began
         self.stats.generated_tokens += self._active
         self._active = sum(unfinished)
         with self.engine.lock:
             self._accept(chosen, unfinished)
+            self._account_unread()
         if self.done and self.streamer is not None:
             self._call("streamer", self.streamer.end)
+
+    def _overlaps(self) -> bool:
+        """Whether the next pass may begin before the host knows the tokens that were chosen just now."""
+        length = self.input_ids.shape[1] + 1
+        ends = any(length >= getattr(criterion, "max_length", length + 1) for criterion in self.criteria)
+        # A caller who gets the cache must not find a token in it that nobody asked for.
+        return self.engine.overlaps and self.on_done is None and not ends and not any(map(self._at_limit, self.live))
+
+    def _step_ahead(self, tokens: Tensor) -> None:
+        with self.engine.lock:
+            for index, request in enumerate(self.requests):
+                if not request.finished:
+                    request.expect(tokens, index)
+            self.engine.step()
+
+    def _account_unread(self) -> None:
+        """The call goes on, so that what was computed ahead was of use; or it has ended."""
+        unread, self._unread = self._unread, []
+        for step in () if self.done else unread:
+            self.account(*step)
 
     def _next_logits(self) -> Tensor:
         """float32 `[rows, vocabulary]` on the prompt's device; zeros for rows that are no longer computed."""
@@ -207,7 +239,7 @@ class Group:
         if not isinstance(scores, Tensor) or scores.shape != logits.shape:
             given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise CallbackFailed(f"The logits processors returned {given}, scores have shape {list(logits.shape)}.")
-        return self._padded(sample(scores, draw(scores)) if self.do_sample else greedy(scores))
+        return self._padded(pick(scores, draw(scores) if self.do_sample else None))
 
     def _call(self, what: str, function: Any, *args: Any) -> Any:
         try:
@@ -270,3 +302,8 @@ class Group:
         self.stats.attention = tuple(sorted(self._paths))
         self.stats.fused = self.engine.runner.fused
         self.stats.no_graphs = self.engine.runner.no_graphs
+
+
+def _check(tokens: list[int]) -> None:
+    if broken := [row for row, token in enumerate(tokens) if token < 0]:
+        raise invalid(broken)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
-from ..engine import Share
 from ..engine.sampling import Tape, pick
 from ..errors import InvalidRequest
 from .group import Group
@@ -117,7 +116,6 @@ class Row(Group):
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.on_notice: Callable[[Row], None] = lambda row: None
-        self._unread: list[tuple[float, set[str], Share]] = []  # steps behind a token that may have been the last
         self._prompt_length = self.input_ids.shape[1]
         shaped = [stage_of(processor) for processor in self.processors]
         # From here on the processors are known and come in the order of the stages; those before it are called.
@@ -229,13 +227,6 @@ class Row(Group):
             race[0, token] = REMOVED
         return guesses
 
-    def account(self, seconds: float, paths: set[str], share: Share) -> None:
-        """Count a step; one that may have been in vain counts once it is known that the request goes on."""
-        if share.computed > len(self.request.tokens) - (self.request.pending is not None):
-            self._unread.append((seconds, paths, share))
-        else:
-            super().account(seconds, paths, share)
-
     @property
     def foresees(self) -> bool:
         """Whether tokens behind drafts can be chosen before it is known that the drafts are right."""
@@ -266,9 +257,7 @@ class Row(Group):
             drafts = bool(self.request.later)
             self._accept([token], [not ended])
             right = drafts and not self.done and self.request.logits is not None
-            unread, self._unread = self._unread, []
-            for step in () if self.done else unread:
-                self.account(*step)
+            self._account_unread()
         if self.done and self.streamer is not None:
             self._call("streamer", self.streamer.end)
         return right

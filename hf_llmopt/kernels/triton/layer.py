@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ..arguments import Layer, Norm, Product, Shape, Turns
 
 # Tiles that are measured, for one row and for more.
-SINGLE = (Tile(4, 1024, 4, 1), Tile(8, 1024, 8, 1), Tile(16, 512, 8, 1), Tile(4, 2048, 8, 1))
-SEVERAL = (Tile(16, 256, 4, 4), Tile(32, 128, 4, 5), Tile(32, 256, 8, 3), Tile(64, 128, 4, 4))
+SINGLE = (Tile(4, 1024, 4, 1), Tile(4, 2048, 4, 1), Tile(4, 512, 4, 1))
+SEVERAL = (Tile(64, 128, 4, 4), Tile(64, 256, 4, 4), Tile(64, 128, 4, 6), Tile(16, 128, 4, 6))
 
 # How the queries read the pages: queries, keys and values `[tokens, heads, width]` to `[tokens, heads * value_dim]`.
 Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
@@ -82,9 +82,7 @@ def _added(total: Tensor, x: Tensor, product: Product, after: Norm | None) -> Te
     return total + norm(products(x, [product])[0], after)
 
 
-def products(
-    x: Tensor, of: Sequence[Product], kind: str | None = None, residual: Tensor | None = None
-) -> list[Tensor]:
+def products(x: Tensor, of: Sequence[Product], kind: str | None = None, residual: Tensor | None = None) -> list[Tensor]:
     """Products of the same rows in the way that is fastest on this device.
 
     Args:

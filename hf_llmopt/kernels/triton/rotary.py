@@ -69,26 +69,25 @@ def _place(
     dtype = new_query.dtype.element_ty
     d = tl.arange(0, BLOCK_D)
     if head < HEADS:
-        y = _turned(
+        turned = _turned(
             query + token * QUERY_TOKEN + head * QUERY_HEAD, cosine, sine, query_weight, query_bias, query_epsilon,
             token, ROTATED, PAIRS, EXACT, QUERY_NORM, CENTRE, VARIANT, KEY_DIM, BLOCK_D, dtype,
-        )  # fmt: skip
-        tl.store(new_query + (token * HEADS + head) * KEY_DIM + d, y.to(dtype), mask=d < KEY_DIM)
+        ).to(dtype)  # fmt: skip
+        tl.store(new_query + (token * HEADS + head) * KEY_DIM + d, turned, mask=d < KEY_DIM)
     elif head < HEADS + KV_HEADS:
-        head -= HEADS
-        y = _turned(
-            key + token * KEY_TOKEN + head * KEY_HEAD, cosine, sine, key_weight, key_bias, key_epsilon,
+        own = head - HEADS
+        turned = _turned(
+            key + token * KEY_TOKEN + own * KEY_HEAD, cosine, sine, key_weight, key_bias, key_epsilon,
             token, ROTATED, PAIRS, EXACT, KEY_NORM, CENTRE, VARIANT, KEY_DIM, BLOCK_D, dtype,
         ).to(dtype)  # fmt: skip
-        tl.store(new_key + (token * KV_HEADS + head) * KEY_DIM + d, y, mask=d < KEY_DIM)
+        tl.store(new_key + (token * KV_HEADS + own) * KEY_DIM + d, turned, mask=d < KEY_DIM)
         if keys is not None:
-            slot = tl.load(slots + token)
-            tl.store(keys + slot * KEY_SLOT + head * KEY_DIM + d, y, mask=d < KEY_DIM)
+            tl.store(keys + tl.load(slots + token) * KEY_SLOT + own * KEY_DIM + d, turned, mask=d < KEY_DIM)
     elif values is not None:
-        head -= HEADS + KV_HEADS
+        own = head - HEADS - KV_HEADS
         v = tl.arange(0, BLOCK_V)
-        y = tl.load(value + token * VALUE_TOKEN + head * VALUE_HEAD + v, mask=v < VALUE_DIM, other=0.0)
-        tl.store(values + tl.load(slots + token) * VALUE_SLOT + head * VALUE_DIM + v, y, mask=v < VALUE_DIM)
+        given = tl.load(value + token * VALUE_TOKEN + own * VALUE_HEAD + v, mask=v < VALUE_DIM, other=0.0)
+        tl.store(values + tl.load(slots + token) * VALUE_SLOT + own * VALUE_DIM + v, given, mask=v < VALUE_DIM)
 
 
 class Pages(NamedTuple):

@@ -1,0 +1,67 @@
+"""Compiles the kernels of a decoder layer for GPUs, which need not be there: what the interpreter takes, a compiler may
+not. Run without TRITON_INTERPRET; prints how many it compiled."""
+
+import itertools
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_llmopt.kernels.triton import few, gated, norm, rotary
+
+CAPABILITIES = (80, 90)
+LONG = {"slots": "*i64"}
+FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}
+
+
+def compile_for(capability: int, kernel: Any, warps: int = 4, **constants: Any) -> None:
+    """Every pointer is of bfloat16, every number an int32, unless the tables above say otherwise."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        else:
+            types[name] = LONG.get(name) or FLOATS.get(name) or ("i32" if name.isupper() else "*bf16")
+    source = ASTSource(kernel, types, constants)
+    triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def cases() -> Any:
+    """Kernels and their constants."""
+    for centre, variant, weight in ((False, 0, {}), (False, 2, {}), (True, 1, {"weight": None, "bias": None})):
+        yield norm._norm, {"GROUPS": 1, "WIDTH": 24, "BLOCK": 32, "CENTRE": centre, "VARIANT": variant, **weight}
+    for kind, up in itertools.product(("silu", "gelu_tanh", "gelu", "relu2"), ({}, {"up": None})):
+        yield gated._gated, {"KIND": kind, "BLOCK": 1024, **up}
+    heads = {"HEADS": 4, "KV_HEADS": 2, "KEY_DIM": 64, "VALUE_DIM": 48, "BLOCK_D": 64, "BLOCK_V": 64}
+    none = {"query_weight": None, "query_bias": None, "key_weight": None, "key_bias": None}
+    for pairs, normed, paged in itertools.product((0, 1, 2), (False, True), (False, True)):
+        yield rotary._place, {
+            **heads, "ROTATED": 32, "PAIRS": pairs, "EXACT": normed, "QUERY_NORM": normed, "KEY_NORM": normed,
+            "CENTRE": False, "VARIANT": 0, **({"query_bias": None, "key_bias": None} if normed else none),
+            **({} if paged else {"keys": None, "values": None}),
+        }  # fmt: skip
+    yield rotary._place, {
+        **heads, **none, "ROTATED": 0, "PAIRS": 0, "EXACT": False, "QUERY_NORM": False, "KEY_NORM": False,
+        "CENTRE": False, "VARIANT": 0, "cosine": None, "sine": None,
+    }  # fmt: skip
+    biases = {"first_bias": None, "second_bias": None, "third_bias": None}
+    single = {"third": None, "second": None}
+    for rows, more in itertools.product(
+        (1, 16),
+        (
+            {"KIND": None, "residual": None, "factor": None},
+            {"KIND": None, **biases, **single, "EVEN": True},
+            {"KIND": "silu", **biases, "third": None, "residual": None, "factor": None, "EVEN": True},
+            {"KIND": "gelu", "third_bias": None, "second_bias": None, **single, "residual": None, "factor": None},
+        ),
+    ):
+        constants = {"EVEN": False, "BLOCK_M": rows, "BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 3}
+        yield few._few, {**constants, "DTYPE": triton.language.bfloat16, **more}
+
+
+count = 0
+for capability, (kernel, constants) in itertools.product(CAPABILITIES, cases()):
+    compile_for(capability, kernel, **constants)
+    count += 1
+print(count)
