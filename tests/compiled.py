@@ -8,10 +8,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_llmopt.kernels.triton import few, gated, norm, rotary
+from hf_llmopt.kernels.triton import few, gated, int_linear, norm, rotary
 
 CAPABILITIES = (80, 90)
-LONG = {"slots": "*i64"}
+POINTERS = {"slots": "*i64", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
+WORDS = {name: "*i32" for name in ("first", "second", "third")} | {
+    f"{name}_zeros": "*u8" for name in ("first", "second", "third")
+}
 FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}
 
 
@@ -22,7 +25,8 @@ def compile_for(capability: int, kernel: Any, warps: int = 4, **constants: Any) 
         if name in constants:
             types[name] = "constexpr"
         else:
-            types[name] = LONG.get(name) or FLOATS.get(name) or ("i32" if name.isupper() else "*bf16")
+            known = {**POINTERS, **(WORDS if kernel is int_linear._deep else {})}
+            types[name] = known.get(name) or FLOATS.get(name) or ("i32" if name.isupper() else "*bf16")
     source = ASTSource(kernel, types, constants)
     triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
@@ -58,6 +62,18 @@ def cases() -> Any:
     ):
         constants = {"EVEN": False, "BLOCK_M": rows, "BLOCK_N": 16, "BLOCK_K": 128, "STAGES": 3}
         yield few._few, {**constants, "DTYPE": triton.language.bfloat16, **more}
+
+    none = {f"{name}_zeros": None for name in ("first", "second", "third")}
+    for rows, more in itertools.product(
+        (1, 8),
+        (
+            {"ACTIVATION": None, **none, **biases, "residual": None, "factor": None},
+            {"ACTIVATION": "silu", "third": None, "third_scales": None, "third_zeros": None, "third_bias": None},
+        ),
+    ):
+        tile = {"KIND": "int4", "PLANES": 8, "WORDS": 16, "SETS": 1, "EVEN": True, "ASSEMBLY": True}
+        constants = {"BLOCK_M": rows, "BLOCK_N": 16, "DEPTH": 4, "STAGES": 3, "DTYPE": triton.language.bfloat16}
+        yield int_linear._deep, {**tile, **constants, **more}
 
 
 count = 0

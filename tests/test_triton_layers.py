@@ -10,9 +10,11 @@ from torch import Tensor
 from hf_llmopt.fusion import launched
 from hf_llmopt.kernels import reference
 from hf_llmopt.kernels.arguments import Norm, Product, Turns
+from hf_llmopt.quantization import make_grid
 
 pytest.importorskip("triton")
 from hf_llmopt.kernels.triton import few as few_rows
+from hf_llmopt.kernels.triton import int_linear, weight
 from hf_llmopt.kernels.triton import layer as layers
 from hf_llmopt.kernels.triton.few import Tile, few
 from hf_llmopt.kernels.triton.gated import gated
@@ -102,17 +104,44 @@ def test_products_of_few_rows(dtype: torch.dtype, rows: int, inputs: int) -> Non
 
 def test_ways_of_a_product_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows in one launch; more, or weights that are not alike, apart."""
-    launches = []
+    launches: list[int] = []
     monkeypatch.setattr(layers, "few", lambda *args: launches.append(1) or few(*args))
     of = [Product(random(16, 32, seed=1)), Product(random(8, 32, seed=2), random(8, seed=3))]
     for x in (random(2, 32), random(few_rows.ROWS + 1, 32)):
         for some in (of, of[:1]):
+            launches.clear()
             for ours, product in zip(layers.products(x, some), some, strict=True):
                 close(ours, reference.linear(x, product.weight, product.bias), 8)
             assert bool(launches) == (len(x) <= few_rows.ROWS and some is not of)
-            launches.clear()
         same = [of[0], of[0]._replace(weight=of[0].weight + 1)]
         close(layers.products(x, same, "silu")[0], reference.gated(*(x @ p.weight.T for p in same), "silu"), 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_quantized_products_of_few_rows(bits: int, symmetric: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three weights of few bits in one launch, or gate and up with the activation, and a residual."""
+    launches: list[int] = []
+    monkeypatch.setattr(layers, "deep", lambda *args: launches.append(1) or int_linear.deep(*args))
+    monkeypatch.setitem(
+        layers.DEEP, weight.bucket_of(rows), ((rows, 16, 1, 2, 1),) if rows == 1 else ((8, 16, 2, 2, 2),)
+    )
+    x = random(rows, 256)
+    grids = [make_grid(random(n, 256, seed=n), bits, 64, symmetric) for n in (24, 16, 24)]
+    of = [Product(weight.TritonWeight.pack(grid), random(len(grid.codes), seed=7), 0.5) for grid in grids]
+    truth = [reference.quantized_linear(x, grid, p.bias) * 0.5 for grid, p in zip(grids, of, strict=True)]
+    residual = random(rows, 24, seed=8)
+    assert all(p.weight is not None for p in of)
+    for ours, expected in zip(layers.products(x, of), truth, strict=True):
+        close(ours, expected, 64)
+    close(layers.products(x, of[::2], "silu")[0], reference.gated(truth[0], truth[2], "silu"), 64)
+    close(layers.products(x, of[:1], residual=residual)[0], truth[0] + residual, 64)
+    assert len(launches) >= 3
+    mixed = [of[0], of[1]._replace(bias=None)]
+    launches.clear()
+    close(layers.products(x, mixed)[1], reference.quantized_linear(x, grids[1]) * 0.5, 64)
+    assert not launches
 
 
 SLOW = [

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .gated import activated
-from .int_linear import FORMATS, INTERPRETED
+from .gated import activated, finished
+from .int_linear import FORMATS, INTERPRETED, TOGETHER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..arguments import Product
 
 ROWS = 16  # most that are multiplied here
-TOGETHER = 3  # weights of a launch, at most
 
 
 class Tile(NamedTuple):
@@ -76,17 +75,6 @@ def _multiplied(
 
 
 @triton.jit
-def _finished(y, bias, rows, factor, DTYPE: tl.constexpr):
-    """Bias and factor, rounded where the model rounds."""
-    if bias is not None:
-        y += tl.load(bias + rows).to(tl.float32)[:, None]
-    y = y.to(DTYPE).to(tl.float32)
-    if factor is not None:
-        y = (y * factor).to(DTYPE).to(tl.float32)
-    return y
-
-
-@triton.jit
 def _few(
     x, first, second, third, first_bias, second_bias, third_bias, residual, out, factor, M, N0, N1, N2, K,
     KIND: tl.constexpr, EVEN: tl.constexpr,
@@ -121,12 +109,12 @@ def _few(
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
     y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
-    y = _finished(y, bias, rows, factor, dtype)
+    y = finished(y, bias, rows, factor, dtype)
     if KIND is not None:
         y = activated(y, KIND).to(dtype).to(tl.float32)
         if second is not None:
             up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
-            y = y * _finished(up, second_bias, rows, factor, dtype)
+            y = y * finished(up, second_bias, rows, factor, dtype)
     inside = (token < M) & (output < outputs)[:, None]
     place = token.to(tl.int64) * width + column + output[:, None]
     if residual is not None:

@@ -1,4 +1,4 @@
-"""Activations of gated and plain MLPs. The twin is `reference.gated`."""
+"""What follows a product: bias and factor, activations of gated and plain MLPs. The twin is `reference.gated`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def activated(x, KIND: tl.constexpr):
         y = tl.maximum(x, 0.0)
         if KIND == "relu2":
             y = y * y
+    return y
+
+
+@triton.jit
+def finished(y, bias, rows, factor, DTYPE: tl.constexpr):
+    """A product `[outputs, tokens]` with bias and factor, rounded where the model rounds."""
+    if bias is not None:
+        y += tl.load(bias + rows).to(tl.float32)[:, None]
+    y = y.to(DTYPE).to(tl.float32)
+    if factor is not None:
+        y = (y * factor).to(DTYPE).to(tl.float32)
     return y
 
 

@@ -10,18 +10,21 @@ the configuration alone, so that the same product gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .gated import activated, finished
 from .layout import PLANES, WORDS, number, planes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TOGETHER = 3  # weights of a launch, at most
 INTERPRETED = not isinstance(number, triton.JITFunction)  # TRITON_INTERPRET=1: no assembly
 
 
@@ -67,17 +70,19 @@ def tile_of(kind: str, inputs: int, groups: int) -> dict[str, int] | None:
 
 
 @triton.jit
-def _deep(
-    x, words, scales, zeros, bias, out, M, N, K, W, G, TILES,
+def _deep_product(
+    x, words, scales, zeros, rows, token, M, K, W, G, TILES,
     KIND: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """`DEPTH` warps share the inputs of an output: few rows need many warps that read, and no second kernel."""
+    """Outputs `rows` of tokens `token`, float32 `[BLOCK_N, BLOCK_M]`.
+
+    `DEPTH` warps share the inputs of an output: few rows need many warps that read, and no second kernel.
+    """
     EACH: tl.constexpr = PLANES // SETS
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(outputs, N - 1).to(tl.int64)[None, :]
-    tokens = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]
+    rows = rows.to(tl.int64)[None, :]
+    tokens = token[None, :, None]
     column = tl.arange(0, WORDS)[None, None, :]
     total = tl.zeros([DEPTH, BLOCK_N, BLOCK_M], tl.float32)
     for first in tl.range(0, tl.cdiv(W, WORDS), DEPTH, num_stages=STAGES):
@@ -104,11 +109,71 @@ def _deep(
                     plane = plane - zero[:, :, None].to(DTYPE)
                 part = tl.dot(plane, tl.trans(near, 0, 2, 1), part, input_precision="ieee")
             total += part * tl.load(scales + at).to(tl.float32)[:, :, None]
-    y = tl.sum(total, 0)
-    if bias is not None:
-        y += tl.load(bias + outputs, mask=outputs < N, other=0.0).to(tl.float32)[:, None]
-    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    tl.store(out + token * N + outputs[:, None], y.to(out.dtype.element_ty), mask=(token < M) & (outputs[:, None] < N))
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _deep(
+    x, first, first_scales, first_zeros, first_bias, second, second_scales, second_zeros, second_bias,
+    third, third_scales, third_zeros, third_bias, residual, out, factor, M, N0, N1, N2, K, W, G, TILES,
+    ACTIVATION: tl.constexpr, KIND: tl.constexpr,
+    PLANES: tl.constexpr, WORDS: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """As `few._few` does for dense weights."""
+    tile = tl.program_id(0)
+    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype = out.dtype.element_ty
+    words = first
+    scales = first_scales
+    zeros = first_zeros
+    bias = first_bias
+    outputs = N0
+    column = 0  # of the result
+    width = N0
+    if ACTIVATION is None:
+        width = N0 + N1 + N2
+        if second is not None:
+            before = tl.cdiv(N0, BLOCK_N)
+            if tile >= before:
+                tile -= before
+                words = second
+                scales = second_scales
+                zeros = second_zeros
+                bias = second_bias
+                outputs = N1
+                column = N0
+                if third is not None:
+                    before = tl.cdiv(N1, BLOCK_N)
+                    if tile >= before:
+                        tile -= before
+                        words = third
+                        scales = third_scales
+                        zeros = third_zeros
+                        bias = third_bias
+                        outputs = N2
+                        column = N0 + N1
+    output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(output, outputs - 1)
+    y = _deep_product(
+        x, words, scales, zeros, rows, token, M, K, W, G, TILES, KIND, PLANES, WORDS, SETS, EVEN,
+        BLOCK_M, BLOCK_N, DEPTH, STAGES, DTYPE, ASSEMBLY,
+    )  # fmt: skip
+    y = finished(y, bias, rows, factor, dtype)
+    if ACTIVATION is not None:
+        y = activated(y, ACTIVATION).to(dtype).to(tl.float32)
+        if second is not None:
+            up = _deep_product(
+                x, second, second_scales, second_zeros, rows, token, M, K, W, G, TILES, KIND, PLANES, WORDS, SETS,
+                EVEN, BLOCK_M, BLOCK_N, DEPTH, STAGES, DTYPE, ASSEMBLY,
+            )  # fmt: skip
+            y = y * finished(up, second_bias, rows, factor, dtype)
+    inside = (token < M)[None, :] & (output < outputs)[:, None]
+    place = token.to(tl.int64)[None, :] * width + column + output[:, None]
+    if residual is not None:
+        y = y.to(dtype).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, y.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -193,25 +258,41 @@ def _dequantize(
 
 
 def deep(
-    x: Tensor, weight: Packed, bias: Tensor | None, rows: int, outputs: int, depth: int, stages: int, warps: int
+    x: Tensor,
+    weights: Sequence[Packed],
+    biases: Sequence[Tensor | None],
+    tile: Sequence[int],
+    kind: str | None = None,
+    residual: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """`x @ weight^T + bias` of few rows, inputs split among the warps of a program.
+    """Products of few rows beside one another, or gate and up with the activation between them.
 
     Args:
         x: `[rows, inputs]`.
-        weight: The weight.
-        bias: `[outputs]`, or `None`.
-        rows: Of a tile.
-        outputs: Of a tile.
-        depth: Parts that a program's inputs are split into.
-        stages: Of loading.
-        warps: Of a program, at least `depth`.
+        weights: Up to TOGETHER, alike but for their outputs.
+        biases: Of each, `[outputs]`; all or none are `None`.
+        tile: Rows and outputs of a tile; parts that a program's inputs are split into; stages of loading; warps of a
+            program, at least as many as parts.
+        kind: As for `few.few`.
+        residual: `[rows, outputs]`, dense, or `None`.
+        factor: On the products.
+
+    Returns:
+        `[rows, outputs of all]`, or those of one with an activation.
     """
-    m, (n, w) = len(x), weight.words.shape
-    out = x.new_empty(m, n)
-    _deep[(triton.cdiv(n, outputs), triton.cdiv(m, rows))](
-        x, weight.words, weight.scales, weight.zeros, bias, out, m, n, weight.inputs, w, weight.scales.shape[1],
-        BLOCK_M=rows, BLOCK_N=outputs, DEPTH=depth, STAGES=stages, num_warps=warps, **_constants(x, weight, depth),
+    rows, outputs, depth, stages, warps = tile
+    first, missing = weights[0], TOGETHER - len(weights)
+    m, counts = len(x), [len(weight.words) for weight in weights]
+    shown = counts[:1] if kind else counts
+    out = x.new_empty(m, sum(shown))
+    parts: list[Tensor | None] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        parts += weight.words, weight.scales, weight.zeros, bias
+    _deep[(sum(triton.cdiv(count, outputs) for count in shown), triton.cdiv(m, rows))](
+        x, *parts, *[None] * (4 * missing), residual, out, None if factor == 1 else factor, m, *counts, *[0] * missing,
+        first.inputs, first.words.shape[1], first.scales.shape[1], ACTIVATION=kind,
+        BLOCK_M=rows, BLOCK_N=outputs, DEPTH=depth, STAGES=stages, num_warps=warps, **_constants(x, first, depth),
     )  # fmt: skip
     return out
 

@@ -1,7 +1,7 @@
 """A decoder layer in about ten launches, where transformers' modules need fifty. The twin is `reference.layer`.
 
-Each kernel of another file does what lies between two products or around one. Products of few rows are ours where that
-was measured to be faster than cuBLAS and the launches behind it.
+Each kernel of another file does what lies between two products or around one. Products of few rows are one launch
+where that was measured to be faster than one for each and those behind it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from .few import ROWS, TOGETHER, Tile, few
+from .few import ROWS, Tile, few
 from .gated import gated
+from .int_linear import TOGETHER, deep
 from .norm import norm
 from .rotary import Pages, place
 from .tuning import Way, fastest
+from .weight import DEEP, bucket_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,20 +99,30 @@ def products(x: Tensor, of: Sequence[Product], kind: str | None = None, residual
     apart = partial(_apart, x, of, kind, residual)
     if len(x) > ROWS or len(of) > TOGETHER or not _alike(x, of):
         return apart()
-    ways = [Way("few", tile) for tile in (SINGLE if len(x) == 1 else SEVERAL)]
-    ways.append(Way("cublas"))
+    counts = [product.weight.shape[0] for product in of]
+    first = of[0].weight
+    if isinstance(first, torch.Tensor):
+        form, bucket = "dense", 1 if len(x) == 1 else ROWS
+        ways = [Way("few", tile) for tile in (SINGLE if len(x) == 1 else SEVERAL)]
+    else:
+        form, bucket = first.form, bucket_of(len(x))
+        ways = [Way("deep", tile) for tile in DEEP[bucket]]
+    ways.append(Way("apart"))
 
     def compute(way: Way) -> list[Tensor]:
-        if way.name == "cublas":
+        if way.name == "apart":
             return apart()
-        y = few(x, of, kind, residual, Tile(*way.configuration))
-        return [y] if kind else list(y.split([product.weight.shape[0] for product in of], dim=1))
+        if way.name == "few":
+            y = few(x, of, kind, residual, Tile(*way.configuration))
+        else:
+            packed, biases = [product.weight.packed() for product in of], [product.bias for product in of]
+            y = deep(x, packed, biases, way.configuration, kind, residual, of[0].factor)
+        return [y] if kind else list(y.split(counts, dim=1))
 
     way = ways[0]
     if x.is_cuda:  # Triton's interpreter has no clock
-        outputs = "+".join(str(product.weight.shape[0]) for product in of)
-        bucket = 1 if len(x) == 1 else ROWS
-        key = f"dense {outputs}x{x.shape[1]} {x.dtype} {kind} {residual is not None} {bucket}"
+        outputs = "+".join(map(str, counts))
+        key = f"{form} {outputs}x{x.shape[1]} {x.dtype} {kind} {residual is not None} {bucket}"
         way = fastest(key, ways, compute, x.device) or way
     return compute(way)
 
@@ -118,14 +130,20 @@ def products(x: Tensor, of: Sequence[Product], kind: str | None = None, residual
 def _alike(x: Tensor, of: Sequence[Product]) -> bool:
     """Whether one launch can serve them."""
     first = of[0]
+    dense = isinstance(first.weight, torch.Tensor)
     return all(
-        isinstance(product.weight, torch.Tensor)
-        and product.weight.dtype == x.dtype
-        and product.weight.is_contiguous()
+        isinstance(product.weight, torch.Tensor) == dense
+        and (product.weight.dtype == x.dtype and product.weight.is_contiguous() if dense else _joins(product, first))
         and product.factor == first.factor
         and (product.bias is None) == (first.bias is None)
         for product in of
     )
+
+
+def _joins(product: Product, first: Product) -> bool:
+    """Whether a quantized weight is laid out as another one; rounded activations are a kernel of torch's own."""
+    weight = product.weight
+    return not product.group and "order" not in weight.tensors and weight.form == first.weight.form
 
 
 def _apart(x: Tensor, of: Sequence[Product], kind: str | None, residual: Tensor | None) -> list[Tensor]:

@@ -135,6 +135,18 @@ class TritonWeight:
         part = {name: tensor if name == "order" else tensor[start:stop] for name, tensor in self.tensors.items()}
         return TritonWeight(part, self.inputs, self.bits, self.kind, self.tile)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return len(self.tensors["words"]), self.inputs
+
+    @property
+    def form(self) -> str:
+        """What weights have in common that one kernel multiplies with in one launch, in words."""
+        zeros = " zeros" if "zeros" in self.tensors else ""
+        scales = self.tensors["scales"]
+        return f"{self.kind}{zeros} {scales.dtype} {scales.shape[1]} groups"
+
     def packed(self) -> Packed:
         """What kernels read."""
         held = self.tensors
@@ -172,9 +184,7 @@ class TritonWeight:
         ways = ways_of(bucket, x, weight, activations)
         if not x.is_cuda:  # Triton's interpreter has no clock
             return ways[0]
-        outputs, groups = weight.scales.shape
-        form = f"{self.kind}{'' if weight.zeros is None else ' zeros'} {outputs}x{self.inputs}/{groups}"
-        key = f"{form} {x.dtype} {bucket}{' activations' if activations else ''}"
+        key = f"{self.form} {self.shape[0]}x{self.inputs} {x.dtype} {bucket}{' activations' if activations else ''}"
         found = fastest(key, ways, lambda way: compute(way, x, weight, bias), x.device)
         if found is None:
             return ways[0]
@@ -222,7 +232,7 @@ def compute(way: Way, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         bias: `[outputs]`, or `None`.
     """
     if way.name == "deep":
-        return int_linear.deep(x, weight, bias, *way.configuration)
+        return int_linear.deep(x, [weight], [bias], way.configuration)
     if way.name == "tiles":
         return int_linear.tiles(x, weight, bias, *way.configuration)
     if way.name == "scaled":
