@@ -30,6 +30,7 @@ from .capture import CAPTURES, Run
 from .fixed import Batch, Inputs, Key, key_of
 
 MOST = 128  # graphs; when there are more, all are given up
+LOOKS = 16  # passes between two looks at where the weights lie, which every call begins with
 
 
 class Compute(Protocol):
@@ -84,6 +85,8 @@ class Graphs:
         self._state: object = None
         self._owners: list[weakref.ref[nn.Module]] = []
         self._addresses: list[int] = []
+        self._pages = self._find_pages()
+        self._passes = 0
         self.why_not: str | None = None
         self.replays = 0
         self.refresh(model)
@@ -114,9 +117,13 @@ class Graphs:
         hooked = next((module for module in every if runs_more(module)), None)
         return None if hooked is None else f"a {type(hooked).__name__} has a hook or a forward of its own"
 
+    def _find_pages(self) -> list[int]:
+        """Where pages lie."""
+        return [tensor.data_ptr() for tensor in (*self.store.keys, *self.store.values)]
+
     def _find_addresses(self) -> list[int]:
-        """Where pages and weights lie, and how often those were written: a quantized copy is made in Python."""
-        found = [tensor.data_ptr() for tensor in (*self.store.keys, *self.store.values)]
+        """Where weights lie, and how often they were written: a quantized copy is made in Python."""
+        found = []
         for reference in self._owners:
             module = reference()
             for tensor in () if module is None else _tensors(module):
@@ -142,8 +149,11 @@ class Graphs:
         key = key_of(batch)
         if key is None or self.why_not is not None:
             return None
-        if (addresses := self._find_addresses()) != self._addresses:  # pages were added, weights moved or exchanged
-            self._addresses = addresses
+        self._passes += 1
+        if self._find_pages() != self._pages or (
+            self._passes % LOOKS == 0 and self._find_addresses() != self._addresses
+        ):  # pages were added, weights moved or exchanged
+            self._pages, self._addresses = self._find_pages(), self._find_addresses()
             self._graphs.clear()
         if key not in self._graphs:
             if len(self._graphs) >= MOST:

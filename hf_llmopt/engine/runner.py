@@ -69,8 +69,20 @@ class Runner:
         fuses = layers if launched else device.type == "cpu"
         self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None
         self._less: tuple[str, ...] = ()  # what the engine does without
-        self.graphs = Graphs(model, store, config) if config.graphs is True else None
+        self.graphs = self._graphs(model, config)
         self.taps: Taps | None = None  # of a drafter that reads hidden states
+
+    def _graphs(self, model: PreTrainedModel, config: LLMOptConfig) -> Graphs | None:
+        """The graphs that were asked for, or those that can be recorded."""
+        if config.graphs is True:
+            return Graphs(model, self.store, config)
+        if config.graphs is False or self.device.type != "cuda" or ranks_of(model) is not None:
+            return None
+        try:
+            found = Graphs(model, self.store, config)
+        except InvalidOption:
+            return None
+        return found if found.why_not is None else None
 
     def _offloading(self, store: PagedStore) -> dict[torch.device, Streams]:
         """What copies pages to and from each device."""
@@ -264,8 +276,9 @@ class Runner:
         return nullcontext() if self.fusion is None else self.fusion.entered(model, tokens)
 
     def _fused(self, model: PreTrainedModel, given: Tensor, *inputs: Any) -> Tensor:
-        """The pass that a graph records: as `_compute`, with our kernels."""
-        with self._entered(model, len(given)):
+        """The pass that a graph records: as `_compute`, with the layers that are launched."""
+        launched = self.fusion is not None and self.fusion.launched
+        with self._entered(model, len(given)) if launched else nullcontext():
             return self._compute(model, given, *inputs)
 
     def _compute(
