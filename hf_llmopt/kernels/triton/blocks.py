@@ -109,7 +109,8 @@ def slots_of(table, token, seen, PAGE: tl.constexpr, MASKED: tl.constexpr):
         page = tl.load(table + token // PAGE, mask=seen, other=0)
     else:
         page = tl.load(table + token // PAGE)
-    return page.to(tl.int64) * PAGE + token % PAGE
+    # Triton 3.6 takes what divides the first slot of a page for what divides each one, and would read too much at once.
+    return tl.multiple_of(page.to(tl.int64) * PAGE + token % PAGE, 1)
 
 
 @triton.jit
