@@ -12,7 +12,7 @@ from hf_llmopt.kernels.triton import few, gated, int_linear, norm, rotary
 
 CAPABILITIES = (80, 90)
 POINTERS = {"slots": "*i64", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
-WORDS = {name: "*i32" for name in ("first", "second", "third")} | {
+WORDS = dict.fromkeys(("first", "second", "third"), "*i32") | {
     f"{name}_zeros": "*u8" for name in ("first", "second", "third")
 }
 FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}

@@ -28,6 +28,7 @@ def bench(
     repeats: int = 5,
     seed: int = 0,
     quick: bool = False,
+    device: str = "cpu",
     on_run: OnRun = lambda what: None,
 ) -> dict[str, Any]:
     """Measure what quantized weights gain and what they cost.
@@ -41,6 +42,7 @@ def bench(
         repeats: Timed runs of each way, interleaved, after one that is not timed.
         seed: Of prompts and weights.
         quick: Miniature models, few tokens: no figure counts.
+        device: Where speed is measured.
         on_run: Called with what has run.
 
     Returns:
@@ -62,7 +64,8 @@ def bench(
         report["memory"] = [load_memory.measure(shape, METHODS["int4"], quick, on_run) for shape in shapes]
     if "speed" in parts:
         report["speed"] = [
-            quantized_speed.measure_shape(shape, rows, methods, repeats, seed, quick, on_run) for shape in shapes
+            quantized_speed.measure_shape(shape, rows, methods, repeats, seed, quick, on_run, device)
+            for shape in shapes
         ]
     if "llama.cpp" in parts:
         report["llama.cpp"] = llama_cpp.measure(shapes, repeats, quick, on_run)

@@ -40,10 +40,17 @@ class Way:
 
 
 def measure_shape(
-    shape: str, rows: Sequence[int], methods: Sequence[str], repeats: int, seed: int, quick: bool, on_run: OnRun
+    shape: str,
+    rows: Sequence[int],
+    methods: Sequence[str],
+    repeats: int,
+    seed: int,
+    quick: bool,
+    on_run: OnRun,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Decode steps and a prompt of one shape, every way interleaved with the others."""
-    model = build(shape, torch.bfloat16, seed, miniature=quick)
+    model = build(shape, torch.bfloat16, seed, miniature=quick, device=device)
     ways = {STOCK: Way(model), FULL: Way(model, LLMOptConfig())}
     made = {}
     for name in methods:
@@ -82,7 +89,8 @@ def _case(
 ) -> dict[str, Any]:
     model = ways[STOCK].model
     embeddings: Any = model.get_input_embeddings()
-    inputs = ragged_prompts(workload, embeddings.weight.shape[0], None, seed)
+    prompts = ragged_prompts(workload, embeddings.weight.shape[0], None, seed)
+    inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
     arguments = {"max_new_tokens": workload.new_tokens, "do_sample": False, "eos_token_id": None}
 
     def call(way: Way) -> Run:
@@ -98,6 +106,7 @@ def _case(
     scale = 1e3 if figure == "time_to_first_token" else 1.0
     ratios = {name: paired_ratio(times[STOCK], found) for name, found in times.items() if name != STOCK}
     reasons = _objections(model, inputs, workload, runs)
+    goals = GOALS if model.device.type == "cpu" else {}
     return {
         "name": workload.name,
         "rows": workload.rows,
@@ -107,7 +116,7 @@ def _case(
         "fused": {name: list(getattr(found[-1].stats, "fused", ())) for name, found in runs.items()},
         "reasons": reasons,
         "ratios": {} if reasons else {n: {"ratio": r.ratio, "low": r.low, "high": r.high} for n, r in ratios.items()},
-        "goals": {name: GOALS[name, goal] for name in ways if (name, goal) in GOALS},
+        "goals": {name: goals[name, goal] for name in ways if (name, goal) in goals},
     }
 
 
@@ -121,7 +130,8 @@ def _objections(
     for name, found in runs.items():
         if any(run.output.shape[1] - run.prompt_length != workload.new_tokens for run in found):
             reasons.append(f"{name}: not {workload.new_tokens} new tokens")
-        if any(not torch.equal(run.output, found[0].output) for run in found):
+        # A GPU reads the pages of a graph by another kernel than those of an eager pass: near ties may fall otherwise.
+        if model.device.type == "cpu" and any(not torch.equal(run.output, found[0].output) for run in found):
             reasons.append(f"{name}: other tokens in every run")
         stats = [run.stats for run in found if run.stats is not None]
         reasons += sorted({f"{name}: transformers served: {s.reason}" for s in stats if s.served_by != "llmopt"})

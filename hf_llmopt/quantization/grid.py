@@ -20,6 +20,7 @@ from ..errors import UnsupportedQuantization
 from ..kernels.arguments import Grid
 
 CHUNK = 1 << 18  # weights that are worked on at once: they stay in the cache, and the memory is bounded
+GPU_CHUNK = 1 << 24  # likewise on a GPU, whose launches would cost more than its work
 SHRINK = 0.95  # a range that is tried, as a share of the one tried before
 REFITS = 2  # least-squares scales for the codes of the best range
 
@@ -58,7 +59,7 @@ def make_grid(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(outputs, inputs // size, dtype=scale_dtype, device=weight.device)
     zeros = None if symmetric else torch.empty_like(scales, dtype=torch.uint8)
-    rows = max(1, CHUNK // inputs)
+    rows = max(1, (CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // inputs)
     for start in range(0, outputs, rows):
         part = slice(start, start + rows)
         grouped = weight[part].float().unflatten(1, (-1, size))

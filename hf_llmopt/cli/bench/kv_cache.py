@@ -49,7 +49,8 @@ def kv_cache(
     graphs: Annotated[
         bool,
         typer.Option(
-            "--graphs", help="Every workload once more with CUDA graphs; also how long reading the weights takes."
+            "--graphs",
+            help="Every workload once more with graphs=True; a GPU replays graphs anyway where it can.",
         ),
     ] = False,
     quick: Quick = False,

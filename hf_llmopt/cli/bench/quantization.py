@@ -9,6 +9,7 @@ import typer
 
 from .. import ui
 from ..command import Json, UserError
+from ..models import usable
 from ..texts import read_text
 from .options import Markdown, Output, Plots, Quick, Repeat, Saved, Seed, parent, require_folders, require_known
 from .shown import record, show
@@ -28,6 +29,9 @@ def quantization(
         list[str] | None,
         typer.Option("--method", metavar="NAME", help="Of the speed part; may be repeated. All by default."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where speed is measured; everything else is measured on the CPU.")
+    ] = "cpu",
     repeat: Repeat = 5,
     seed: Seed = 0,
     quick: Quick = False,
@@ -57,6 +61,7 @@ def quantization(
     ):
         require_known(what, given, known)
     counts = _rows(rows)
+    usable(device)
     if saved is not None:
         report = loads(read_text(saved))
     else:
@@ -67,7 +72,7 @@ def quantization(
             "methods": methods or tuple(METHODS), "repeats": repeat,
         }  # fmt: skip
         with ui.progress("quantization", bench.runs_of(**chosen)) as on_run:
-            report = bench.bench(**chosen, seed=seed, quick=quick, on_run=on_run)
+            report = bench.bench(**chosen, seed=seed, quick=quick, device=device, on_run=on_run)
         record(report, output, quick)
     if plots is not None:
         for found in report.get("speed", ()):
