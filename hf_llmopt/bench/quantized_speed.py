@@ -47,7 +47,7 @@ def measure_shape(
     seed: int,
     quick: bool,
     on_run: OnRun,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Decode steps and a prompt of one shape, every way interleaved with the others."""
     model = build(shape, torch.bfloat16, seed, miniature=quick, device=device)

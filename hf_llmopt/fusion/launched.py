@@ -27,6 +27,7 @@ def by_launches(
 ) -> Tensor:
     """As `Compute`."""
     from ..kernels.triton import layer as kernels  # Triton may be missing where nothing is launched
+    from ..kernels.triton.rotary import Pages
 
     store, slots = step.store, step.slots(layer, x.device)
     how = Turns(None, None, slots)
@@ -34,13 +35,14 @@ def by_launches(
         cosine, sine = (part[0].contiguous() for part in turns)
         how = Turns(cosine, sine, slots, ROTATIONS.index(structure.rotation))
     keys, values = store.keys[layer], store.values[layer]
-    pages = kernels.Pages(keys, values) if store.layers[layer].form is None else None
+    pages = Pages(keys, values) if store.layers[layer].form is None else None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if pages is None:
             store.write(layer, slots, key, value)
-        heads_first = (part.transpose(0, 1)[None] for part in (query, key, value))
-        return step.attend(step, Call(layer, *heads_first, structure.scaling, structure.softcap, None))[0].flatten(1)
+        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        call = Call(layer, query, key, value, structure.scaling, structure.softcap, None)
+        return step.attend(step, call)[0].flatten(1)
 
     return kernels.layer(x, bound, structure.heads, store.layers[layer].shape, how, pages, attend)
 

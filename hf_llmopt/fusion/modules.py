@@ -169,7 +169,7 @@ class Fusion:
 
     def describe(self) -> tuple[str, ...]:
         """What our kernels compute, and what was recognised but stays eager."""
-        layers = [entry.forward for _, entry in self._entries if isinstance(entry.forward, Proved)]
+        layers: list[Any] = [entry.forward for _, entry in self._entries if isinstance(entry.forward, Proved)]
         eager = sum(layer.is_eager for layer in layers)
         counts = {**self.replaced, "decoder layer": len(layers) - eager}
         lines = [f"{count} x {kind}" for kind, count in counts.items() if count]
