@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import LoraLayers
-from ..attention import Attend, Observer, Span, StepInputs, Watch, backend, configs_of, serving
+from ..attention import Attend, Observer, Span, StepInputs, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..errors import InvalidOption
 from ..fusion import Fusion, launches
@@ -27,6 +27,7 @@ from .graphs import Graphs
 from .parallel import ranks_of
 from .probe import input_device
 from .request import Request
+from .spans import columns_of, ids_of, long, put_unknown, slots_of, watches_of
 from .taps import Taps
 
 OFFLOADED = {"cuda"}  # types of devices whose pages host memory can take
@@ -198,26 +199,26 @@ class Runner:
                 kept.append(len(positions) - 1)
             if length == request.remaining:
                 needed.append((request, len(kept) - 1))
-        columns = self._columns(spans) if self.store.reads_columns else None
-        slots = self._slots(spans)
-        watches, attend = _watches(spans), self.attend
+        columns = columns_of(spans) if self.store.reads_columns else None
+        slots = slots_of(self.store, spans)
+        watches, attend = watches_of(spans), self.attend
         if watches and self._eviction is not None:
             attend = Observer(attend, watches, self._eviction.fold, self._eviction.weighs)
         names = [request.adapter for request, length in spans for _ in range(length)]
-        batch = Batch(placed, self._ids(spans), positions, kept, slots, columns)
-        put_unknown, logits = partial(self._put_unknown, spans), None
+        batch = Batch(placed, ids_of(spans), positions, kept, slots, columns)
+        put, logits = partial(put_unknown, spans), None
         eager = embeds or any(names) or watches or self.taps is not None
         if self.graphs is not None and self.graphs.store is self.store and not eager:
             clock = Clock(device)
-            logits = self.graphs.run(batch, partial(self._fused, model), put_unknown, note)
+            logits = self.graphs.run(batch, partial(self._fused, model), put, note)
             clock.stop()
         if logits is None:
-            given = _long(batch.ids, device)
+            given = long(batch.ids, device)
             if embeds:
                 rows = [request.embeds[request.computed : request.computed + length] for request, length in spans]
                 given = torch.cat(rows)[None].to(device)
             else:
-                put_unknown(given)
+                put(given)
             logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches))
         if self.taps is not None:
             self.taps.hand_out(spans)
@@ -253,7 +254,7 @@ class Runner:
         """
         device, store, spans, slots = self.device, self.store, batch.spans, batch.slots
         tokens, kept = len(batch.positions), batch.kept
-        keep = None if len(kept) == tokens else _long(kept or [0], device)
+        keep = None if len(kept) == tokens else long(kept or [0], device)
         columns = None if batch.columns is None else upload(batch.columns, device)
         if self._streams:
             store = staged = Staged(store, [span.tables for span in spans], slots, self._streams)
@@ -264,7 +265,7 @@ class Runner:
         adapted = self._lora.entered(adapters, kept or [0], device) if any(adapters) else nullcontext()
         tapped = nullcontext() if self.taps is None else self.taps.entered()
         with self._entered(model, tokens), adapted, tapped:
-            positions, clock = _long(batch.positions, device), Clock(device)
+            positions, clock = long(batch.positions, device), Clock(device)
             logits = self._compute(model, given, positions, keep, columns, step)
             clock.stop()
             if step.ahead is not None:
@@ -312,57 +313,3 @@ class Runner:
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
         logits: Tensor = output.logits[0]
         return logits if keep is None or self._keeps_logits else logits[keep.to(logits.device)]
-
-    def _ids(self, spans: Sequence[tuple[Request, int]]) -> list[int]:
-        """Token ids of the pass; -1 for those that the host does not know yet."""
-        return [token for r, length in spans for token in r.tokens[r.computed : r.computed + length]]
-
-    def _put_unknown(self, spans: Sequence[tuple[Request, int]], ids: Tensor) -> None:
-        """Write ids that the host does not know yet into those of the pass, `[tokens]`, on the device."""
-        unknown: dict[int, tuple[Tensor, list[int], list[int]]] = {}  # by their source: where to, and from where
-        end = 0
-        for request, length in spans:
-            end += length
-            if request.pending is not None and length == request.remaining:
-                source, index = request.pending
-                _, places, indices = unknown.setdefault(id(source), (source, [], []))
-                places.append(end - 1)
-                indices.append(index)
-        for source, places, indices in unknown.values():
-            known = source[_long(indices, source.device)].to(self.device, non_blocking=True)
-            # -1 stands for scores that contain NaN: the row fails once the host knows, and the others must not
-            ids[_long(places, self.device)] = known.clamp_min(0)
-
-    def _slots(self, spans: Sequence[tuple[Request, int]]) -> list[Tensor]:
-        """Per cache group, where each token of the pass is written, `[tokens]`."""
-        per_group = []
-        for group in range(len(self.store.groups)):
-            slots: list[int] = []
-            for request, length in spans:
-                slots += request.tables[group].slots(range(request.computed, request.computed + length))
-            per_group.append(torch.tensor(slots, device="cpu"))
-        return per_group
-
-    def _columns(self, spans: Sequence[tuple[Request, int]]) -> Tensor:
-        """Padded column of each token, minus its place in the pass, `[tokens]`."""
-        columns = [r.left_padding + i for r, length in spans for i in range(r.computed, r.computed + length)]
-        return torch.tensor(columns, device="cpu") - torch.arange(len(columns), device="cpu")
-
-
-def _watches(spans: Sequence[tuple[Request, int]]) -> list[Watch]:
-    """The queries of a pass that somebody looks at; they count as seen from now on."""
-    watches = []
-    for index, (request, length) in enumerate(spans):
-        selection, start = request.selection, request.computed
-        if selection is None:
-            continue
-        first = max(selection.looks.start, selection.scores.seen, start)
-        queries = range(first - start, min(selection.looks.stop, start + length) - start)
-        if queries:
-            watches.append(Watch(index, queries, selection.held, selection.scores.layers))
-            selection.scores.seen = start + queries.stop
-    return watches
-
-
-def _long(values: Sequence[int], device: torch.device) -> Tensor:
-    return upload(torch.tensor(values, dtype=torch.long, device="cpu"), device)

@@ -103,7 +103,7 @@ class Fusion:
     ) -> None:
         self.specs = specs
         self.layers = layers
-        self.launched = launches(specs[0].device)
+        self.launched = layers and launches(specs[0].device)
         self.batch_invariant = batch_invariant
         self.timed = timed
         self.replaced: dict[str, int] = {}
