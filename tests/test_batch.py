@@ -88,6 +88,7 @@ def test_a_run_that_is_killed_again_and_again_loses_and_repeats_nothing(tmp_path
     go(source, tmp_path / "whole.jsonl")
     target, kills = tmp_path / "out.jsonl", 0
     while True:
+        until = lines_of(target) + random.randrange(0, 60)
         with warnings.catch_warnings():  # of forks among threads: this one runs no torch
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
@@ -97,9 +98,14 @@ def test_a_run_that_is_killed_again_and_again_loses_and_repeats_nothing(tmp_path
                 os._exit(0)
             finally:
                 os._exit(1)
-        time.sleep((0.004 + random.random() * 0.03) * (1 + kills / 10))  # it ends, however slow the machine is
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        ended, status = 0, 0
+        while not ended and lines_of(target) < until:  # it ends, however slow the machine is
+            time.sleep(0.001)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            time.sleep(random.random() * 0.002)
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
             break
