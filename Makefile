@@ -89,8 +89,9 @@ build-kernels = $(1) $(TEST_ENV)/bin/python -c "import setuptools; setuptools.se
 $(DEMO_ENV)/.made: $(SETTINGS)
 	$(call make-environment,$(DEMO_ENV),.)
 
+# Without kernels: they are compiled once, below.
 $(TEST_ENV)/.made: $(SETTINGS)
-	$(call make-environment,$(TEST_ENV),.[dev],CFLAGS="$(TEST_CFLAGS)")
+	$(call make-environment,$(TEST_ENV),.[dev],CC=false)
 
 $(RAY_ENV)/.made: $(SETTINGS)
 	$(call make-environment,$(RAY_ENV),$(WITH_RAY),CFLAGS="$(TEST_CFLAGS)")
