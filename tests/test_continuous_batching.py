@@ -467,7 +467,7 @@ def test_no_stale_keys_after_a_weight_update() -> None:
 def test_cancel_between_the_pass_and_the_choice(model, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request goes while its token is being chosen, a page of it just filled."""
     served = model("llama")
-    from hf_llmopt.batching import engine as module
+    from hf_llmopt.batching import turns as module
 
     choose, cancelled = module.choose, []
 
@@ -621,7 +621,7 @@ def test_a_forward_that_raises_behind_an_end(model, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_cancelled_request_has_a_log_probability_per_token(model, overlap: bool, monkeypatch) -> None:
-    from hf_llmopt.batching import engine as module
+    from hf_llmopt.batching import turns as module
 
     choose, calls = module.choose, []
 
