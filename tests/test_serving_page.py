@@ -180,6 +180,19 @@ def test_stop_frees_the_request(opened, it, how: str, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+def test_a_new_chat_knows_nothing_of_an_answer_that_still_came(opened, it, monkeypatch) -> None:
+    monkeypatch.setattr(it.service.engine.loop, "on_step", lambda plan, began: time.sleep(0.02))
+    say(opened, "def main(", temperature="0", most="900")
+    until(opened, "document.querySelector('.turn.assistant .text').textContent.length > 5")
+    opened.click("#clear")
+    with opened.expect_request("**/v1/chat/completions") as asked:
+        say(opened, "class A", most="2")
+    assert json.loads(asked.value.post_data)["messages"] == [{"role": "user", "content": "class A"}]
+    until(opened, "document.querySelectorAll('.turn.assistant .note:not(:empty)').length === 1")
+    assert it.idle()
+
+
+@pytest.mark.slow
 def test_what_a_model_writes_stays_text(opened) -> None:
     """The answer holds markup, and comes as a server would send it."""
     chunks = [
