@@ -401,10 +401,18 @@ def test_marks_may_be_special_tokens(pair) -> None:
 # ------------------------------------------------------------------------------------------------------ over a socket
 
 
+WRITES_TOOLS = (
+    "{% for t in tools or [] %}# {{ t.function.name }}\n{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
 @pytest.fixture(scope="module")
 def served(pair):
+    template = pair[1].chat_template
+    pair[1].chat_template = WRITES_TOOLS
     with running(make(pair)) as it:
         yield it
+    pair[1].chat_template = template
 
 
 @pytest.fixture(scope="module")
@@ -496,11 +504,31 @@ def test_what_the_model_writes_by_itself_is_read(client, served, pair, monkeypat
     assert demand(client, tool_choice="none").choices[0].message.content == text
 
 
+def test_calls_that_stay_text_cannot_be_demanded(client, served, monkeypatch) -> None:
+    monkeypatch.setattr(served.service, "tool_parser", "none")
+    for choice in ("required", {"type": "function", "function": {"name": "now"}}):
+        with pytest.raises(openai.BadRequestError, match="one of mistral, hermes, llama3_json") as failed:
+            demand(client, tool_choice=choice)
+        assert failed.value.param == "tool_choice"
+
+
+def test_tools_that_the_template_leaves_out_are_refused(client, served, pair, monkeypatch) -> None:
+    monkeypatch.setattr(pair[1], "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    for more in ({}, {"tool_choice": "auto"}):
+        with pytest.raises(openai.BadRequestError, match="chat template leaves them out") as failed:
+            demand(client, **more)
+        assert failed.value.param == "tools"
+    for more in ({"tool_choice": "none"}, {"tool_choice": "required"}, {"tools": []}):
+        demand(client, max_tokens=2, **more)
+    result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+    demand(client, max_tokens=2, messages=[*MESSAGES, result])
+
+
 def test_strict_functions_leave_other_text_alone(client, served, monkeypatch) -> None:
     monkeypatch.setattr(served.service, "tool_parser", "hermes")
     strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
     asked = {"max_tokens": 24, "temperature": 0, "messages": [{"role": "user", "content": demo.PROMPTS[0]}]}
-    free, held = demand(client, **asked), demand(client, tools=strict, **asked)
+    free, held = demand(client, tools=TOOLS[:1], **asked), demand(client, tools=strict, **asked)
     assert held.choices[0].message.content == free.choices[0].message.content
     strict[0]["function"]["parameters"] = {"type": "object", "not": {}}
     with pytest.raises(openai.BadRequestError, match="Unimplemented keys"):

@@ -44,7 +44,7 @@ async def chat(service: Service, request: Request) -> Response:
         if rules is not None:
             grammar = service.compiled(lambda known: known.lark(rules), "tools")
         marks = tools is not None and tools.shows_marks(tokenizer)
-        ids = service.prompts.chat(ask, tools=ask.tool_choice != "none")
+        ids = service.prompts.chat(ask, ask.tool_choice != "none", ask.demanded is None)
         return service.submit([ids], ask, most, caller, shown, grammar, marks)
 
     answers = await service.in_thread(n, work)

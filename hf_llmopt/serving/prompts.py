@@ -63,15 +63,16 @@ class Prompts:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def chat(self, ask: ChatMessages, tools: bool = True) -> list[int]:
+    def chat(self, ask: ChatMessages, tools: bool = True, told: bool = False) -> list[int]:
         """Ids of a chat, as the model's template writes it.
 
         Args:
             ask: Messages, and how to render them.
             tools: Whether the template is told of the tools.
+            told: Whether it has to tell the model of them.
 
         Raises:
-            APIError: There is no template, or it refuses these messages.
+            APIError: There is no template, or it refuses these messages, or leaves the tools out.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise APIError(
@@ -85,11 +86,25 @@ class Prompts:
                 "invalid_value",
                 "chat_template_kwargs",
             )
+        offered = (ask.tools or None) if tools else None
+        text = self._rendered(ask, offered, more)
+        # Some templates write tools into the user's turn only, so they may be missing where a result is handed on.
+        if told and offered and ask.messages[-1].role != "tool" and text == self._rendered(ask, None, more):
+            raise APIError(
+                400,
+                "tools: this model's chat template leaves them out, so the model would not know of them. Describe them "
+                "in a message, demand a call with tool_choice, or serve a model whose template writes tools.",
+                "unsupported_parameter",
+                "tools",
+            )
+        return self.text(text, special=False)  # the template writes them
+
+    def _rendered(self, ask: ChatMessages, tools: list[dict[str, Any]] | None, more: dict[str, Any]) -> str:
         goes_on = bool(ask.continue_final_message)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [_plain(message.model_dump(exclude_none=True)) for message in ask.messages],
-                tools=(ask.tools or None) if tools else None,
+                tools=tools,
                 add_generation_prompt=not goes_on if ask.add_generation_prompt is None else ask.add_generation_prompt,
                 continue_final_message=goes_on,
                 tokenize=False,
@@ -100,7 +115,7 @@ class Prompts:
             raise APIError(
                 400, f"The chat template refuses these messages: {reason}", "invalid_value", "messages"
             ) from error
-        return self.text(text, special=False)  # the template writes them
+        return text
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

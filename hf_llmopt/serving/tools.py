@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import APIError
 from .lark import json_rule, quoted
 from .schema import ChatRequest
-from .tool_formats import Hermes, Reader, ToolFormat, of_template
+from .tool_formats import NAMES, Hermes, Reader, ToolFormat, of_template
 from .tool_stream import GrowingCalls
 
 SHORT_ID = 9  # characters
@@ -41,10 +42,21 @@ class Tools:
         Args:
             ask: The request.
             tokenizer: Its chat template tells the format.
-            parser: Name of the format; `None` for what the template tells.
+            parser: Name of the format, or `"none"`; `None` for what the template tells.
+
+        Raises:
+            APIError: A call is demanded of a server that leaves calls in the text.
         """
         if not ask.functions:
             return None
+        if parser == "none" and ask.demanded is not None:
+            raise APIError(
+                400,
+                "tool_choice: this server leaves calls in the text (--tool-parser none), so none can be demanded. "
+                f"Start it with a format, one of {', '.join(NAMES)}, or leave the choice to the model.",
+                "unsupported_parameter",
+                "tool_choice",
+            )
         form = of_template(getattr(tokenizer, "chat_template", None), parser)
         if form is None and ask.demanded is not None:
             form = Hermes()
