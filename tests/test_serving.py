@@ -725,6 +725,13 @@ def test_the_command_serves_until_it_is_told_to_stop() -> None:
         process.send_signal(signal.SIGTERM)
         lines = [json.loads(line) for line in process.stderr]
         assert process.wait(30) == 0
+    started = next(line for line in lines if line["event"] == "serving")
+    assert {key: started[key] for key in ("model", "max_model_len", "prompt_cache", "page")} == {
+        "model": "mine",
+        "max_model_len": 64,
+        "prompt_cache": True,
+        "page": url.removesuffix("v1"),
+    }
     assert SECRET not in str(lines)
     assert [line["path"] for line in lines if line["event"] == "request"] == [
         "/v1/completions",

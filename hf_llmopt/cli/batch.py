@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import ui
-from .command import Device, Dtype, Llmopt, UserError, keyword
+from .command import Device, Dtype, ServedLlmopt, UserError, keyword
 from .service import make, room
 
 INTERRUPTED = 130  # as shells have it
@@ -22,7 +22,7 @@ def batch(
         Path, typer.Argument(metavar="OUTPUT.jsonl", help="Their results; if it is there, the run goes on.")
     ],
     model: Annotated[str, typer.Option(help="A folder, a name on the hub, or `demo` for the embedded model.")] = "demo",
-    llmopt: Llmopt = "true",
+    llmopt: ServedLlmopt = "true",
     served_name: Annotated[str | None, typer.Option(help="What requests call the model; by default MODEL.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")

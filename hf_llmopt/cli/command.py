@@ -60,17 +60,24 @@ def keyword(value: str) -> Any:
 
     if value.lstrip().startswith("{"):
         try:
-            return LLMOptConfig.parse(json.loads(value))
+            sections = json.loads(value)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"--llmopt {value!r} is no JSON ({error}); a dict looks so: "
                 '{"quantization": {"method": "int4", "group_size": 64}}'
             ) from error
+        LLMOptConfig.parse(sections)
+        return sections
 
     known = {"true": True, "false": False}
     if value.lower() in known:
         return known[value.lower()]
     for name in value.split(","):
+        if name.strip().lower() in known:
+            raise UserError(
+                f"--llmopt {value!r}: {name.strip()!r} stands alone. Names between commas are parts, as "
+                f"prompt_cache,int4; allowed: {', '.join(PARTS)}"
+            )
         if name.strip() not in PARTS:
             raise unknown("--llmopt value", name.strip(), [*known, *PARTS])
     return value
@@ -83,7 +90,16 @@ Llmopt = Annotated[
     typer.Option(
         "--llmopt",
         metavar="true|false|NAMES|JSON",
-        help="The keyword: true, false for stock transformers, names such as kv_cache, or a dict as JSON.",
+        help="The keyword: true, false for stock transformers, names between commas as int4,speculative, or JSON.",
+    ),
+]
+ServedLlmopt = Annotated[
+    str,
+    typer.Option(
+        "--llmopt",
+        metavar="true|NAMES|JSON",
+        help="The keyword: true, names between commas as int4,speculative, or a dict as JSON. Prompts are cached "
+        'unless it is kv_cache or a dict with "prompt_cache": false. false is refused: it is stock transformers.',
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

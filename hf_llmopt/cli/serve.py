@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from . import ui
-from .command import Device, Dtype, Llmopt, UserError, keyword
+from .command import Device, Dtype, ServedLlmopt, UserError, keyword
 from .replicas import serve_replicas
-from .service import MAX_BODY_BYTES, MAX_WAITING, make, room
+from .service import MAX_BODY_BYTES, MAX_WAITING, bound, keys_of, make, room
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -19,14 +19,15 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="A folder, a name on the hub, or `demo` for the embedded model.")
     ] = "demo",
-    llmopt: Llmopt = "true",
+    llmopt: ServedLlmopt = "true",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine reaches the default.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     served_name: Annotated[str | None, typer.Option(help="What clients call the model; by default MODEL.")] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="Keys that are let in, one a line; HF_LLMOPT_API_KEYS adds others.")
+        Path | None,
+        typer.Option(help="Keys that are let in, one a line, # for comments; HF_LLMOPT_API_KEYS adds others."),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
@@ -67,10 +68,17 @@ def serve(
     wanted = keyword(llmopt)
     if wanted is False:
         raise UserError("--llmopt false is stock transformers, which `transformers serve` serves")
+    if max_replicas is not None and replicas is None:
+        raise UserError(f"--max-replicas {max_replicas} needs --replicas, how many there are at least")
     serving = room()
     from hf_llmopt.serving import logs
+    from hf_llmopt.serving.app import check_origins
+    from hf_llmopt.serving.service import check_parser
 
-    keys = serving.Keys.read(api_key_file)
+    # What can be wrong is found before a model is loaded.
+    check_parser(tool_parser)
+    check_origins(allow_origin or ())
+    keys = keys_of(api_key_file)
     if host not in LOOPBACK and not len(keys):
         ui.warn(f"whoever reaches {host} may use this server; --api-key-file asks for a key")
     if replicas is not None:
@@ -94,6 +102,7 @@ def serve(
             tool_parser=tool_parser,
             origins=tuple(allow_origin or ()),
         )
+    listening = bound(host, port)
     service = make(
         model,
         wanted,
@@ -110,7 +119,9 @@ def serve(
     )
     logs.to_stderr()
     server = serving.Server(service, drain, allow_origin or ())
-    listening = server.listen(host, port)
+    listening.listen(serving.server.BACKLOG)
     where = f"[{host}]" if ":" in host else host
-    ui.talk(f"serving {service.name} on http://{where}:{listening.getsockname()[1]}/v1")
+    address = f"http://{where}:{listening.getsockname()[1]}"
+    ui.talk(f"serving {service.name} on {address}/v1")
+    logs.LOGGER.info("serving", extra={"fields": {**service.summary, "page": f"{address}/"}})
     server.run(sockets=[listening])

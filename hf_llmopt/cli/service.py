@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +14,8 @@ from .command import UserError
 from .models import load
 
 if TYPE_CHECKING:
-    from hf_llmopt.serving import Service
+    from hf_llmopt import LLMOptConfig
+    from hf_llmopt.serving import Keys, Service
 
 MAX_WAITING = 1024
 MAX_BODY_BYTES = 8 * 2**20
@@ -27,6 +32,59 @@ def room() -> ModuleType:
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is not installed: pip install "hf-llmopt[serve]"') from error
     return serving
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address; nobody can connect yet.
+
+    Raises:
+        UserError: It is in use, or not of this machine.
+    """
+    try:
+        taken: socket.socket = room().Server.bind(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is in use; choose another --port, or 0 for any") from error
+        raise UserError(f"cannot listen on port {port} of {host}: {error.strerror}; see --host and --port") from error
+    return taken
+
+
+def keys_of(file: Path | None) -> Keys:
+    """Who is let in, by `--api-key-file` and the environment.
+
+    Raises:
+        UserError: The file cannot be read.
+        InvalidOption: It has no key.
+    """
+    try:
+        keys: Keys = room().Keys.read(file)
+    except OSError as error:
+        raise UserError(f"--api-key-file {str(file)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--api-key-file {str(file)!r} is no text in UTF-8") from error
+    return keys
+
+
+def config_of(wanted: Any) -> LLMOptConfig:
+    """What is served for a value of the keyword: prompts are cached unless it says otherwise.
+
+    Args:
+        wanted: Any form of the keyword but `False`. `"kv_cache"`, a dict that names `prompt_cache` and an
+            `LLMOptConfig` are taken as they are.
+
+    Raises:
+        InvalidOption: It names something that does not exist, or is `False`.
+    """
+    from hf_llmopt import LLMOptConfig, PromptCacheConfig
+    from hf_llmopt.errors import InvalidOption
+
+    config = LLMOptConfig.parse(wanted)
+    if config is None:
+        raise InvalidOption("llmopt=False is stock transformers, which `transformers serve` serves.")
+    said = wanted in ("kv_cache", ["kv_cache"]) or (isinstance(wanted, Mapping) and "prompt_cache" in wanted)
+    if said or isinstance(wanted, LLMOptConfig) or config.prompt_cache is not None:
+        return config
+    return replace(config, prompt_cache=PromptCacheConfig())
 
 
 def make(
@@ -57,12 +115,12 @@ def make(
 
     Raises:
         UserError: The extra is not installed, or the model cannot be served.
+        InvalidOption: The keyword or another option names something that does not exist or cannot be.
     """
-    from hf_llmopt import Engine, LLMOptConfig
+    from hf_llmopt import Engine
 
     serving = room()
-    config = LLMOptConfig.parse(wanted)
-    assert config is not None
+    config = config_of(wanted)
     config = replace(config, batching=replace(config.batching, max_waiting=max_waiting))
     loaded, tokenizer = load(model, dtype, device, wanted)
     length = max_model_len or getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

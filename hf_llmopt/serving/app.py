@@ -76,18 +76,30 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
         app.add_exception_handler(status, partial(_no_route, status, says))
     app.add_middleware(Front, service=service)
     if origins:
+        check_origins(origins)
         _open_to(app, origins)
     describe(app, keys=len(service.keys) > 0)
     return app
 
 
-def _open_to(app: FastAPI, origins: Sequence[str]) -> None:
-    """Answer browsers' questions before they reach the routes: they carry no key."""
+def check_origins(origins: Sequence[str]) -> None:
+    """Refuse what no browser would ever send.
+
+    Args:
+        origins: As of `create_app`.
+
+    Raises:
+        InvalidOption: One is no origin.
+    """
     for origin in origins:
         if origin != "*" and not ORIGIN.fullmatch(origin):
             raise InvalidOption(
                 f"{origin!r} is no origin: it is * or a scheme, a host and maybe a port, as http://localhost:3000."
             )
+
+
+def _open_to(app: FastAPI, origins: Sequence[str]) -> None:
+    """Answer browsers' questions before they reach the routes: they carry no key."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(origins),

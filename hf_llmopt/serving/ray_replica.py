@@ -23,6 +23,7 @@ class Replica:
     def __init__(self, recipe: Recipe) -> None:
         logs.to_stderr()
         self.service = recipe.service()
+        logs.LOGGER.info("serving", extra={"fields": self.service.summary})
         self._app = create_app(self.service, recipe.origins)
         self._running: set[asyncio.Task[None]] = set()
 

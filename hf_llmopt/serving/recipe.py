@@ -6,8 +6,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..config import LLMOptConfig
-from ..errors import InvalidOption
 from .auth import Keys
 from .limits import Limits
 from .service import Service
@@ -18,7 +16,8 @@ class Recipe(BaseModel):
 
     Args:
         model: A folder, a name on the hub, or `demo`.
-        llmopt: Any form of the keyword but `False`.
+        llmopt: Any form of the keyword but `False`. Prompts are cached unless it is `"kv_cache"`, a dict that says
+            otherwise, or an `LLMOptConfig` without.
         dtype: Of the weights.
         device: Where to; a GPU by default if there is one.
         served_name: What clients call the model; by default `model`.
@@ -64,8 +63,6 @@ class Recipe(BaseModel):
         """
         from ..cli.service import make
 
-        if LLMOptConfig.parse(self.llmopt) is None:
-            raise InvalidOption("llmopt=False is stock transformers, which `transformers serve` serves.")
         return make(
             self.model,
             self.llmopt,

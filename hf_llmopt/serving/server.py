@@ -14,6 +14,7 @@ from .app import create_app
 from .service import Service
 
 LAST_SECONDS = 5  # for errors to be sent once the engine was closed
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 class Server(uvicorn.Server):
@@ -42,14 +43,34 @@ class Server(uvicorn.Server):
         self._drain = drain
         self._until: float | None = None
 
-    def listen(self, host: str, port: int) -> socket.socket:
+    @staticmethod
+    def bind(host: str, port: int) -> socket.socket:
+        """A socket that has its address, and refuses connections until its `listen()`; port 0 takes any that is free.
+
+        Raises:
+            OSError: The address is in use, or not of this machine.
+        """
+        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a server that has just ended
+            if bound.family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # "::" lets in what it says
+            bound.bind((host, port))
+        except OSError:
+            bound.close()
+            raise
+        return bound
+
+    @classmethod
+    def listen(cls, host: str, port: int) -> socket.socket:
         """A socket to serve on, for `run(sockets=[...])`; port 0 takes any that is free.
 
         Raises:
             OSError: The address is in use, or not of this machine.
         """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = cls.bind(host, port)
+        listening.listen(BACKLOG)
+        return listening
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""

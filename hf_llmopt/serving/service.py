@@ -23,7 +23,7 @@ from .prompts import Prompts
 from .sampling import arguments, end_tokens
 from .schema import Generation
 from .text import TextStream
-from .tool_formats import NAMES
+from .tool_formats import NAMES, of_template
 
 T = TypeVar("T")
 
@@ -51,6 +51,19 @@ class Shown:
     prompt: int | None = None
 
 
+def check_parser(name: str | None) -> None:
+    """Refuse a `tool_parser` that there is not.
+
+    Args:
+        name: As of `Service`.
+
+    Raises:
+        InvalidOption: There is no such parser.
+    """
+    if name not in (None, "none", *NAMES):
+        raise unknown("tool parser", name, [*NAMES, "none"])
+
+
 class Service:
     """An engine that is served.
 
@@ -69,7 +82,8 @@ class Service:
         open: HTTP requests that are being answered.
 
     Raises:
-        InvalidOption: The model does not say how many positions it has, and no limit does; or there is no such parser.
+        InvalidOption: The model does not say how many positions it has, and no limit does; or it has fewer than the
+            limit; or there is no such parser.
 
     Example:
         >>> from hf_llmopt import Engine, demo
@@ -92,13 +106,17 @@ class Service:
         tool_parser: str | None = None,
     ) -> None:
         config: Any = engine.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
         if limits is None:
-            positions = getattr(config, "max_position_embeddings", None)
             if positions is None:
                 raise InvalidOption("The model does not say how many positions it has; give Limits(max_model_len=...).")
             limits = Limits(positions)
-        if tool_parser not in (None, "none", *NAMES):
-            raise unknown("tool parser", tool_parser, [*NAMES, "none"])
+        if positions is not None and limits.max_model_len > positions:
+            raise InvalidOption(
+                f"max_model_len={limits.max_model_len} is more than the {positions} positions that the model has. "
+                f"Ask for {positions} or fewer."
+            )
+        check_parser(tool_parser)
         self.engine = engine
         self.name = name
         self.limits = limits
@@ -115,6 +133,20 @@ class Service:
         self._ends = end_tokens(self._generation)
         self._grammars: Grammars | None = None
         self._making = Lock()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What is served, for the log."""
+        model = self.engine.model
+        form = of_template(getattr(self.prompts.tokenizer, "chat_template", None), self.tool_parser)
+        return {
+            "model": self.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "max_model_len": self.limits.max_model_len,
+            "prompt_cache": self.engine.config.prompt_cache is not None,
+            "tool_parser": "none" if form is None else form.name,
+        }
 
     def close(self) -> None:
         """Let nobody in any longer, and end what runs."""
