@@ -25,6 +25,15 @@ KEPT_GRAMMARS = 64
 LONG, SHARED = 0.05, 16  # seconds, and sequences
 # Of llguidance. A compilation takes half a second at most, a step a hundredth, with some ten megabytes each.
 COMPILATION, STATES, SYMBOLS = 200_000, 25_000, 200_000
+# What to do about a refusal of llguidance, by words of it.
+REMEDIES = {
+    "Unimplemented keys": "Leave them out of the schema, and check the answer for them yourself",
+    "look-around": "Leave it out of `pattern`, and check the answer for it yourself",
+    "regex parse error": "Correct `pattern`, or leave it out and check the answer yourself",
+    "Unknown format": "Leave `format` out, and check the answer for it yourself",
+    "oneOf constraints": "Write `anyOf`, and check yourself that one alone holds",
+    "retrieving it failed": "Copy it into `$defs` of this schema, and refer to it as `#/$defs/NAME`",
+}
 
 
 class Grammar:
@@ -58,7 +67,9 @@ class Grammar:
         if not matcher.is_error():
             matcher.compute_bitmask()  # what every sequence begins with
         if matcher.is_error():
-            raise InvalidRequest(_reason(matcher.get_error()))
+            reason = _reason(matcher.get_error())
+            remedy = next((f". {remedy}" for words, remedy in REMEDIES.items() if words in reason), "")
+            raise InvalidRequest(reason + remedy)
         self._left = SHARED if perf_counter() - began > LONG else 1
         return matcher
 
@@ -166,5 +177,5 @@ class Grammars:
 def _reason(error: str) -> str:
     """An error of the library in one line, without the text of the grammar that it points into."""
     said = re.split(r"\n *\d+ \|", error, maxsplit=1)[0]
-    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", said)
+    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\. Enable '.*", "", said)
     return " ".join(said.replace("<non-verbose/>", "").split())[:300].rstrip(".")
