@@ -398,10 +398,11 @@ BAD = [
     ("/v1/chat/completions", {**CHAT, "max_tokens": 0}, 400, "invalid_value"),
     ("/v1/completions", {**COMPLETION, "min_tokens": 2}, 400, "invalid_value"),
     ("/tokenize", {"text": "a"}, 400, "missing_required_parameter"),
+    ("/tokenize", {"prompt": "a", **CHAT}, 400, "invalid_value"),
     ("/detokenize", {"tokens": [5000]}, 400, "invalid_value"),
     ("/detokenize", {"tokens": [-1]}, 400, "invalid_value"),
     ("/v1/embeddings", {}, 404, "not_found"),
-    ("/v1/models", {}, 405, "not_found"),
+    ("/v1/models", {}, 405, "method_not_allowed"),
 ]
 
 
@@ -426,6 +427,30 @@ def test_refusals_name_the_field(client) -> None:
 def test_unknown_fields_are_ignored_and_logged(raw, log) -> None:
     assert raw.post("/v1/completions", json={**COMPLETION, "store": True, "metadata": {}}).status_code == 200
     assert last(log)["ignored"] == ["metadata", "store"]
+
+
+def test_a_priority_that_the_policy_ignores_is_logged(pair, raw, log) -> None:
+    assert raw.post("/v1/completions", json={**COMPLETION, "priority": 3}).status_code == 200
+    assert last(log)["ignored"] == ["priority"]
+    with running(make(pair, policy="priority")) as it:
+        assert httpx.post(it.url + "/v1/completions", json={**COMPLETION, "priority": 3}).status_code == 200
+    assert "ignored" not in last(log)
+
+
+def test_unknown_paths_are_answered_with_a_hint_and_logged(raw, log) -> None:
+    answer = raw.get("/chat/completions%0a%1b%e2%80%ae" + "x" * 500, headers={"X-Request-Id": "lost"})
+    assert answer.status_code == 404
+    assert {"/v1;", "/openapi.json"} <= set(answer.json()["error"]["message"].split())
+    wait_for(lambda: last(log)["request_id"] == "lost")
+    path = last(log)["path"]
+    assert path.startswith(r"/chat/completions\n\x1b\u202exxx")
+    assert len(path) < 150
+    assert 'http_requests_total{path="other",status="404"}' in raw.get("/metrics").text
+
+
+def test_load_balancers_may_ask_for_the_head_alone(raw) -> None:
+    answer = raw.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_a_body_without_length_is_limited_too(raw) -> None:
@@ -735,7 +760,7 @@ def test_the_command_serves_until_it_is_told_to_stop() -> None:
     assert SECRET not in str(lines)
     assert [line["path"] for line in lines if line["event"] == "request"] == [
         "/v1/completions",
-        "/v1/models/{name:path}",
+        "/v1/models/mine",
     ]
 
 

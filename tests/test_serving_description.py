@@ -60,10 +60,12 @@ def test_examples_are_answered(it, path: str, body: dict) -> None:
 
 def test_an_error_is_about_the_kind_of_body_that_was_meant(it) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
-    for body, param in (({"messages": [{"role": 1}]}, "messages"), ({"model": "demo"}, "prompt"), ([], None)):
+    neither: dict = {"model": "demo", "messages": None}
+    for body, param in (({"messages": [{"role": 1}]}, "messages"), (neither, "prompt"), ({}, "prompt"), ([], None)):
         error = httpx.post(it.url + "/tokenize", json=body, headers=headers).json()["error"]
         assert error["param"] == param
-        assert error["message"].startswith("messages.0.role:" if param == "messages" else ("prompt:", "The body must"))
+        says = {"messages": "messages.0.role:", "prompt": "prompt: give `prompt`, or `messages`", None: "The body must"}
+        assert error["message"].startswith(says[param])
 
 
 @pytest.mark.slow

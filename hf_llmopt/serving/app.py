@@ -27,6 +27,10 @@ from .schema import DetokenizeRequest, TokenizeChat, TokenizeRequest
 from .service import Service
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
+NO_ROUTE = (
+    (404, "not_found", "There is no such path. Those of OpenAI's API begin with /v1; GET /openapi.json has them all."),
+    (405, "method_not_allowed", "The path does not know this method; the header `Allow` names those that it knows."),
+)
 Route = Callable[[Service, Request], Awaitable[Response]]
 
 
@@ -72,8 +76,9 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     for path, route in gets.items():
         _add(app, service, path, route, "GET")
     _add(app, service, "/", page, "GET", include_in_schema=False)
-    for status, says in ((404, "There is no such path."), (405, "The path does not know this method.")):
-        app.add_exception_handler(status, partial(_no_route, status, says))
+    _add(app, service, "/health", health, "HEAD", include_in_schema=False)  # some load balancers ask so
+    for status, code, says in NO_ROUTE:
+        app.add_exception_handler(status, partial(_no_route, status, code, says))
     app.add_middleware(Front, service=service)
     if origins:
         check_origins(origins)
@@ -118,8 +123,8 @@ def _add(app: FastAPI, service: Service, path: str, route: Route, method: str, *
     app.add_api_route(path, answer, methods=[method], name=route.__name__, description=route.__doc__, **more)
 
 
-async def _no_route(status: int, says: str, request: Request, error: Exception) -> Response:
-    return JSONResponse(APIError(status, says, "not_found").body, status, getattr(error, "headers", None))
+async def _no_route(status: int, code: str, says: str, request: Request, error: Exception) -> Response:
+    return JSONResponse(APIError(status, says, code).body, status, getattr(error, "headers", None))
 
 
 def _card(service: Service) -> dict[str, Any]:

@@ -28,7 +28,7 @@ async def chat(service: Service, request: Request) -> Response:
         APIError: It cannot be answered.
         ClientGone: Nobody waits for the answer.
     """
-    ask = parse(ChatRequest, await read_body(request, service.limits), request)
+    ask = parse(ChatRequest, await read_body(request, service.limits), request, service.unused)
     service.check_model(ask.model)
     most = ask.max_completion_tokens if ask.max_completion_tokens is not None else ask.max_tokens
     n = ask.n or 1

@@ -29,7 +29,7 @@ async def completions(service: Service, request: Request) -> Response:
         APIError: It cannot be answered.
         ClientGone: Nobody waits for the answer.
     """
-    ask = parse(CompletionRequest, await read_body(request, service.limits), request)
+    ask = parse(CompletionRequest, await read_body(request, service.limits), request, service.unused)
     service.check_model(ask.model)
     prompts, n = ask.prompts, ask.n or 1
     if len(prompts) * n > MOST_CHOICES:

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from .errors import APIError
 from .limits import ClientGone
-from .logs import LOGGER, request_id
+from .logs import LOGGER, path_text, request_id
 from .service import Caller, Service
 
 OPEN = ("/health", "/")  # need no key: a load balancer has none, and the page asks for it
@@ -71,7 +71,7 @@ class Front:
                 fields = {
                     "request_id": name,
                     "method": scope["method"],
-                    "path": state["path"],
+                    "path": path_text(scope["path"]),
                     "status": status,
                     "seconds": round(perf_counter() - began, 6),
                     **note,

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 
 LOGGER = logging.getLogger("hf_llmopt.serving")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+LONGEST_PATH = 128  # characters
 
 
 class JSONFormatter(logging.Formatter):
@@ -41,6 +42,11 @@ def to_stderr() -> None:
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def path_text(path: str) -> str:
+    """A path as it can stand in a log: its beginning, with what does not show escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path[:LONGEST_PATH])
 
 
 def request_id(given: str | None) -> str:

@@ -295,13 +295,24 @@ def _kind(body: Any) -> str | None:
     """Which of the two a body of `/tokenize` is meant to be, so that an error is about that one."""
     if not isinstance(body, dict):
         return None
-    return "chat" if "messages" in body else "text"
+    return "text" if body.get("messages") is None else "chat"
 
 
 class TokenizeRequest(RootModel[Any]):
     """Body of `/tokenize`."""
 
     root: Annotated[Annotated[TokenizeChat, Tag("chat")] | Annotated[TokenizeText, Tag("text")], Discriminator(_kind)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            given = [name for name in ("prompt", "messages") if body.get(name) is not None]
+            if not given:
+                raise FieldError("give `prompt`, or `messages`", "missing_required_parameter", "prompt")
+            if len(given) > 1:
+                raise FieldError("not together with `messages`", "invalid_value", "prompt")
+        return body
 
 
 class DetokenizeRequest(Body):

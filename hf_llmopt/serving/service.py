@@ -80,6 +80,7 @@ class Service:
     Attributes:
         draining: Whether nobody is let in any longer.
         open: HTTP requests that are being answered.
+        unused: Fields of a request that the engine's options ignore.
 
     Raises:
         InvalidOption: The model does not say how many positions it has, and no limit does; or it has fewer than the
@@ -123,6 +124,7 @@ class Service:
         self.keys = keys or Keys()
         self.log_prompts = log_prompts
         self.tool_parser = tool_parser
+        self.unused = () if engine.config.batching.policy == "priority" else ("priority",)
         self.metrics = Metrics(engine, name)
         self.prompts = Prompts(tokenizer, config.vocab_size, limits)
         self.draining = False
