@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -241,6 +243,31 @@ def test_without_an_end_or_a_fast_tokenizer_nothing_is_constrained(pair) -> None
         Grammars(pair[1], [])
     with pytest.raises(errors.NotServed, match="fast"):
         Grammars(object(), [0])
+
+
+def test_ended_requests_let_go_of_their_constraints(pair) -> None:
+    """What it holds may be native memory, which does not tell the garbage collector how much it is."""
+    made: list[weakref.ref] = []
+
+    class Anything:
+        def allowed(self, tokens):
+            return torch.full((pair[0].config.vocab_size // 32 + 1,), -1, dtype=torch.int32)
+
+    def make() -> Anything:
+        constraint = Anything()
+        made.append(weakref.ref(constraint))
+        return constraint
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Engine(pair[0]) as engine:
+            handles = [engine.submit([5, 6], max_new_tokens=3, constraint=make) for _ in range(2)]
+            for handle in handles:
+                handle.result(60)
+            assert [reference() for reference in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_constraint_is_made_for_each_sequence(pair, grammars) -> None:

@@ -118,6 +118,8 @@ TEXT = [
     ("mistral", '[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"name": "rm", "arguments": {}}]'),
     ("mistral", '[TOOL_CALLS]now[ARGS]{"a": '),
     ("mistral", "No call [TOOL_CA"),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {"x": NaN}}</tool_call>'),
+    ("llama3_json", '{"name": "now", "parameters": {"x": 1e999}}'),
     ("mistral", "[TOOL_CALLS]"),
 ]
 
@@ -208,6 +210,13 @@ def test_a_call_that_is_cut_off_has_shown_its_beginning() -> None:
     growing = GrowingCalls(of_template(None, "hermes"))
     growth = growing.add('<tool_call>\n{"name": "now", "arguments": {"a": "b', ends=True)
     assert (growth.text, growth.calls) == ("", [(0, "now", '{"a": "b')])
+
+
+def test_half_characters_stay_escaped() -> None:
+    """Nothing else could send them."""
+    text = '<tool_call>{"name": "now", "arguments": {"zone": "\\ud800"}}</tool_call>'
+    (call,) = (call for found in read("hermes", [text]) for call in found.calls)
+    assert call.arguments == '{"zone": "\\ud800"}'
 
 
 def test_a_call_behind_a_spoiled_one_counts() -> None:

@@ -138,6 +138,7 @@ class Turns(ABC):
         row = handle._row
         with self.loop.lock:
             self.loop.remove(row)
+        row.forget()
         with self._gate:
             if handle in self._entering:
                 self._entering.remove(handle)

@@ -7,7 +7,7 @@ along the vocabulary, row by row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -161,6 +161,10 @@ class Row(Group):
             self.wished.append(count_penalty(wishes.frequency_penalty, wishes.presence_penalty))
         if wishes.constraint is not None:
             self.wished.append(constrain(wishes.constraint()))
+
+    def forget(self) -> None:
+        """No further token will be chosen: what said which may come is dropped, with the memory that it holds."""
+        self.wished, self.wishes = [], replace(self.wishes, constraint=None)
 
     @property
     def shows(self) -> bool:

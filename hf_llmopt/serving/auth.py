@@ -37,7 +37,7 @@ class Keys:
             InvalidOption: There is a file without a key.
             OSError: It cannot be read.
         """
-        lines = [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         given = [line for line in lines if line and not line.startswith("#")]
         if file is not None and not given:
             raise InvalidOption(f"{str(file)!r} has no key; write one a line.")

@@ -322,4 +322,18 @@ def _call(value: Any, offered: Collection[str]) -> Call | None:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some models write them as JSON in JSON
         arguments = _json(arguments)
-    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    written = _written(arguments) if isinstance(arguments, dict) else None
+    return None if written is None else Call(value["name"], written)
+
+
+def _written(arguments: dict[str, Any]) -> str | None:
+    """Arguments as JSON, `None` where that has no such numbers."""
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which was written as an escape
+        text = json.dumps(arguments)
+    return text

@@ -135,7 +135,7 @@ def _special(tokenizer: Any, text: str) -> int | None:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of arguments; those that it does not name are not made up, where it does not speak of them."""
+    """The schema of arguments, an object; those that it does not name are not made up, unless it speaks of them."""
     if "additionalProperties" in schema or any(name in schema for name in APPLICATORS):
-        return {"type": "object", **schema}
-    return {"type": "object", **schema, "additionalProperties": False}
+        return {**schema, "type": "object"}
+    return {**schema, "type": "object", "additionalProperties": False}
