@@ -83,6 +83,16 @@ def go(source: Path, target: Path, answer=echo, at_once: int = 8, **more) -> bat
 # ------------------------------------------------------------------------------------------------------ without a model
 
 
+def test_a_file_of_somebody_else_is_left_alone(tmp_path) -> None:
+    """Also one that does not end with a line break, as a torn result does not."""
+    notes = tmp_path / "notes"
+    for text in ("my notes", '{"id": "mine"}\n{"a'):
+        notes.write_text(text)
+        with pytest.raises(errors.InvalidRequest, match="no result of a batch"):
+            Journal(notes)
+        assert notes.read_text() == text
+
+
 def test_a_run_that_is_killed_again_and_again_loses_and_repeats_nothing(tmp_path) -> None:
     source = put(tmp_path / "in.jsonl", [completion(f"r{i}", note="x" * 500) for i in range(500)] + ["no JSON", "{}"])
     go(source, tmp_path / "whole.jsonl")
@@ -119,7 +129,8 @@ def test_a_run_that_is_killed_again_and_again_loses_and_repeats_nothing(tmp_path
 
 
 def test_what_stands_behind_the_last_whole_line_is_cut_off(tmp_path) -> None:
-    whole = [{"custom_id": "a", "error": None}, {"custom_id": None, "error": {"line": 7}}]
+    named = {"id": "batch_req_1"}
+    whole = [{**named, "custom_id": "a", "error": None}, {**named, "custom_id": None, "error": {"line": 7}}]
     lines = [json.dumps(result).encode() + b"\n" for result in whole]
     path = tmp_path / "out.jsonl"
     for end in range(len(lines[0]) + len(lines[1]) + 1):

@@ -14,6 +14,7 @@ from ..errors import InvalidRequest
 
 Key = str | int  # a request's `custom_id`, or its line in the input if it has none
 BLOCK = 2**20
+START = b'{"id": "batch_req_'  # of every result of a batch
 
 
 class Journal:
@@ -93,6 +94,10 @@ class Journal:
         with os.fdopen(os.dup(self._file), "rb", BLOCK) as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
+                    if not (line.startswith(START) or START.startswith(line)):
+                        raise InvalidRequest(
+                            f"{str(self._path)!r} ends with something that is no result of a batch; give another file."
+                        )
                     break
                 try:
                     result = json.loads(line)
