@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import random
@@ -25,8 +26,9 @@ from served import make
 
 from hf_llmopt.cli import app
 from hf_llmopt.serving import batch
-from hf_llmopt.serving.batch import Line, Response, answerer, read, run
+from hf_llmopt.serving.batch import Line, Response, answerer, begun, read, run
 from hf_llmopt.serving.journal import Journal
+from hf_llmopt.serving.recipe import Recipe
 
 needs_weights = pytest.mark.skipif(
     not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
@@ -77,7 +79,9 @@ async def echo(line: Line) -> Response:
 
 
 def go(source: Path, target: Path, answer=echo, at_once: int = 8, **more) -> batch.Counts:
-    return asyncio.run(run(source, target, answer, at_once, **more))
+    setting, retry = more.pop("setting", ""), more.pop("retry_failed", False)
+    with begun(source, target, setting, retry) as work:
+        return asyncio.run(run(work, answer, at_once, **more))
 
 
 # ------------------------------------------------------------------------------------------------------ without a model
@@ -137,7 +141,7 @@ def test_what_stands_behind_the_last_whole_line_is_cut_off(tmp_path) -> None:
         path.write_bytes(b"".join(lines)[:end])
         with Journal(path) as journal:
             known = ["a"] * (end >= len(lines[0])) + [7] * (end == len(lines[0]) + len(lines[1]))
-            assert journal.known == set(known)
+            assert list(journal.known) == known
             journal.add([{"custom_id": "new", "error": None}])
         assert [result["custom_id"] for result in results(path)] == [key if key != 7 else None for key in known] + [
             "new"
@@ -174,17 +178,20 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, monkeypatch) -> No
     assert len(said(target)) == 40
 
 
-def test_an_interrupt_keeps_what_was_answered(tmp_path) -> None:
+def test_an_interrupt_keeps_what_was_answered(tmp_path, caplog) -> None:
     source, target = put(tmp_path / "in.jsonl", [completion(f"r{i}") for i in range(50)]), tmp_path / "out.jsonl"
 
     async def interrupted() -> None:
-        going = asyncio.ensure_future(run(source, target, echo, 4))
-        await asyncio.sleep(0.015)
-        going.cancel()
-        await going
+        with begun(source, target) as work:
+            going = asyncio.ensure_future(run(work, echo, 4))
+            await asyncio.sleep(0.015)
+            going.cancel()
+            await going
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(interrupted())
+    gc.collect()  # asyncio complains of what nobody looked at when it is collected
+    assert "never retrieved" not in caplog.text
     before = len(results(target))
     assert 0 < before < 50
     assert go(source, target).before == before
@@ -206,12 +213,80 @@ def test_files_that_do_not_fit_are_refused_before_any_work(tmp_path) -> None:
         go(source, source, never)
     go(source, target)
     put(source, [completion("b")])
-    with pytest.raises(errors.InvalidRequest, match="result for 'a'"):
+    with pytest.raises(errors.InvalidRequest, match=r"result for custom_id 'a'.* does not ask for it"):
         go(source, target, never)
     target.write_text("anything\n")
     with pytest.raises(errors.InvalidRequest, match=r"Line 1 of .* is no result"):
         go(source, target, never)
     assert target.read_text() == "anything\n"
+
+
+async def refuse(line: Line) -> Response:
+    """As `echo`, but for names that begin with w."""
+    return Response(400 if line.key[0] == "w" else 200, "id", {"by": "refuse", "usage": None})
+
+
+def test_a_request_or_a_setting_that_changed_is_refused(tmp_path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    go(put(source, [completion("a"), completion("b")]), target, setting="one model")
+    before = target.read_bytes()
+    with pytest.raises(errors.InvalidRequest, match=r"custom_id '[ab]', and another model"):
+        go(source, target, setting="another one")
+    put(source, [completion("a"), completion("b", tokens=5)])
+    with pytest.raises(errors.InvalidRequest, match=r"custom_id 'b', .* has changed since. Give another output file"):
+        go(source, target, setting="one model")
+    assert target.read_bytes() == before
+    old = [{name: value for name, value in result.items() if name != "fingerprint"} for result in results(target)]
+    put(target, list(map(json.dumps, old)))  # as earlier versions wrote it
+    assert go(source, target, setting="another one").before == 2
+
+
+def test_the_setting_is_of_what_changes_answers() -> None:
+    same = Recipe(llmopt={"batching": {"max_requests": 4}, "prompt_cache": False}, device="cpu", max_waiting=3)
+    assert same.setting == Recipe().setting
+    others = [{"llmopt": "int4"}, {"llmopt": {"kv_cache": "int8"}}, {"dtype": "float32"}, {"served_name": "x"}]
+    others += [{"max_model_len": 64}, {"tool_parser": "none"}, {"model": "other"}]
+    assert len({Recipe(**other).setting for other in [{}, *others]}) == 8
+
+
+def test_failed_requests_are_tried_again_if_that_is_asked_for(tmp_path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    counts = go(put(source, [completion("a"), completion("w"), "no JSON"]), target, refuse)
+    assert (counts.answered, counts.failed) == (3, 2)
+    counts = go(source, target)
+    assert (counts.answered, counts.failed) == (0, 2)  # of the whole file
+    put(source, [completion("a"), completion("w", tokens=5), completion("c")])  # mended
+    with pytest.raises(errors.InvalidRequest, match="retry"):
+        go(source, target)
+    linked = tmp_path / "link.jsonl"
+    linked.symlink_to(target)
+    counts = go(source, linked, retry_failed=True)
+    assert (counts.before, counts.answered, counts.failed) == (1, 2, 0)
+    assert linked.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "link.jsonl", "out.jsonl"]
+    assert {name: said(target)[name][0] for name in "awc"} == dict.fromkeys("awc", 200)
+    assert results(target)[0]["response"]["body"]["by"] == "refuse"  # what was answered stayed
+
+
+def test_results_are_dropped_all_or_none(tmp_path, monkeypatch) -> None:
+    source, target = put(tmp_path / "in.jsonl", [completion("a"), completion("w")]), tmp_path / "out.jsonl"
+    go(source, target, refuse)
+    before = target.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_llmopt.serving.journal.os.replace", full)
+        with pytest.raises(OSError, match="No space"):
+            go(source, target, retry_failed=True)
+    assert target.read_bytes() == before
+    with Journal(target) as journal:
+        journal.drop_failed()
+        with pytest.raises(errors.InvalidRequest, match="Another process"):  # the new file is locked, too
+            Journal(target)
+        journal.add([{"custom_id": "w", "error": None}])
+    assert [result["custom_id"] for result in results(target)] == ["a", "w"]
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 LINES = [
@@ -278,7 +353,7 @@ def test_results_are_what_the_server_answers(service, tmp_path) -> None:
         ids = tokenizer(f"def r{index}(", return_tensors="pt", return_token_type_ids=False)
         alone = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
         result = found[f"r{index}"]
-        assert set(result) == {"id", "custom_id", "response", "error"}
+        assert set(result) == {"id", "custom_id", "fingerprint", "response", "error"}
         assert result["error"] is None
         assert result["response"]["status_code"] == 200
         body = result["response"]["body"]
@@ -310,9 +385,13 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path) -> None:
         file.write('{"id": "batch')
     done = CliRunner().invoke(app, ["batch", str(source), str(target), "--served-name", "mine"])
     assert done.exit_code == 0, done.output
-    assert "4 of 6 requests answered, 0 of them with an error, 2 were there" in done.output
+    assert "4 of 6 requests answered, 2 were there; 0 of all have an error" in done.output
     assert len(said(target)) == 6
     assert results(target)[-1]["response"]["body"]["model"] == "mine"
+    other = CliRunner().invoke(app, ["batch", str(source), str(target), "--served-name", "theirs"])
+    assert other.exit_code == 1
+    assert "has a result for custom_id 'r" in other.output
+    assert "another model" in other.output
     missing = CliRunner().invoke(app, ["batch", str(tmp_path / "none"), str(target)])
     assert missing.exit_code == 1
     assert "there is no file" in missing.output
@@ -331,7 +410,7 @@ def test_the_command_is_killed_at_random_moments(tmp_path) -> None:
         command = ["batch", str(source), str(target), "--dtype", "float32", "--llmopt", '{"batch_invariant": true}']
         return subprocess.Popen([sys.executable, "-c", script, *command], env=environment)
 
-    assert start(tmp_path / "whole.jsonl").wait(600) == 0
+    assert start(tmp_path / "whole.jsonl").wait(600) == 1  # two have an error
     whole, target, kills = said(tmp_path / "whole.jsonl"), tmp_path / "out.jsonl", 0
     assert len(whole) == 402
     while True:
@@ -340,7 +419,8 @@ def test_the_command_is_killed_at_random_moments(tmp_path) -> None:
         while process.poll() is None and lines_of(target) < until:
             time.sleep(0.001)
         process.kill()
-        if process.wait(60) == 0:
+        if process.wait(60) != -signal.SIGKILL:
+            assert process.returncode == 1
             break
         kills += 1
         with target.open("r+b") as file:  # a line that was torn where the machine stopped

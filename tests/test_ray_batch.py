@@ -50,6 +50,13 @@ def results(path) -> dict:
     return found
 
 
+def answer_alone(source, target) -> None:
+    service = RECIPE.service()
+    with batch.begun(source, target, RECIPE.setting) as work:
+        asyncio.run(batch.run(work, batch.answerer(service), 32))
+    service.close()
+
+
 def test_results_are_those_of_one_engine(tmp_path) -> None:
     source, ours, alone = (tmp_path / name for name in ("in.jsonl", "ours.jsonl", "alone.jsonl"))
     lines = [request(number) for number in range(40)]
@@ -59,9 +66,7 @@ def test_results_are_those_of_one_engine(tmp_path) -> None:
     assert (counts.total, counts.before, counts.answered, counts.failed) == (43, 0, 43, 3)
     assert sum(told) == 43
     assert len(told) > 2
-    service = RECIPE.service()
-    asyncio.run(batch.run(source, alone, batch.answerer(service), 8))
-    service.close()
+    answer_alone(source, alone)
     assert results(ours) == results(alone)
     assert results(ours)["r40"] == 400
     again = ray_batch.run(source, ours, RECIPE, 2, 0.5)
@@ -94,7 +99,5 @@ def test_an_engine_dies(tmp_path) -> None:
     assert killed
     assert counts.answered == 240
     assert counts.failed == 0
-    service = RECIPE.service()
-    asyncio.run(batch.run(source, alone, batch.answerer(service), 32))
-    service.close()
+    answer_alone(source, alone)
     assert results(target) == results(alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from . import ui
 from .command import Device, Dtype, ServedLlmopt, UserError, keyword
-from .service import make, room
+from .service import room
 
 INTERRUPTED = 130  # as shells have it
 
@@ -34,12 +35,18 @@ def batch(
             help="How the model writes tool calls; by default its chat template tells.",
         ),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Drop results that are errors, and run their requests again.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Answer the requests of a file. The same command again goes on after any end, kill -9 too.
 
     A request that fails has its error as its result; the others go on.
+
+    Exit codes: 0 all requests of the file are answered, 1 some have an error as result or nothing could run, 2 usage,
+    130 stopped by Ctrl-C.
     """
     wanted = keyword(llmopt)
     if wanted is False:
@@ -52,22 +59,34 @@ def batch(
     room()
     from hf_llmopt.batching.generate_batch import room as places
     from hf_llmopt.serving import batch as batches
+    from hf_llmopt.serving.recipe import Recipe
+    from hf_llmopt.serving.service import check_parser
 
-    with source.open("rb") as file:
-        total = sum(1 for line in file if line.strip())
-    service = make(model, wanted, dtype, device, served_name, max_model_len, tool_parser=tool_parser)
+    check_parser(tool_parser)
+    recipe = Recipe(
+        model=model,
+        llmopt=wanted,
+        dtype=dtype,
+        device=device,
+        served_name=served_name,
+        max_model_len=max_model_len,
+        tool_parser=tool_parser,
+    )
     try:
-        with ui.progress("requests", total) as tick:
+        with batches.begun(source, target, recipe.setting, retry_failed) as work:
+            counts = work.counts
+            if counts.before < counts.total:
+                with closing(recipe.service()) as service, ui.progress("requests", counts.total) as tick:
 
-            def tell(counts: batches.Counts, new: int) -> None:
-                tick(f"{counts.failed} failed", new)
+                    def tell(counts: batches.Counts, new: int) -> None:
+                        tick(f"{counts.failed} failed", new)
 
-            answer = batches.answerer(service)
-            counts = asyncio.run(batches.run(source, target, answer, places(service.engine), tell))
+                    asyncio.run(batches.run(work, batches.answerer(service), places(service.engine), tell))
     except KeyboardInterrupt:
         ui.talk("stopped; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
-    finally:
-        service.close()
     kept = f", {counts.before} were there" if counts.before else ""
-    ui.talk(f"{counts.answered} of {counts.total} requests answered, {counts.failed} of them with an error{kept}")
+    again = "; the same command with --retry-failed runs those again" if counts.failed else ""
+    ui.talk(f"{counts.answered} of {counts.total} requests answered{kept}; {counts.failed} of all have an error{again}")
+    if counts.failed:
+        raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from ..errors import EngineClosed, InvalidRequest
 from .app import create_app
 from .errors import RETRY_AFTER
-from .journal import Journal, Key
+from .journal import Journal, Key, Made, made
 from .service import Service
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -44,6 +45,11 @@ class Line:
         """What its result is known by."""
         return self.number if self.custom_id is None else self.custom_id
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what its result depends on."""
+        return hashlib.sha256(f"{self.url}\n{self.error}\n".encode() + self.body).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Response:
@@ -68,7 +74,7 @@ class Counts:
         total: Requests of the input.
         before: Results that an earlier run left.
         answered: Requests that this run answered.
-        failed: Those of them whose result is an error.
+        failed: Requests whose result is an error, those of earlier runs too.
     """
 
     total: int = 0
@@ -77,7 +83,25 @@ class Counts:
     failed: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """A file of requests, and what is there of its results.
+
+    Attributes:
+        journal: The results.
+        lines: Requests that have none yet.
+        counts: What became of all.
+        setting: Fingerprint of who answers, `""` if unknown.
+    """
+
+    journal: Journal
+    lines: Iterator[Line]
+    counts: Counts
+    setting: str = ""
+
+
 Answerer = Callable[[Line], Awaitable[Response]]
+Tell = Callable[[Counts, int], object]
 
 
 def read(path: Path) -> Iterator[Line]:
@@ -128,80 +152,95 @@ def answerer(service: Service) -> Answerer:
     return answer
 
 
-async def run(
-    source: Path, target: Path, answer: Answerer, at_once: int, tell: Callable[[Counts, int], object] = lambda *_: None
-) -> Counts:
-    """Answer all requests of a file that have no result yet.
+@contextmanager
+def begun(source: Path, target: Path, setting: str = "", retry_failed: bool = False) -> Iterator[Work]:
+    """What is there of a file's results, and what is left to do.
 
     Args:
         source: One request a line.
         target: One result a line, in the order in which they came; an unfinished one is gone on with.
-        answer: Answers one.
-        at_once: Requests that are answered at one time.
-        tell: Called when results are on the disk, with the counts and how many came.
+        setting: Fingerprint of who answers, `""` if unknown.
+        retry_failed: Drop results that are errors, so that their requests are left to do.
 
     Raises:
-        InvalidRequest: A `custom_id` comes twice, or `target` is not of this `source`.
+        InvalidRequest: A `custom_id` comes twice, or `target` is not of this `source` and `setting`.
         OSError: A file cannot be read or written. What was written before stays, and a later run goes on.
-    """
-    with begun(source, target) as (journal, counts, left):
-        tell(counts, counts.before)
-        await _answer_all(left, answer, min(at_once, max(1, counts.total - counts.before)), journal, counts, tell)
-    return counts
-
-
-@contextmanager
-def begun(source: Path, target: Path) -> Iterator[tuple[Journal, Counts, Iterator[Line]]]:
-    """What is there of a file's results, the counts, and the requests that have none; raises what `run` does.
-
-    Args:
-        source: One request a line.
-        target: One result a line.
     """
     if target.exists() and source.samefile(target):
         raise InvalidRequest(f"{str(source)!r} cannot be both input and output.")
-    keys = _keys(source)
+    asked = _asked(source)
     with Journal(target) as journal:
-        if foreign := journal.known - keys:
-            raise InvalidRequest(
-                f"{str(target)!r} has a result for {next(iter(foreign))!r}, which {str(source)!r} does not ask for. "
-                "Give another file for the results."
-            )
-        left = (line for line in read(source) if line.key not in journal.known)
-        yield journal, Counts(len(keys), len(journal.known)), left
+        for key, how in journal.known.items():
+            if not (retry_failed and how.failed):
+                _check(key, how, asked, setting, source, target)
+        if retry_failed and any(how.failed for how in journal.known.values()):
+            journal.drop_failed()
+        failed = sum(how.failed for how in journal.known.values())
+        lines = (line for line in read(source) if line.key not in journal.known)
+        yield Work(journal, lines, Counts(len(asked), len(journal.known), failed=failed), setting)
 
 
-def _keys(source: Path) -> set[Key]:
-    """What the results of a file will be known by.
+def _check(key: Key, how: Made, asked: dict[Key, str], setting: str, source: Path, target: Path) -> None:
+    """Refuse a result that is not of this run.
+
+    Raises:
+        InvalidRequest: It is of another.
+    """
+    name = f"custom_id {key!r}" if isinstance(key, str) else f"line {key}"
+    if key not in asked:
+        why = f"{str(source)!r} does not ask for it"
+    elif how.request not in (None, asked[key]):
+        why = f"its request in {str(source)!r} has changed since"
+    elif setting and how.setting not in (None, "", setting):
+        why = (
+            "another model gave it, or other options that change answers (the served name, dtype, max_model_len, the "
+            "tool parser, quantization, the type and eviction of pages)"
+        )
+    else:
+        return
+    remedy = "Give another output file" + (", or retry failed ones (--retry-failed)." if how.failed else ".")
+    raise InvalidRequest(f"{str(target)!r} has a result for {name}, and {why}. {remedy}")
+
+
+def _asked(source: Path) -> dict[Key, str]:
+    """What the results of a file will be known by, and the requests' fingerprints.
 
     Raises:
         InvalidRequest: Two results would be known by the same.
     """
     lines: dict[Key, int] = {}
+    asked: dict[Key, str] = {}
     for line in read(source):
+        asked[line.key] = line.fingerprint
         if (before := lines.setdefault(line.key, line.number)) != line.number:
             raise InvalidRequest(
                 f"custom_id {line.key!r} stands on lines {before} and {line.number} of {str(source)!r}; each request "
                 "needs its own."
             )
-    return set(lines)
+    return asked
 
 
-async def _answer_all(
-    lines: Iterator[Line],
-    answer: Answerer,
-    at_once: int,
-    journal: Journal,
-    counts: Counts,
-    tell: Callable[[Counts, int], object],
-) -> None:
-    """Some requests at a time; results are written as they come, all that are there together."""
+async def run(work: Work, answer: Answerer, at_once: int, tell: Tell = lambda *_: None) -> Counts:
+    """Answer all requests of a file that have no result yet.
+
+    Results are written as they come, all that are there together.
+
+    Args:
+        work: What `begun` gave.
+        answer: Answers one.
+        at_once: Requests that are answered at one time.
+        tell: Called when results are on the disk, with the counts and how many came.
+
+    Raises:
+        OSError: A file cannot be read or written. What was written before stays, and a later run goes on.
+    """
+    tell(work.counts, work.counts.before)
     new: list[dict[str, Any]] = []
     more = asyncio.Event()
 
-    async def work() -> None:
-        for line in lines:  # shared: each takes the next
-            new.append(await result_of(line, answer))
+    async def take() -> None:
+        for line in work.lines:  # shared: each takes the next
+            new.append(await result_of(line, answer, work.setting))
             more.set()
 
     def write() -> None:
@@ -209,10 +248,11 @@ async def _answer_all(
             return
         results = new.copy()
         new.clear()
-        keep(results, journal, counts)  # the loop may wait: nobody else uses it, and the engine has its own thread
-        tell(counts, len(results))
+        keep(results, work)  # the loop may wait: nobody else uses it, and the engine has its own thread
+        tell(work.counts, len(results))
 
-    tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
+    at_once = min(at_once, max(1, work.counts.total - work.counts.before))
+    tasks = [asyncio.ensure_future(take()) for _ in range(at_once)]
     everyone = asyncio.gather(*tasks)
     everyone.add_done_callback(lambda _: more.set())
     try:
@@ -225,33 +265,37 @@ async def _answer_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if everyone.done() and not everyone.cancelled():
+            everyone.exception()  # else asyncio complains that nobody looked at it
         write()  # what is answered need not be answered again
+    return work.counts
 
 
-def keep(results: Sequence[dict[str, Any]], journal: Journal, counts: Counts) -> None:
+def keep(results: Sequence[dict[str, Any]], work: Work) -> None:
     """Put results on the disk, and count them.
 
     Raises:
         OSError: They cannot be written.
     """
-    journal.add(results)
-    counts.answered += len(results)
-    counts.failed += sum(map(_failed, results))
+    work.journal.add(results)
+    work.counts.answered += len(results)
+    work.counts.failed += sum(made(result).failed for result in results)
 
 
-async def result_of(line: Line, answer: Answerer) -> dict[str, Any]:
-    """What stands in the output for a request."""
-    result: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id}
+async def result_of(line: Line, answer: Answerer, setting: str) -> dict[str, Any]:
+    """What stands in the output for a request, with fingerprints of it and of who answered."""
+    marks = {"request": line.fingerprint, "setting": setting}
+    result: dict[str, Any] = {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": line.custom_id,
+        "fingerprint": marks,
+    }
     if line.error is not None:
         error = {"code": "invalid_request", "message": line.error, "line": line.number}
         return {**result, "response": None, "error": error}
     got = await answer(line)
     response = {"status_code": got.status, "request_id": got.request_id, "body": got.body}
     return {**result, "response": response, "error": None}
-
-
-def _failed(result: dict[str, Any]) -> bool:
-    return result["response"] is None or result["response"]["status_code"] >= 400
 
 
 async def _call(app: Any, path: str, body: bytes) -> Response:

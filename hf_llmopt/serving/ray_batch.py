@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import ray.data
 import torch
 
 from . import batch
-from .batch import Counts, Line
+from .batch import Counts, Line, Tell
 from .recipe import Recipe
 
 
@@ -27,11 +27,12 @@ class Answers:
     def __init__(self, recipe: Recipe) -> None:
         self._service = recipe.service()
         self._answer = batch.answerer(self._service)
+        self._setting = recipe.setting
 
     async def __call__(self, asked: dict[str, Sequence[str]]) -> AsyncIterator[dict[str, list[str]]]:
         """Answer some requests; Ray calls it for several batches at one time, so that the engine stays busy."""
         lines = [_read(text) for text in asked["line"]]
-        results = await asyncio.gather(*(batch.result_of(line, self._answer) for line in lines))
+        results = await asyncio.gather(*(batch.result_of(line, self._answer, self._setting) for line in lines))
         yield {"result": [json.dumps(result) for result in results]}
 
 
@@ -43,7 +44,8 @@ def run(
     cpus: float = 1.0,
     gpus: float | None = None,
     batch_size: int = 32,
-    tell: Callable[[Counts, int], object] = lambda *_: None,
+    tell: Tell = lambda *_: None,
+    retry_failed: bool = False,
 ) -> Counts:
     """Answer all requests of a file that have no result yet, on a pool of engines.
 
@@ -59,17 +61,18 @@ def run(
         gpus: GPUs of each; by default one where this machine has any.
         batch_size: Requests that are handed over together; an engine works on four times as many.
         tell: Called when results are on the disk, with the counts and how many came.
+        retry_failed: Answer requests again whose result is an error.
 
     Raises:
-        InvalidRequest: A `custom_id` comes twice, or `target` is not of this `source`.
+        InvalidRequest: A `custom_id` comes twice, or `target` is not of this `source` and `recipe`.
         OSError: A file cannot be read or written. What was written before stays, and a later run goes on.
     """
     gpus = float(torch.cuda.is_available()) if gpus is None else gpus
-    with batch.begun(source, target) as (journal, counts, left):
-        tell(counts, counts.before)
-        rows = [{"line": _written(line)} for line in left]
+    with batch.begun(source, target, recipe.setting, retry_failed) as work:
+        tell(work.counts, work.counts.before)
+        rows = [{"line": _written(line)} for line in work.lines]
         if not rows:
-            return counts
+            return work.counts
         answered = ray.data.from_items(rows).map_batches(
             Answers,
             fn_constructor_args=(recipe,),
@@ -80,9 +83,9 @@ def run(
         )
         for found in answered.iter_batches(batch_size=None):
             results = [json.loads(text) for text in found["result"]]
-            batch.keep(results, journal, counts)
-            tell(counts, len(results))
-    return counts
+            batch.keep(results, work)
+            tell(work.counts, len(results))
+    return work.counts
 
 
 def _written(line: Line) -> str:

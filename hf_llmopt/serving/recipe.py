@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,14 +48,36 @@ class Recipe(BaseModel):
     dtype: str = "auto"
     device: str | None = None
     served_name: str | None = None
-    max_model_len: int | None = Field(None, ge=2)
-    max_waiting: int = Field(1024, ge=1)
-    max_body_bytes: int = Field(Limits.max_body_bytes, ge=1)
-    deadline: float | None = Field(None, gt=0)
+    max_model_len: int | None = Field(default=None, ge=2)
+    max_waiting: int = Field(default=1024, ge=1)
+    max_body_bytes: int = Field(default=Limits.max_body_bytes, ge=1)
+    deadline: float | None = Field(default=None, gt=0)
     keys: Keys = Field(default_factory=Keys)
     log_prompts: bool = False
     tool_parser: str | None = None
     origins: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> str:
+        """Fingerprint of what answers depend on: the same for options that change speed and memory only.
+
+        Raises:
+            InvalidOption: The keyword names something that does not exist.
+        """
+        from ..cli.service import config_of
+
+        config, folder = config_of(self.llmopt), Path(self.model).expanduser()
+        pages = config.kv_cache
+        answers = [
+            str(folder.resolve()) if folder.is_dir() else self.model,
+            self.served_name or self.model,
+            self.dtype,
+            self.max_model_len,
+            self.tool_parser,
+            repr(config.quantization),
+            *(pages.dtype, pages.eviction, pages.keep_tokens, pages.keep_ratio),
+        ]
+        return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
 
     def service(self) -> Service:
         """Load the model and make its service.
