@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -266,7 +267,7 @@ def test_env_json() -> None:
     assert said == ["exact", "exact, unless its dtype is int8, fp8 or int4", "lossy"]
     assert features["CUDA"]["available"] == torch.cuda.is_available()
     assert all(feature["why"] for feature in features.values() if not feature["available"])
-    assert not [name for name in features if name.startswith("extra") and name != "extra 'bench'"]
+    assert {name for name in features if name.startswith("extra")} == {"extra 'bench'", "extra 'serve'"}
     kernels = features["C kernels for the CPU"]
     assert kernels["available"] == features["attention backend 'cpu'"]["available"] == cpu.available()
     assert (cpu.levels()[-1] if cpu.available() else cpu.why_not()) in kernels["why"]
@@ -280,6 +281,17 @@ def test_env_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert features["C kernels for the CPU"] == {
         "name": "C kernels for the CPU", "available": False, "why": "no compiler"
     }  # fmt: skip
+
+
+def test_the_extra_of_the_server_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["hf_llmopt.cli.env"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "fastapi" else find_spec(name))
+    features = {feature["name"]: feature["why"] for feature in module.collect()["features"] if not feature["available"]}
+    assert features["extra 'serve'"].startswith("fastapi")
+    assert features["extra 'serve'"].endswith("pip install '.[serve]' in the checkout")
+    monkeypatch.delattr(hf_llmopt, "serving", raising=False)
+    monkeypatch.setitem(sys.modules, "hf_llmopt.serving", None)
+    assert "or in the checkout pip install '.[serve]'" in " ".join(run("serve").stderr.split())
 
 
 def test_env_without_hooks() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from . import ui
 from .command import Json
 
-EXTRAS = {"bench": ("matplotlib",)}  # the others of pyproject.toml have no feature yet
+# Those of pyproject.toml without which a command says no, and what they bring.
+EXTRAS = {"bench": ("matplotlib",), "serve": ("fastapi", "llguidance", "prometheus_client", "pydantic", "uvicorn")}
 
 QUALITY = {"quantization": "lossy", "kv_cache": "exact, unless its dtype is int8, fp8 or int4"}  # else exact
 

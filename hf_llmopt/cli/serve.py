@@ -33,7 +33,11 @@ def serve(
         int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
     ] = None,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait, whatever --llmopt says; others get 429.")
+        int,
+        typer.Option(
+            min=1,
+            help="Requests that may wait or be prepared, so the largest burst, whatever --llmopt says; others get 429.",
+        ),
     ] = MAX_WAITING,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = MAX_BODY_BYTES,
     deadline: Annotated[

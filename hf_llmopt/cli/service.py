@@ -30,7 +30,10 @@ def room() -> ModuleType:
     try:
         from hf_llmopt import serving
     except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is not installed: pip install "hf-llmopt[serve]"') from error
+        raise UserError(
+            f'{error.name} is not installed: pip install "hf-llmopt[serve]", or in the checkout '
+            "pip install '.[serve]'"
+        ) from error
     return serving
 
 

@@ -137,7 +137,10 @@ class Grammars:
             from llguidance import LLMatcher, LLParserLimits
             from llguidance.hf import from_tokenizer
         except ModuleNotFoundError as error:
-            raise NotServed('output is constrained by llguidance: pip install "hf-llmopt[serve]"') from error
+            raise NotServed(
+                'output is constrained by llguidance: pip install "hf-llmopt[serve]", or in the checkout '
+                "pip install '.[serve]'"
+            ) from error
         try:
             own = from_tokenizer(tokenizer, eos_token=ends)
         except ValueError as error:
