@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import random
 import sys
+import threading
 import time
 import weakref
 from types import SimpleNamespace
@@ -149,6 +151,17 @@ REFUSED = [
     ({"type": "string", "pattern": "(?=a)b"}, "look-ahead .*Leave it out of `pattern`"),
     ({"oneOf": [{"type": "string"}, {"const": "a"}]}, "not supported. Write `anyOf`"),
     ({"enum": ["x" * LONGEST_GRAMMAR]}, "at most"),
+    ({"$ref": "#"}, "refers to itself without end"),
+    ({"type": "integer", "minimum": 10**20}, "`minimum` is a number beyond 64 bits"),
+    ({"properties": {"enum": {"type": "integer", "maximum": -1e20}}}, "`maximum` is a number beyond 64 bits"),
+    ({"items": {"enum": [1, [10**20]]}}, "`enum` is a number beyond 64 bits"),
+    ({"type": "integer", "multipleOf": 99991}, "at most 10000"),
+    ({"type": "number", "multipleOf": 9.9991}, "at most 10000"),
+    ({"type": "integer", "multipleOf": True}, "[Mm]ultipleOf"),
+    (
+        {"$defs": {"a": {"multipleOf": 311}}, "type": "integer", "allOf": [{"$ref": "#/$defs/a"}, {"multipleOf": 313}]},
+        "least common multiple",
+    ),
 ]
 
 
@@ -157,6 +170,33 @@ def test_what_cannot_be_enforced_is_refused(grammars, schema: dict, says: str) -
     with pytest.raises(errors.InvalidRequest, match=says) as failed:
         grammars.json_schema(schema)
     assert "x-guidance" not in str(failed.value)
+
+
+def test_numbers_within_the_limits_are_compiled(grammars) -> None:
+    apart: dict = {"a": {"multipleOf": 0.01}, "multipleOf": {"const": {"multipleOf": 99991}}}
+    apart |= {str(factor): {"type": "integer", "multipleOf": factor} for factor in range(1, 100)}
+    grammars.json_schema(
+        {
+            "type": "object",
+            "properties": apart,
+        }
+    )
+    grammars.json_schema({"allOf": [{"type": "number", "multipleOf": 0.25}, {"multipleOf": 3, "minimum": -(2**62)}]})
+
+
+def test_who_wants_no_grammar_does_not_wait_for_one(pair) -> None:
+    async def beside(service) -> None:
+        held = threading.Event()
+        slow = [asyncio.ensure_future(service.in_thread(1, lambda: held.wait(9), compiles=True)) for _ in range(40)]
+        await asyncio.wait_for(service.in_thread(0, lambda: None), 5)
+        held.set()
+        assert all(await asyncio.gather(*slow))
+
+    service = make(pair)
+    try:
+        asyncio.run(beside(service))
+    finally:
+        service.close()
 
 
 BOMBS = [

@@ -47,7 +47,7 @@ async def chat(service: Service, request: Request) -> Response:
         ids = service.prompts.chat(ask, ask.tool_choice != "none", ask.demanded is None)
         return service.submit([ids], ask, most, caller, shown, grammar, marks)
 
-    answers = await service.in_thread(n, work)
+    answers = await service.in_thread(n, work, ask.json_schema is not None or tools is not None)
     if service.log_prompts:
         request.state.note["messages"] = [message.model_dump(exclude_none=True) for message in ask.messages]
     note(request, answers, n)

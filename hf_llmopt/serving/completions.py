@@ -51,7 +51,7 @@ async def completions(service: Service, request: Request) -> Response:
             raise APIError(400, "A prompt is empty; give at least one token.", "invalid_value", "prompt")
         return service.submit(ids, ask, most, caller, shown, grammar)
 
-    answers = await service.in_thread(len(prompts) * n, work)
+    answers = await service.in_thread(len(prompts) * n, work, ask.json_schema is not None)
     if service.log_prompts:
         request.state.note["prompt"] = ask.prompt
     note(request, answers, n)

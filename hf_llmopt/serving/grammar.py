@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InvalidRequest, NotServed
 from .lark import json_rule
+from .schema_numbers import check_numbers
 
 if TYPE_CHECKING:  # there are machines without a wheel of it, and all else is served there
     from llguidance import LLMatcher
@@ -32,6 +33,7 @@ REMEDIES = {
     "regex parse error": "Correct `pattern`, or leave it out and check the answer yourself",
     "Unknown format": "Leave `format` out, and check the answer for it yourself",
     "oneOf constraints": "Write `anyOf`, and check yourself that one alone holds",
+    "without end": "Let a `$ref` to what it stands in be one of several choices, or an optional property",
     "retrieving it failed": "Copy it into `$defs` of this schema, and refer to it as `#/$defs/NAME`",
 }
 
@@ -174,11 +176,14 @@ class Grammars:
         """
         if len(grammar) > LONGEST_GRAMMAR:
             raise InvalidRequest(f"{len(grammar)} characters; at most {LONGEST_GRAMMAR} are compiled")
+        check_numbers(grammar)
         return self._known(grammar)
 
 
 def _reason(error: str) -> str:
     """An error of the library in one line, without the text of the grammar that it points into."""
+    if "NoExtensionBias" in error:
+        return "No answer can obey it: the schema refers to itself without end"
     said = re.split(r"\n *\d+ \|", error, maxsplit=1)[0]
     said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\. Enable '.*", "", said)
     return " ".join(said.replace("<non-verbose/>", "").split())[:300].rstrip(".")

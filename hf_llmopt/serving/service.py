@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from .text import TextStream
 from .tool_formats import NAMES, of_template
 
 T = TypeVar("T")
+COMPILERS = 2  # threads; those who want no grammar never wait for one
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Service:
         self._ends = end_tokens(self._generation)
         self._grammars: Grammars | None = None
         self._making = Lock()
+        self._compiling = ThreadPoolExecutor(COMPILERS, "llmopt-grammar")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -153,6 +156,7 @@ class Service:
     def close(self) -> None:
         """Let nobody in any longer, and end what runs."""
         self.draining = True
+        self._compiling.shutdown(wait=False)
         self.engine.close()
 
     def check_model(self, name: str | None) -> None:
@@ -166,12 +170,13 @@ class Service:
                 404, f"The model {name!r} does not exist; this server has {self.name!r}.", "model_not_found", "model"
             )
 
-    async def in_thread(self, choices: int, work: Callable[[], T]) -> T:
+    async def in_thread(self, choices: int, work: Callable[[], T], compiles: bool = False) -> T:
         """Tokenize and submit beside the event loop, if there is room in the line.
 
         Args:
             choices: Requests that it will be.
             work: What to do.
+            compiles: Whether that includes a grammar.
 
         Raises:
             APIError: There is no room, or the work failed.
@@ -183,7 +188,8 @@ class Service:
             raise of_engine(EngineFull(f"{most} requests wait already; come again later."))
         self._preparing += choices
         try:
-            return await asyncio.to_thread(work)
+            pool = self._compiling if compiles and not self.draining else None
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
         except LLMOptError as error:
             raise of_engine(error) from error
         finally:
