@@ -23,7 +23,8 @@ def caches(text: str) -> bool:
 
 
 def test_prompts_are_cached_unless_the_keyword_says_otherwise() -> None:
-    assert all(map(caches, ("true", "int4", "kv_cache,int8", '{"batching": {"max_requests": 4}}', "speculative")))
+    kept = ("true", "int4", "kv_cache,int8", '{"batching": {"max_requests": 4}}', '{"kv_cache": "int8"}', "{}")
+    assert all(map(caches, kept))
     assert not any(map(caches, ("kv_cache", '{"prompt_cache": false}', '{"prompt_cache": null, "graphs": false}')))
     assert config_of(keyword("int4")).quantization.method == "int4"
     assert config_of(hf_llmopt.LLMOptConfig()).prompt_cache is None  # a config says everything

@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Let the embedded model complete code, stock beside llmopt. Exits with 1 if the tokens differ."""
     wanted = keyword(llmopt)
-    if not wanted:
+    if wanted is False:
         raise UserError("the demo compares llmopt with stock; --llmopt false leaves nothing to compare")
 
     from dataclasses import replace

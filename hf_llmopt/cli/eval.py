@@ -64,7 +64,7 @@ def perplexity(
 
     from .models import load
 
-    loaded, tokenizer = load(model, dtype, device, wanted or READER)
+    loaded, tokenizer = load(model, dtype, device, READER if wanted is False else wanted)
     sample = _cut(loaded, tokenizer, texts, text, context, stride, tokens)
     with ui.progress("perplexity", len(sample.windows)) as on_window:
         found = quality.perplexity(loaded, sample, on_window)
@@ -102,7 +102,7 @@ def logits(
     The other model's logits are written to a temporary folder, so that only one model is in memory at a time.
     """
     wanted, texts = keyword(llmopt), _texts(text)
-    if not wanted and against is None:
+    if wanted is False and against is None:
         raise UserError("there is nothing to compare with: give --llmopt, such as int4, or --against another model")
     if against is None and _only_exact(wanted):
         raise UserError(
@@ -127,7 +127,7 @@ def logits(
             theirs = quality.recorded(_said(quality.logits(loaded, sample), on_window), sample, Path(folder))
             del loaded
             gc.collect()  # a model refers to itself
-            loaded, _ = load(model, dtype, device, wanted or READER)
+            loaded, _ = load(model, dtype, device, READER if wanted is False else wanted)
             found = quality.divergence(quality.logits(loaded, sample), theirs, sample, on_window)
     report = {
         "model": model, "llmopt": llmopt, "against": reference, "dtype": _dtype(loaded), **_about(text, sample),
@@ -146,7 +146,7 @@ def logits(
         ["largest", f"{found.largest:.4g}"],
         ["tokens", f"{found.tokens:,} in {len(sample.windows):,} windows"],
     ]
-    name = model if not wanted else f"{model}, {llmopt},"
+    name = model if wanted is False else f"{model}, {llmopt},"
     ui.table(f"{name} against {reference}, {_dtype(loaded)}: {report['text']}", ["", ""], rows, 1)
     _warn(sample)
 
