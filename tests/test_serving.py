@@ -30,11 +30,18 @@ from hf_llmopt.cli.command import keyword
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx2")
 openai = pytest.importorskip("openai")
+ValidationError = pytest.importorskip("pydantic").ValidationError
 
 from served import Running, make, running  # noqa: E402 - needs the extra
 
 from hf_llmopt.serving import Keys, Limits, create_app, logs  # noqa: E402
-from hf_llmopt.serving.errors import of_engine  # noqa: E402
+from hf_llmopt.serving.errors import of_engine, of_validation  # noqa: E402
+from hf_llmopt.serving.schema import (  # noqa: E402
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from hf_llmopt.serving.text import TextStream  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -416,6 +423,31 @@ def test_bad_requests_are_refused(raw, served, path: str, body: object, status: 
     assert error["code"] == code
     assert error["type"] == "invalid_request_error"
     assert served.service.open <= 1
+
+
+MANY = [None] * 100_000
+WRONG_LISTS = [
+    (CompletionRequest, {"prompt": MANY}, "prompt.ids.0"),
+    (CompletionRequest, {"prompt": ["a", *MANY]}, "prompt.texts.1"),
+    (CompletionRequest, {"prompt": [[1], MANY]}, "prompt.lists of ids.1.0"),
+    (CompletionRequest, {"prompt": ["a"] * 2049}, "at most 2048 items"),
+    (CompletionRequest, {"prompt": "a", "stop": MANY}, "stop.str"),
+    (CompletionRequest, {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(30_000)), "a")}, "at most 300"),
+    (ChatRequest, {"messages": MANY}, "messages.0"),
+    (ChatRequest, {"messages": [{"role": "user", "content": MANY}]}, "messages.0.content.str"),
+    (ChatRequest, {"messages": [{"role": "user", "content": "a"}] * 4097}, "at most 4096 items"),
+    (ChatRequest, {**CHAT, "tools": MANY}, "tools.0"),
+    (TokenizeRequest, {"messages": MANY}, "messages.0"),
+    (DetokenizeRequest, {"tokens": MANY}, "tokens.0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "body", "says"), WRONG_LISTS, ids=lambda value: repr(value)[:60])
+def test_only_the_first_mistake_of_a_list_is_looked_for(kind, body: dict, says: str) -> None:
+    with pytest.raises(ValidationError) as failed:
+        kind.model_validate_json(json.dumps(body))
+    assert failed.value.error_count() <= 2  # of a union's other kind
+    assert says in of_validation(failed.value, skip=kind is TokenizeRequest).message
 
 
 def test_refusals_name_the_field(client) -> None:

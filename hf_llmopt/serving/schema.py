@@ -26,6 +26,8 @@ MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_LOGPROBS = 20
 MOST_TOOLS = 128
+MOST_PROMPTS, MOST_MESSAGES, MOST_PARTS = 2048, 4096, 4096
+MOST_BIASES = 300  # as OpenAI has it
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 UNSUPPORTED = {
     "audio": "sound is not generated",
@@ -45,6 +47,9 @@ UNSUPPORTED = {
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Token = Annotated[int, Field(ge=0)]
+# All lists end with their first wrong item: an error for each of a million items would take seconds and much memory.
+FIRST = Field(fail_fast=True)
+Tokens = Annotated[list[Token], FIRST]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
@@ -96,7 +101,7 @@ class Generation(Body):
     min_p: Probability | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], FIRST] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
@@ -119,12 +124,19 @@ class Generation(Body):
             raise ValueError(f"give at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters")
         return stop
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > MOST_BIASES:
+            raise ValueError(f"give at most {MOST_BIASES} token ids")
+        return bias
+
     @field_validator("logit_bias")
     @classmethod
     def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        # OpenAI's limit; and int() takes signs, underscores and digits of other scripts.
-        if bias and (len(bias) > 300 or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in bias)):
-            raise ValueError('give at most 300 token ids, as in {"50": -100}')
+        # int() takes signs, underscores and digits of other scripts.
+        if bias and not all(t.isascii() and t.isdigit() and len(t) < 10 for t in bias):
+            raise ValueError('give token ids, as in {"50": -100}')
         return bias
 
     @model_validator(mode="after")
@@ -163,10 +175,24 @@ class Generation(Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+def _prompt_kind(prompt: Any) -> str:
+    """What a prompt is meant to be, so that an error is about that, and the other kinds are not tried."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else 0
+    return "texts" if isinstance(first, str) else "lists of ids" if isinstance(first, list) else "ids"
+
+
 class CompletionRequest(Generation):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Field(fail_fast=True, max_length=MOST_PROMPTS), Tag("texts")]
+        | Annotated[Tokens, Tag("ids")]
+        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MOST_PROMPTS), Tag("lists of ids")],
+        Discriminator(_prompt_kind),
+    ]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
@@ -183,7 +209,7 @@ class Message(Body):
     """One message of a chat; fields that a template may know are handed on to it."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
 
     @field_validator("content")
     @classmethod
@@ -198,8 +224,8 @@ class Message(Body):
 class ChatMessages(Body):
     """What a chat template renders."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -239,8 +265,8 @@ class ChatRequest(Generation, ChatMessages):
             if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
                 raise ValueError("a function's name has 1 to 64 letters, digits, dots, dashes or underscores")
             names.append(name)
-        if len(set(names)) < len(names) or len(names) > MOST_TOOLS:
-            raise ValueError(f"at most {MOST_TOOLS} functions, each with a name of its own")
+        if len(set(names)) < len(names):
+            raise ValueError("each function needs a name of its own")
         return tools
 
     @model_validator(mode="after")
@@ -319,4 +345,4 @@ class DetokenizeRequest(Body):
     """Body of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens
