@@ -19,9 +19,9 @@ from hf_llmopt.serving import Keys, Limits, Server, Service
 class Running:
     """A server in a thread of this process, and the log that it writes."""
 
-    def __init__(self, service: Service, drain: float = 20.0, origins: Sequence[str] = ()) -> None:
+    def __init__(self, service: Service, drain: float = 20.0, origins: Sequence[str] = (), **more) -> None:
         self.service = service
-        self.server = Server(service, drain, origins)
+        self.server = Server(service, drain, origins, **more)
         listening = self.server.listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
@@ -42,8 +42,8 @@ class Running:
 
 
 @contextmanager
-def running(service: Service, drain: float = 20.0, origins: Sequence[str] = ()) -> Iterator[Running]:
-    it = Running(service, drain, origins)
+def running(service: Service, drain: float = 20.0, origins: Sequence[str] = (), **more) -> Iterator[Running]:
+    it = Running(service, drain, origins, **more)
     try:
         yield it
     finally:

@@ -35,6 +35,7 @@ ValidationError = pytest.importorskip("pydantic").ValidationError
 from served import Running, make, running  # noqa: E402 - needs the extra
 
 from hf_llmopt.serving import Keys, Limits, create_app, logs  # noqa: E402
+from hf_llmopt.serving import server as server_module  # noqa: E402
 from hf_llmopt.serving.errors import of_engine, of_validation  # noqa: E402
 from hf_llmopt.serving.schema import (  # noqa: E402
     ChatRequest,
@@ -467,6 +468,54 @@ def test_a_priority_that_the_policy_ignores_is_logged(pair, raw, log) -> None:
     with running(make(pair, policy="priority")) as it:
         assert httpx.post(it.url + "/v1/completions", json={**COMPLETION, "priority": 3}).status_code == 200
     assert "ignored" not in last(log)
+
+
+def closed_within(sent: socket.socket, seconds: float) -> bool:
+    sent.settimeout(seconds)
+    try:
+        return sent.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def test_heads_that_do_not_come_are_not_waited_for(pair, monkeypatch) -> None:
+    monkeypatch.setattr(server_module, "most_connections", lambda: 6)
+    with running(make(pair), head_seconds=0.3) as it:
+        address = ("127.0.0.1", int(it.url.rpartition(":")[2]))
+        silent, half, again = (socket.create_connection(address) for _ in range(3))
+        with silent, half, again:
+            half.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n")
+            again.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            again.settimeout(5)
+            while b"ok" not in again.recv(4096):
+                pass
+            again.sendall(b"GET")  # a connection that was good once
+            body = {"prompt": PROMPT, "max_tokens": 300, "temperature": 0, "stream": True}
+            with httpx.stream("POST", it.url + "/v1/completions", json=body) as answer:
+                assert all(closed_within(sent, 2) for sent in (silent, half, again))
+                assert "[DONE]" in answer.read().decode()
+    with running(make(pair)) as it:  # ten seconds would be too long: there are too many
+        many = [socket.create_connection(("127.0.0.1", int(it.url.rpartition(":")[2]))) for _ in range(9)]
+        time.sleep(0.3)
+        assert sorted(closed_within(sent, 0.02) for sent in many) == [False] * 6 + [True] * 3
+        for sent in many:
+            sent.close()
+
+
+def test_asyncio_is_logged_as_all_else_and_seldom(monkeypatch, capsys) -> None:
+    asyncio_logger = logging.getLogger("asyncio")
+    for logger in (asyncio_logger, logs.LOGGER, logging.getLogger("uvicorn.error")):
+        for name in ("handlers", "filters", "level", "propagate"):
+            monkeypatch.setattr(logger, name, getattr(logger, name))
+    logs.to_stderr()
+    for number in range(1000):
+        asyncio_logger.error("no handles\nsocket: %s", number)
+    monkeypatch.setattr(logs, "PAUSE", 0.0)
+    asyncio_logger.error("no handles\nsocket: 1000")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line.get("left_out")) for line in lines] == [("no handles", None), ("no handles", 999)]
 
 
 def test_unknown_paths_are_answered_with_a_hint_and_logged(raw, log) -> None:

@@ -8,10 +8,12 @@ import re
 import traceback
 import uuid
 from datetime import datetime, timezone
+from time import monotonic
 
 LOGGER = logging.getLogger("hf_llmopt.serving")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 LONGEST_PATH = 128  # characters
+PAUSE = 10.0  # seconds
 
 
 class JSONFormatter(logging.Formatter):
@@ -34,11 +36,38 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class Seldom(logging.Filter):
+    """Lets a message of the same beginning through every ten seconds, with how often it was left out.
+
+    asyncio writes one for each connection that it cannot accept, thousands a second where there are no file handles.
+    Its further lines show objects, which may quote a prompt.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is time for a message; it is cut to its first line."""
+        event, now = record.getMessage().partition("\n")[0][:LONGEST_PATH], monotonic()
+        last, left_out = self._last.get(event, (now - PAUSE, 0))
+        if now - last < PAUSE:
+            self._last[event] = (last, left_out + 1)
+            return False
+        if len(self._last) > 100:  # messages that differ each time
+            self._last.clear()
+        self._last[event] = (now, 0)
+        record.msg, record.args, record.fields = event, (), {"left_out": left_out} if left_out else {}
+        return True
+
+
 def to_stderr() -> None:
-    """Write the server's lines, and uvicorn's, to stderr."""
+    """Write the server's lines, uvicorn's, and, seldom, asyncio's to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter())
-    for logger in (LOGGER, logging.getLogger("uvicorn.error")):
+    asyncio = logging.getLogger("asyncio")
+    asyncio.filters = [Seldom()]
+    for logger in (LOGGER, logging.getLogger("uvicorn.error"), asyncio):
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False

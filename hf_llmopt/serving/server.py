@@ -11,10 +11,11 @@ from types import FrameType
 import uvicorn
 
 from .app import create_app
+from .connections import HEAD_SECONDS, Waiting, most_connections
 from .service import Service
 
 LAST_SECONDS = 5  # for errors to be sent once the engine was closed
-BACKLOG = 2048  # connections that wait to be accepted
+BACKLOG = 512  # connections that wait to be accepted
 
 
 class Server(uvicorn.Server):
@@ -27,9 +28,17 @@ class Server(uvicorn.Server):
         service: What is served.
         drain: Seconds that running requests have to end.
         origins: Whose web pages may read answers, as of `create_app`.
+        head_seconds: In which a request's headers must have come.
     """
 
-    def __init__(self, service: Service, drain: float = 30.0, origins: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        service: Service,
+        drain: float = 30.0,
+        origins: Sequence[str] = (),
+        head_seconds: float = HEAD_SECONDS,
+    ) -> None:
+        most = most_connections()
         super().__init__(
             uvicorn.Config(
                 create_app(service, origins),
@@ -37,11 +46,14 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=LAST_SECONDS,
+                backlog=BACKLOG,
+                limit_concurrency=most,
             )
         )
         self._service = service
         self._drain = drain
         self._until: float | None = None
+        self._waiting = Waiting(most, head_seconds)
 
     @staticmethod
     def bind(host: str, port: int) -> socket.socket:
@@ -87,6 +99,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether it is time to leave; called ten times a second."""
         exits: bool = await super().on_tick(counter)
+        self._waiting.close_late(self.server_state.connections)
         if self._until is not None:
             exits |= not self._service.open or monotonic() > self._until
         if exits:
