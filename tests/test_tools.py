@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -139,6 +140,18 @@ def test_calls_are_found_however_they_come(form: str, text: str, shown: str, cal
 def test_what_is_no_call_stays_text(form: str, text: str) -> None:
     for pieces in cuts(text):
         assert joined(read(form, pieces)) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "piece", ["<tool_call></tool_call>", '<tool_call>{"a": "</tool_call>', '<tool_call>{"a": [', "<tool_call>"]
+)
+def test_many_marks_are_read_in_little_time(piece: str) -> None:
+    pieces, began = [piece] * 2000, time.process_time()
+    for given_pieces in (pieces, ["".join(pieces)]):
+        assert joined(read("hermes", given_pieces)) == ("".join(pieces), [])
+    assert time.process_time() - began < 1
+    called = ['<tool_call>{"name": "now"}</tool_call>'] * 2000
+    assert len(joined(read("hermes", called))[1]) == 2000
 
 
 PARTS = [

@@ -15,6 +15,8 @@ from .lark import MOST_CALLS, alternatives, objects, opened, quoted, repeated
 from .text import overlap
 
 DECODER = json.JSONDecoder()
+# Marks of one answer that begin no call; behind them all is text. To look at one takes as long as what follows it.
+MOST_WRONG = 256
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Hermes:
     name: ClassVar[str] = "hermes"
     marks: ClassVar[tuple[str, ...]] = ("<tool_call>", "</tool_call>")
     short_ids: ClassVar[bool] = False
+    _begin = re.compile(r"[ \t\n\r]*(?=\{)")
+    _end = re.compile(r"[ \t\n\r]*(</tool_call>|\Z)")
 
     def written_by(self, template: str) -> bool:
         """Whether a chat template tells models to write calls so; some write XML between the same marks."""
@@ -91,20 +95,22 @@ class Hermes:
 
     def split(self, text: str, offered: Collection[str], begins: bool, ends: bool) -> tuple[Found, str]:
         """Part what is certain from what is not."""
-        opening, closing = self.marks
+        opening = self.marks[0]
         found = Found()
-        while (start := text.find(opening)) >= 0:
-            call, rest = self._first(text[start + len(opening) :], closing, offered, ends)
-            if call is not None:
-                found.text += text[:start].rstrip()
-                found.calls.append(call)
-                text = rest
-            elif ends:  # it is none; there may be one behind it
-                found.text += text[: start + len(opening)]
-                text = rest
-            else:
-                found.text += text[:start].rstrip()
-                return found, text[len(text[:start].rstrip()) :]
+        done = looked = wrong = 0  # what is before `done` became certain, before `looked` no other call begins
+        while wrong < MOST_WRONG and (start := text.find(opening, looked)) >= 0:
+            looked = start + len(opening)
+            call, end = self._first(text, looked, offered, ends)
+            if call is None and ends:  # there may be one behind it
+                wrong += 1
+                continue
+            before = text[done:start].rstrip()
+            found.text += before
+            if call is None:
+                return found, text[done + len(before) :]
+            found.calls.append(call)
+            done = looked = end
+        text = text[done:]
         shown = len(text)
         if not ends:  # blanks before a call are no text, nor are those behind the last one
             shown = len(text[: shown - overlap(text, opening)].rstrip())
@@ -113,16 +119,19 @@ class Hermes:
         found.text += text[:shown]
         return found, text[shown:]
 
-    def _first(self, text: str, closing: str, offered: Collection[str], ends: bool) -> tuple[Call | None, str]:
-        """The call with which a text begins, and what stands behind it."""
-        place = text.find(closing)
-        while place >= 0:  # a mark may stand in a string of the call's arguments
-            if (call := _call(_json(text[:place]), offered)) is not None:
-                return call, text[place + len(closing) :]
-            place = text.find(closing, place + 1)
-        # Models leave the last mark away, where a token ends the answer.
-        last = _call(_json(text), offered) if ends else None
-        return last, text if last is None else ""
+    def _first(self, text: str, start: int, offered: Collection[str], ends: bool) -> tuple[Call | None, int]:
+        """The call that begins at a place of a text, and where it ends with its last mark."""
+        begin = self._begin.match(text, start)
+        if begin is None or (not ends and text.find(self.marks[1], start) < 0):
+            return None, start
+        try:
+            value, last = DECODER.raw_decode(text, begin.end())
+        except (ValueError, RecursionError):
+            return None, start
+        end = self._end.match(text, last)
+        if end is None or not (end[1] or ends):  # models leave the last mark away, where a token ends the answer
+            return None, start
+        return _call(value, offered), end.end()
 
     def rules(
         self, tools: Mapping[str, dict[str, Any]], several: bool, free: bool, literal: Callable[[str], str]
