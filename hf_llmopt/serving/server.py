@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._drain = drain
         self._until: float | None = None
-        self._waiting = Waiting(most, head_seconds)
+        self._waiting = Waiting(most * 3 // 4, head_seconds)  # so that others still find room
 
     @staticmethod
     def bind(host: str, port: int) -> socket.socket:
