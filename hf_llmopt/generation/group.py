@@ -172,8 +172,6 @@ class Group:
         """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
         tokens = self._choose(self._next_logits()) if self._looks else self._best()
         overlaps = self._overlaps()
-        if not overlaps:
-            _check(tokens.tolist())
         self.input_ids = torch.cat([self.input_ids, tokens.clamp_min(0)[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self._call(
             "stopping criterion", self.criteria, self.input_ids, self.scores

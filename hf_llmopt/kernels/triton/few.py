@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gated import activated, finished
+from .gated import activated, finished, part_of, put
 from .int_linear import FORMATS, INTERPRETED, TOGETHER
 
 if TYPE_CHECKING:
@@ -80,32 +80,21 @@ def _few(
     KIND: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    token = tl.arange(0, BLOCK_M)[None, :]
+    PARTS: tl.constexpr = 1 if KIND is not None or second is None else 2 if third is None else 3
+    which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     dtype = out.dtype.element_ty
     weight = first
     bias = first_bias
-    outputs = N0
-    column = 0  # of the result
     width = N0
-    if KIND is None:
+    if PARTS > 1:
         width = N0 + N1 + N2
-        if second is not None:
-            before = tl.cdiv(N0, BLOCK_N)
-            if tile >= before:
-                tile -= before
-                weight = second
-                bias = second_bias
-                outputs = N1
-                column = N0
-                if third is not None:
-                    before = tl.cdiv(N1, BLOCK_N)
-                    if tile >= before:
-                        tile -= before
-                        weight = third
-                        bias = third_bias
-                        outputs = N2
-                        column = N0 + N1
+        if which == 1:
+            weight = second
+            bias = second_bias
+    if PARTS > 2:  # noqa: SIM102 - what is not there is not compiled
+        if which == 2:
+            weight = third
+            bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
     y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
@@ -115,11 +104,7 @@ def _few(
         if second is not None:
             up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
             y = y * finished(up, second_bias, rows, factor, dtype)
-    inside = (token < M) & (output < outputs)[:, None]
-    place = token.to(tl.int64) * width + column + output[:, None]
-    if residual is not None:
-        y = y.to(dtype).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, y.to(dtype), mask=inside)
+    put(y, out, residual, tl.arange(0, BLOCK_M), output, M, outputs, width, column)
 
 
 def few(x: Tensor, of: Sequence[Product], kind: str | None, residual: Tensor | None, tile: Tile) -> Tensor:

@@ -46,6 +46,40 @@ def finished(y, bias, rows, factor, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def part_of(tile, N0, N1, N2, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of up to three products a tile belongs to, its place there, outputs of that product, those before it."""
+    which = 0
+    outputs = N0
+    column = 0
+    if PARTS > 1:
+        before = tl.cdiv(N0, BLOCK_N)
+        if tile >= before:
+            tile -= before
+            which = 1
+            outputs = N1
+            column = N0
+    if PARTS > 2:
+        before = tl.cdiv(N1, BLOCK_N)
+        if (which == 1) & (tile >= before):
+            tile -= before
+            which = 2
+            outputs = N2
+            column = N0 + N1
+    return which, tile, outputs, column
+
+
+@triton.jit
+def put(y, out, residual, token, output, M, outputs, width, column):
+    """Write a tile `[outputs, tokens]`, plus a residual, into rows of `width`."""
+    dtype = out.dtype.element_ty
+    inside = (token < M)[None, :] & (output < outputs)[:, None]
+    place = token.to(tl.int64)[None, :] * width + column + output[:, None]
+    if residual is not None:
+        y = y.to(dtype).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, y.to(dtype), mask=inside)
+
+
+@triton.jit
 def _gated(gate, up, out, ROW, UP_ROW, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

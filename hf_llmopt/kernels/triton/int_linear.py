@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gated import activated, finished
+from .gated import activated, finished, part_of, put
 from .layout import PLANES, WORDS, number, planes_of
 
 if TYPE_CHECKING:
@@ -122,38 +122,28 @@ def _deep(
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """As `few._few` does for dense weights."""
-    tile = tl.program_id(0)
+    PARTS: tl.constexpr = 1 if ACTIVATION is not None or second is None else 2 if third is None else 3
+    which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = out.dtype.element_ty
     words = first
     scales = first_scales
     zeros = first_zeros
     bias = first_bias
-    outputs = N0
-    column = 0  # of the result
     width = N0
-    if ACTIVATION is None:
+    if PARTS > 1:
         width = N0 + N1 + N2
-        if second is not None:
-            before = tl.cdiv(N0, BLOCK_N)
-            if tile >= before:
-                tile -= before
-                words = second
-                scales = second_scales
-                zeros = second_zeros
-                bias = second_bias
-                outputs = N1
-                column = N0
-                if third is not None:
-                    before = tl.cdiv(N1, BLOCK_N)
-                    if tile >= before:
-                        tile -= before
-                        words = third
-                        scales = third_scales
-                        zeros = third_zeros
-                        bias = third_bias
-                        outputs = N2
-                        column = N0 + N1
+        if which == 1:
+            words = second
+            scales = second_scales
+            zeros = second_zeros
+            bias = second_bias
+    if PARTS > 2:  # noqa: SIM102 - what is not there is not compiled
+        if which == 2:
+            words = third
+            scales = third_scales
+            zeros = third_zeros
+            bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
     y = _deep_product(
@@ -169,11 +159,7 @@ def _deep(
                 EVEN, BLOCK_M, BLOCK_N, DEPTH, STAGES, DTYPE, ASSEMBLY,
             )  # fmt: skip
             y = y * finished(up, second_bias, rows, factor, dtype)
-    inside = (token < M)[None, :] & (output < outputs)[:, None]
-    place = token.to(tl.int64)[None, :] * width + column + output[:, None]
-    if residual is not None:
-        y = y.to(dtype).to(tl.float32) + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, y.to(dtype), mask=inside)
+    put(y, out, residual, token, output, M, outputs, width, column)
 
 
 @triton.jit
