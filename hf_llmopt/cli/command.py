@@ -55,7 +55,7 @@ def keyword(value: str) -> Any:
         InvalidOption: It names something that does not exist.
         UserError: It is no JSON.
     """
-    from hf_llmopt.config import PARTS, LLMOptConfig
+    from hf_llmopt.config import PARTS, PRESETS, LLMOptConfig
     from hf_llmopt.errors import unknown
 
     if value.lstrip().startswith("{"):
@@ -76,10 +76,11 @@ def keyword(value: str) -> Any:
         if name.strip().lower() in known:
             raise UserError(
                 f"--llmopt {value!r}: {name.strip()!r} stands alone. Names between commas are parts, as "
-                f"prompt_cache,int4; allowed: {', '.join(PARTS)}"
+                f"prompt_cache,int4; allowed: {', '.join([*PARTS, *PRESETS])}"
             )
-        if name.strip() not in PARTS:
-            raise unknown("--llmopt value", name.strip(), [*known, *PARTS])
+        if name.strip() not in PARTS and name.strip() not in PRESETS:
+            raise unknown("--llmopt value", name.strip(), [*known, *PARTS, *PRESETS])
+    LLMOptConfig.parse(value)
     return value
 
 
@@ -90,7 +91,8 @@ Llmopt = Annotated[
     typer.Option(
         "--llmopt",
         metavar="true|false|NAMES|JSON",
-        help="The keyword: true, false for stock transformers, names between commas as int4,speculative, or JSON.",
+        help="The keyword: true, false for stock transformers, latency, throughput, memory, names between commas as "
+        "int4,speculative, or JSON.",
     ),
 ]
 ServedLlmopt = Annotated[
@@ -98,8 +100,9 @@ ServedLlmopt = Annotated[
     typer.Option(
         "--llmopt",
         metavar="true|NAMES|JSON",
-        help="The keyword: true, names between commas as int4,speculative, or a dict as JSON. Prompts are cached "
-        'unless it is kv_cache or a dict with "prompt_cache": false. false is refused: it is stock transformers.',
+        help="The keyword: true, latency, throughput, memory, names between commas as int4,speculative, or a dict as "
+        'JSON. Prompts are cached unless it is kv_cache, memory or a dict with "prompt_cache": false. false, which is '
+        "stock transformers, is refused.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

@@ -62,12 +62,13 @@ def collect() -> dict[str, Any]:
 def _features(gpu: bool) -> list[tuple[str, bool, str]]:
     from hf_llmopt import demo
     from hf_llmopt.attention.choice import BACKENDS
-    from hf_llmopt.config import PARTS
+    from hf_llmopt.config import PARTS, PRESETS
 
     weights = (demo.path() / "config.json").is_file()
     return [
         ("keyword llmopt=", *_hooks()),
         *((f"llmopt={part!r}", True, QUALITY.get(home, "exact")) for part, (home, _) in PARTS.items()),
+        *((f"llmopt={name!r}", True, _exactness(name)) for name in PRESETS),
         ("C kernels for the CPU", *_kernels()),
         *((f"attention backend {name!r}", *_backend(name)) for name in BACKENDS),
         ("CUDA", *_cuda()),
@@ -76,6 +77,13 @@ def _features(gpu: bool) -> list[tuple[str, bool, str]]:
         ("embedded model", weights, "package data" if weights else "no weights; run python -m hf_llmopt.demo.train"),
         *((f"extra {extra!r}", *_extra(extra, modules)) for extra, modules in EXTRAS.items()),
     ]
+
+
+def _exactness(preset: str) -> str:
+    from hf_llmopt import LLMOptConfig
+
+    config = LLMOptConfig.parse(preset)
+    return "exact" if config is not None and config.exact else "lossy"
 
 
 def _hooks() -> tuple[bool, str]:

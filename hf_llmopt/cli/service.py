@@ -72,8 +72,8 @@ def config_of(wanted: Any) -> LLMOptConfig:
     """What is served for a value of the keyword: prompts are cached unless it says otherwise.
 
     Args:
-        wanted: Any form of the keyword but `False`. `"kv_cache"`, a dict that names `prompt_cache` and an
-            `LLMOptConfig` are taken as they are.
+        wanted: Any form of the keyword but `False`. `"kv_cache"`, `"memory"`, a dict that names `prompt_cache`
+            and an `LLMOptConfig` are taken as they are.
 
     Raises:
         InvalidOption: It names something that does not exist, or is `False`.
@@ -84,7 +84,9 @@ def config_of(wanted: Any) -> LLMOptConfig:
     config = LLMOptConfig.parse(wanted)
     if config is None:
         raise InvalidOption("llmopt=False is stock transformers, which `transformers serve` serves.")
-    said = wanted in ("kv_cache", ["kv_cache"]) or (isinstance(wanted, Mapping) and "prompt_cache" in wanted)
+    said = wanted in ("kv_cache", ["kv_cache"], "memory", ["memory"]) or (
+        isinstance(wanted, Mapping) and "prompt_cache" in wanted
+    )
     if said or isinstance(wanted, LLMOptConfig) or config.prompt_cache is not None:
         return config
     return replace(config, prompt_cache=PromptCacheConfig())

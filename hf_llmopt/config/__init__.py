@@ -1,6 +1,6 @@
 """What the user may ask for: `LLMOptConfig`, and a section per part of the series."""
 
-from .llmopt import PARTS, LLMOptConfig
+from .llmopt import PARTS, PRESETS, LLMOptConfig
 from .sections import (
     CALIBRATED,
     EIGHT_BITS,
@@ -16,6 +16,7 @@ __all__ = [
     "CALIBRATED",
     "EIGHT_BITS",
     "PARTS",
+    "PRESETS",
     "AttentionConfig",
     "BatchingConfig",
     "KVCacheConfig",

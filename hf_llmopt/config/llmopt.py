@@ -30,6 +30,12 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "awq": ("quantization", {"method": "awq"}),
     "smoothquant": ("quantization", {"method": "smoothquant"}),
 }
+# Names for what a user is after, and what each sets in the sections; part names may stand beside one of them.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "latency": {"prompt_cache": {}, "speculative": {}},
+    "throughput": {"prompt_cache": {}, "batching": {}},
+    "memory": {"kv_cache": {"dtype": "int8"}},
+}
 SECTIONS: dict[str, type[Section]] = {
     "kv_cache": KVCacheConfig,
     "prompt_cache": PromptCacheConfig,
@@ -61,6 +67,9 @@ class LLMOptConfig:
             though `speculative` asks for them.
 
     Each section also takes `True`, a dict, or a string where it has a main field.
+
+    Attributes:
+        exact: Whether the tokens are stock's; else quality is lost, to a bound that the part's page states.
 
     Raises:
         InvalidOption: An option or value does not exist; the message lists what does.
@@ -99,12 +108,18 @@ class LLMOptConfig:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidOption(f"{name} is True or False, got {getattr(self, name)!r}.")
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing here gives up quality."""
+        return self.quantization is None and self.kv_cache.dtype == "auto" and self.kv_cache.eviction is None
+
     @classmethod
     def parse(cls, value: Any) -> LLMOptConfig | None:
         """Turn any form of the keyword into a config; `False` and `None` mean no config.
 
         Args:
-            value: `True`, `False`, `None`, a part's name, names joined by commas, a list of names, a dict or a config.
+            value: `True`, `False`, `None`, a name of a part or preset, names joined by commas, a list of names, a dict
+                or a config.
 
         Raises:
             InvalidOption: The value has another type, or names something that does not exist.
@@ -130,20 +145,28 @@ class LLMOptConfig:
 
     @classmethod
     def _from_names(cls, names: list[Any]) -> LLMOptConfig:
+        allowed = [*PARTS, *PRESETS]
         if not names:
-            raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, PARTS))}, True or False.")
+            raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, allowed))}, True or False.")
         for name in names:
             if isinstance(name, str) and name in SECTIONS and name not in PARTS:
                 raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
-            if not isinstance(name, str) or name not in PARTS:
-                raise unknown("llmopt= option", name, PARTS)
+            if not isinstance(name, str) or name not in allowed:
+                raise unknown("llmopt= option", name, allowed)
+        presets = [name for name in dict.fromkeys(names) if name in PRESETS]
+        if len(presets) > 1:
+            raise InvalidOption(
+                f"llmopt= got the presets {' and '.join(map(repr, presets))}, which are for different ends. Choose "
+                f"one; parts may be named beside it: {presets[0] + ',prompt_cache'!r}."
+            )
         sections: dict[str, dict[str, Any]] = {}
         for name in names:
-            section, values = PARTS[name]
-            for option, value in values.items():
-                if sections.get(section, {}).get(option, value) != value:
-                    raise InvalidOption(f"llmopt= got {names!r}, which ask for two values of {section}.{option}.")
-            sections.setdefault(section, {}).update(values)
+            section, values = PARTS.get(name, ("", {}))
+            for home, options in PRESETS.get(name, {section: values}).items():
+                for option, value in options.items():
+                    if sections.get(home, {}).get(option, value) != value:
+                        raise InvalidOption(f"llmopt= got {names!r}, which ask for two values of {home}.{option}.")
+                sections.setdefault(home, {}).update(options)
         return cls._from_dict(sections)
 
     @classmethod
