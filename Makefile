@@ -23,7 +23,7 @@ TEST_CFLAGS ?= -Werror
 SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-ray sanitize oracles contract lint format types dist clean
+.PHONY: help demo test test-all test-ray sanitize oracles contract figures lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +56,9 @@ oracles: $(ORACLE_ENV)/.made  ## compare the file formats with the packages that
 contract: $(TEST_ENV)/.built $(CONTRACT_ENV)/.made  ## try the server against its own OpenAPI description
 	LLMOPT_TEST_SCHEMATHESIS=$(abspath $(CONTRACT_ENV))/bin/schemathesis \
 		$(TEST_ENV)/bin/python -m pytest tests/test_serving_description.py $(PYTEST_ARGS)
+
+figures: $(TEST_ENV)/.made  ## write the figures of all pages again, from docs/results
+	$(TEST_ENV)/bin/hf-llmopt bench figures README.md docs
 
 lint: $(TEST_ENV)/.made  ## check style and format
 	$(TEST_ENV)/bin/ruff check .

@@ -129,13 +129,6 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= asked <= targets
 
 
-@pytest.mark.parametrize("page", PAGES, ids=called)
-def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
-    inside = [link for link in links if not re.match(r"[a-z]+:", link)]
-    assert [link for link in inside if not (page.parent / link).exists()] == []
-
-
 # ---------------------------------------------------------------------------------------------------------- docstrings
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from ..command import ModelCommand
+from ..command import Command, ModelCommand
 from .continuous_batching import continuous_batching
 from .cpu import cpu
+from .figures import figures
 from .flash_attention import flash_attention
 from .hops import hops
 from .kv_cache import kv_cache
@@ -25,6 +26,7 @@ app.command("speculative", cls=ModelCommand)(speculative)
 app.command("serve", cls=ModelCommand)(serve)
 app.command("hops", cls=ModelCommand)(hops)
 app.command("cpu", cls=ModelCommand)(cpu)
+app.command("figures", cls=Command)(figures)
 
 
 @app.callback()

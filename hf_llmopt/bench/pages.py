@@ -1,0 +1,162 @@
+"""Figures of Markdown pages: tables between two marks, made from the report that the first mark names.
+
+```
+<!-- figures: results/kv_cache.json -->
+what stands here is replaced by the report's tables
+<!-- end of figures -->
+```
+
+The file is named from the page's folder. `results/serve.json, overhead` takes one table only: the one whose title
+contains "overhead". A picture `results/kv_cache.svg` is drawn from the report beside it, `results/kv_cache.json`.
+`hf-llmopt bench figures` writes all of it again; a test holds that nothing would change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidOption, unknown
+from . import (
+    continuous_batching_tables,
+    cpu_tables,
+    eviction,
+    flash_attention,
+    flash_attention_cpu,
+    gpu_tables,
+    hops_tables,
+    kv_cache_long,
+    plots,
+    prompt_cache,
+    quantization,
+    report,
+    serve_tables,
+    speculative,
+    speculative_oracle,
+)
+from .report import Table, markdown
+
+Report = dict[str, Any]
+
+# By `"bench"` of a report.
+TABLES: Mapping[str, Callable[[Report], list[Table]]] = {
+    "continuous_batching": continuous_batching_tables.tables,
+    "cpu": cpu_tables.tables,
+    "decode on a GPU": gpu_tables.decoding,
+    "eviction": lambda found: [eviction.table(found)],
+    "flash attention": flash_attention.tables,
+    "flash attention on a CPU": flash_attention_cpu.tables,
+    "hops": hops_tables.tables,
+    "kv_cache": lambda found: [report.table(found)],
+    "kv_cache --long": kv_cache_long.tables,
+    "prompt_cache": lambda found: [prompt_cache.table(found)],
+    "quantization": quantization.tables,
+    "quantized kernels": gpu_tables.products,
+    "serve": serve_tables.tables,
+    "speculative": lambda found: [speculative.table(found)],
+    "speculative_oracle": speculative_oracle.tables,
+}
+PICTURES: Mapping[str, Callable[[Report], str]] = {
+    "continuous_batching": lambda found: plots.schedule(found["timeline"]),
+    "flash attention on a CPU": lambda found: plots.prompts(found["prompts"]),
+    "kv_cache --long": plots.page_formats,
+    "serve": lambda found: plots.served(found["points"]),
+    "speculative": plots.speculation,
+}
+FIGURES = re.compile(
+    r"^<!-- figures: (?P<file>[^,\n]+?)(?:, (?P<title>.+?))? -->\n(?P<shown>.*?)^<!-- end of figures -->$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def load(path: Path) -> Report:
+    """A report that was saved.
+
+    Raises:
+        InvalidOption: It did not pass, or there is no benchmark of its name.
+    """
+    found: Report = json.loads(path.read_text("utf-8"))
+    if found.get("bench") not in TABLES:
+        raise unknown(f"{path}: the benchmark", found.get("bench"), TABLES)
+    if not found.get("passed", True):
+        raise InvalidOption(f"{path}: its results were wrong, so its figures are not shown; measure it again")
+    return found
+
+
+def tables(found: Report, title: str | None = None) -> list[Table]:
+    """The tables of a report.
+
+    Args:
+        found: As `load` returned it.
+        title: Only the table whose title contains this.
+
+    Raises:
+        InvalidOption: There is no such table, or more than one.
+    """
+    made = TABLES[found["bench"]](found)
+    chosen = [table for table in made if title is None or title in table.title]
+    if title is not None and len(chosen) != 1:
+        raise unknown("one table whose title contains", title, [table.title for table in made])
+    return chosen
+
+
+def filled(page: str, folder: Path) -> str:
+    """A page with the figures that its marks ask for.
+
+    Args:
+        page: Markdown.
+        folder: Where the page stands; its marks name files from there.
+
+    Raises:
+        InvalidOption: A mark asks for what is not there, or for a report that did not pass.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from hf_llmopt.bench.pages import filled
+        >>> filled("No marks.", Path())
+        'No marks.'
+    """
+
+    def fill(mark: re.Match[str]) -> str:
+        shown = "\n\n".join(markdown(table).strip() for table in tables(load(folder / mark["file"]), mark["title"]))
+        first = mark[0].partition("\n")[0]
+        return f"{first}\n\n{shown}\n\n<!-- end of figures -->"
+
+    return FIGURES.sub(fill, page)
+
+
+def refresh(path: Path) -> Iterator[Path]:
+    """Write a page, or all pages of a folder and the pictures in its `results`, with the figures of their reports.
+
+    Yields:
+        Files that have changed.
+
+    Raises:
+        InvalidOption: As `filled`.
+    """
+    pages = [path] if path.is_file() else sorted(path.rglob("*.md"))
+    for page in pages:
+        yield from _write(page, filled(page.read_text("utf-8"), page.parent))
+    for picture in sorted(path.glob("results/*.svg")):
+        yield from _write(picture, drawn(picture))
+
+
+def drawn(picture: Path) -> str:
+    """What a picture should look like, from the report of its name.
+
+    Raises:
+        InvalidOption: There are no pictures of such reports.
+    """
+    found = load(picture.with_suffix(".json"))
+    if found["bench"] not in PICTURES:
+        raise unknown(f"{picture}: a picture of", found["bench"], PICTURES)
+    return PICTURES[found["bench"]](found)
+
+
+def _write(path: Path, text: str) -> Iterator[Path]:
+    if path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
+        yield path
