@@ -7,6 +7,7 @@ TEST_ENV ?= .venv-test
 ORACLE_ENV ?= .venv-oracles
 CONTRACT_ENV ?= .venv-contract
 RAY_ENV ?= .venv-ray
+DOCS_ENV ?= .venv-docs
 WITH_RAY := .[dev,ray]
 
 # Appended to the commands: make demo DEMO_ARGS="--json", make test PYTEST_ARGS="-k pages -x".
@@ -23,7 +24,7 @@ TEST_CFLAGS ?= -Werror
 SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-ray sanitize oracles contract figures lint format types dist clean
+.PHONY: help demo test test-all test-ray sanitize oracles contract figures docs lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,6 +61,11 @@ contract: $(TEST_ENV)/.built $(CONTRACT_ENV)/.made  ## try the server against it
 figures: $(TEST_ENV)/.made  ## write the figures of all pages again, from docs/results
 	$(TEST_ENV)/bin/hf-llmopt bench figures README.md docs
 
+# Reads the package's sources, and needs neither it nor torch.
+docs: $(DOCS_ENV)/.made  ## build the site of docs/ into build/site; a warning fails it
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict --quiet
+	@echo "the site begins at build/site/index.html"
+
 lint: $(TEST_ENV)/.made  ## check style and format
 	$(TEST_ENV)/bin/ruff check .
 	$(TEST_ENV)/bin/ruff format --check .
@@ -75,7 +81,7 @@ dist: $(TEST_ENV)/.made  ## build the source archive and the wheel into dist/
 	$(TEST_ENV)/bin/python -m build
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-test .venv-oracles .venv-contract .venv-ray build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-oracles .venv-contract .venv-ray .venv-docs build dist hf_llmopt.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find hf_llmopt tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(1): the environment's folder, $(2): what to install, $(3): variables of the build.
@@ -112,6 +118,13 @@ $(CONTRACT_ENV)/.made: Makefile
 	@echo "making $(CONTRACT_ENV): this takes a minute the first time"
 	$(PYTHON) -m venv --clear $(CONTRACT_ENV)
 	$(CONTRACT_ENV)/bin/python -m pip install --disable-pip-version-check --quiet schemathesis==4.32.5
+	@touch $@
+
+$(DOCS_ENV)/.made: $(SETTINGS)
+	@echo "making $(DOCS_ENV): this takes a minute the first time"
+	$(PYTHON) -m venv --clear $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check --quiet "pip>=25.1"
+	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --group docs
 	@touch $@
 
 # The package is installed from its sources and the kernels lie among them: they are built again if a file of theirs is

@@ -77,7 +77,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert lost == []
 
 
+def test_every_page_is_reached() -> None:
+    """From the site's index and from its navigation."""
+    every = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("nav:")[2].partition("theme:")[0]
+    assert set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == every
+    assert {path for path, _ in links(DOCS / "index.md") if not path.startswith("..")} == every - {"index.md"}
+
+
 # ---------------------------------------------------------------------------------------------------------------- code
+
+
+def test_the_reference_has_every_public_name() -> None:
+    named = re.findall(r"^::: hf_llmopt\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(set(hf_llmopt.__all__))
 
 
 def tracked() -> list[str]:
