@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hf_llmopt
+from hf_llmopt import errors
 from hf_llmopt.bench import pages
 from hf_llmopt.cli import app
 from hf_llmopt.errors import InvalidOption
@@ -167,6 +169,18 @@ def test_code_exists(page: Path) -> None:
         if not attribute(stats, [name])
     ]
     assert lost == []
+
+
+def test_the_page_on_errors_has_every_error() -> None:
+    """Its rows name the class, and the class of ours or built in that it is a kind of."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (.+) \|$", prose(DOCS / "errors.md"), re.MULTILINE)
+    tree = {
+        name: next(base for base in member.__bases__ if base is not errors.LLMOptError).__name__
+        for name, member in vars(errors).items()
+        if inspect.isclass(member) and issubclass(member, errors.LLMOptError) and member is not errors.LLMOptError
+    }
+    assert {name: base for name, base, *_ in rows} == tree
+    assert len(rows) == len(tree)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
