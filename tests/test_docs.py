@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import os
 import re
 import shlex
@@ -79,11 +81,18 @@ def test_blocks_are_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=called)
 def test_python_blocks_run(page: Path) -> None:
-    """The blocks of a page share one namespace, as if typed one after the other; a failure shows the page's line."""
+    """The blocks of a page share one namespace, as if typed one after the other; a failure shows the page's line.
+
+    An `output` block holds what the block before it prints.
+    """
     names = {"__name__": "__main__"}
     for block in blocks(page.read_text("utf-8")):
         if block.language == "python":
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+        elif block.language == "output":
+            assert block.text == printed.getvalue(), f"{called(page)}, line {block.line + 1}"
 
 
 def shell_lines(page: Path) -> Iterator[tuple[str, int]]:
