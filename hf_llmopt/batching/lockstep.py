@@ -152,5 +152,5 @@ def pack(ids: Tensor, kwargs: dict[str, Any], wishes: Wishes) -> bytes:
     except Exception as error:
         raise InvalidRequest(
             "The model is sharded over processes, and every one of them needs the whole request: objects that cannot "
-            f"be pickled (streamers, constraints) are not served ({type(error).__name__}: {error})."
+            f"be pickled (streamers, say) are not served ({type(error).__name__}: {error})."
         ) from error

@@ -39,6 +39,9 @@ class Turns(ABC):
     Args:
         model: A causal language model.
         config: What the engine's user asked for.
+
+    Attributes:
+        lost: Why no turn can be taken any more, where a process of a sharded model has ended; else `None`.
     """
 
     def __init__(self, model: PreTrainedModel, config: LLMOptConfig) -> None:
@@ -56,6 +59,7 @@ class Turns(ABC):
         self._ahead: Chosen | None = None  # tokens of the last step, which the host does not know yet
         self._closed = False
         self._over = False  # no further turn
+        self.lost: str | None = None
         self._lockstep = None if self.loop.ranks is None else Lockstep(self.loop.ranks, self._gate)
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
@@ -195,8 +199,9 @@ class Turns(ABC):
         assert self._lockstep is not None
         try:
             told = self._lockstep.turn(self._closed, self._repeat)
-        except RuntimeError:  # a rank has ended: there will be no turn any more
+        except RuntimeError as broken:  # there will be no turn any more
             self._closed = self._over = True
+            self.lost = self.lost or f"A rank of the sharded model has ended: {broken}"
             raise
         with self._gate:
             for handles in told.came:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,23 +29,86 @@ def load(name: str, dtype: str = "auto", device: str | None = None, llmopt: Any 
     Raises:
         UserError: There is no such model, or it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    model = _model(name, dtype, llmopt=llmopt)
+    return place(model, device), tokenizer(name)
 
-    from hf_llmopt.errors import LLMOptError
+
+def load_shard(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """Load the part of a model that belongs to this rank, of those that torch.distributed has made known.
+
+    Raises:
+        UserError: There is no such model, or it cannot be loaded or sharded.
+    """
+    from transformers.distributed import DistributedConfig
+
+    return _model(name, dtype, distributed_config=DistributedConfig(tp_plan="auto"))
+
+
+def check_shards(name: str, ranks: int, device: str | None) -> None:
+    """Refuse ranks that a model or this machine has no part for, before any of them is started.
+
+    Args:
+        name: `demo`, a folder, or a name on the hub.
+        ranks: How many there are to be.
+        device: As the user gave it; ranks choose theirs by themselves.
+
+    Raises:
+        UserError: There are fewer GPUs, or heads cannot be shared evenly, or there is no such model.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    gpus = torch.cuda.device_count()
+    if gpus and gpus < ranks:
+        raise UserError(f"--tensor-parallel {ranks} needs a GPU for each rank, and this machine has {gpus}")
+    if device not in (None, "cuda" if gpus else "cpu"):
+        raise UserError(
+            f"--device {device} is one device, and --tensor-parallel {ranks} takes as many as there are ranks; "
+            "leave it out"
+        )
+    with _loading(name):
+        config = AutoConfig.from_pretrained(_path(name)).get_text_config()
+    for kind in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, kind, None)
+        if heads is not None and heads % ranks:
+            raise UserError(f"--tensor-parallel {ranks}: the model has {kind}={heads}, which cannot be shared evenly")
+
+
+def tokenizer(name: str) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        UserError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(_path(name))
+
+
+def _model(name: str, dtype: str, **more: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     wanted = parse_dtype(dtype)
     if not ui.talks():
         logging.disable_progress_bar()
-    path = _path(name)
+    with _loading(name):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_path(name), dtype=wanted, **more)
+    return model.eval()
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What can be wrong with a model's files becomes one line."""
+    from hf_llmopt.errors import LLMOptError
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, llmopt=llmopt)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        yield
     except LLMOptError:
         raise
     except (OSError, ValueError, ImportError) as error:  # no such model, an unknown architecture, a missing package
         raise UserError(f"cannot load {name!r}: {ui.first_line(error)}") from error
-    return place(model.eval(), device), tokenizer
 
 
 def place(model: PreTrainedModel, device: str | None) -> PreTrainedModel:

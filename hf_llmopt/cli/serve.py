@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,12 @@ def serve(
             help="How the model writes tool calls, if not as its template tells.",
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Shard the model over so many processes of this machine, each on a GPU if it has any."
+        ),
+    ] = 1,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="So many engines behind one address, on this machine or Ray's cluster.")
     ] = None,
@@ -105,27 +112,32 @@ def serve(
             log_prompts=log_prompts,
             tool_parser=tool_parser,
             origins=tuple(allow_origin or ()),
+            tensor_parallel=tensor_parallel,
         )
-    listening = bound(host, port)
-    service = make(
-        model,
-        wanted,
-        dtype,
-        device,
-        served_name,
-        max_model_len,
-        max_waiting,
-        max_body_bytes,
-        deadline,
-        keys=keys,
-        log_prompts=log_prompts,
-        tool_parser=tool_parser,
-    )
-    logs.to_stderr()
-    server = serving.Server(service, drain, allow_origin or ())
-    listening.listen(serving.server.BACKLOG)
-    where = f"[{host}]" if ":" in host else host
-    address = f"http://{where}:{listening.getsockname()[1]}"
-    ui.talk(f"serving {service.name} on {address}/v1")
-    logs.LOGGER.info("serving", extra={"fields": {**service.summary, "page": f"{address}/"}})
-    server.run(sockets=[listening])
+    with bound(host, port) as listening:
+        service = make(
+            model,
+            wanted,
+            dtype,
+            device,
+            served_name,
+            max_model_len,
+            max_waiting,
+            max_body_bytes,
+            deadline,
+            tensor_parallel,
+            keys=keys,
+            log_prompts=log_prompts,
+            tool_parser=tool_parser,
+        )
+        logs.to_stderr()
+        server = serving.Server(service, drain, allow_origin or ())
+        listening.listen(serving.server.BACKLOG)
+        where = f"[{host}]" if ":" in host else host
+        address = f"http://{where}:{listening.getsockname()[1]}"
+        ui.talk(f"serving {service.name} on {address}/v1")
+        logs.LOGGER.info("serving", extra={"fields": {**service.summary, "page": f"{address}/"}})
+        server.run(sockets=[listening])
+        if service.engine.lost is not None:
+            ui.fail(service.engine.lost)
+            os._exit(1)  # the engine's thread may wait for the lost rank for ever

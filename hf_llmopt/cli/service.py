@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .command import UserError
-from .models import load
+from .models import check_shards, load, load_shard, tokenizer
 
 if TYPE_CHECKING:
-    from hf_llmopt import LLMOptConfig
+    from hf_llmopt import Engine, LLMOptConfig
     from hf_llmopt.serving import Keys, Service
 
 MAX_WAITING = 1024
@@ -102,6 +103,8 @@ def make(
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     deadline: float | None = None,
+    tensor_parallel: int = 1,
+    on_loss: Callable[[str], object] | None = None,
     **more: Any,
 ) -> Service:
     """Load a model and make a service of it.
@@ -116,21 +119,58 @@ def make(
         max_waiting: Requests that may wait.
         max_body_bytes: Most bytes of a request's body.
         deadline: Seconds until an answer has to be whole.
+        tensor_parallel: Processes that the model is sharded over, this one included.
+        on_loss: Called with a message when one of the others has ended by itself.
         more: Further arguments of `Service`.
 
     Raises:
         UserError: The extra is not installed, or the model cannot be served.
         InvalidOption: The keyword or another option names something that does not exist or cannot be.
     """
-    from hf_llmopt import Engine
-
     serving = room()
     config = config_of(wanted)
     config = replace(config, batching=replace(config.batching, max_waiting=max_waiting))
-    loaded, tokenizer = load(model, dtype, device, wanted)
-    length = max_model_len or getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if tensor_parallel > 1:
+        engine, tokens = _sharded(model, config, dtype, device, tensor_parallel, on_loss)
+    else:
+        engine, tokens = _whole(model, config, dtype, device, wanted)
+    length = max_model_len or getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
     if length is None:
+        engine.close()
         raise UserError("the model does not say how many positions it has; give --max-model-len")
     limits = serving.Limits(length, max_body_bytes, deadline=deadline)
-    service: Service = serving.Service(Engine(loaded, config), tokenizer, served_name or model, limits, **more)
+    try:
+        service: Service = serving.Service(engine, tokens, served_name or model, limits, **more)
+    except BaseException:
+        engine.close()
+        raise
     return service
+
+
+def _whole(model: str, config: LLMOptConfig, dtype: str, device: str | None, wanted: Any) -> tuple[Engine, Any]:
+    """An engine in this process, and the tokenizer."""
+    from hf_llmopt import Engine
+
+    loaded, tokens = load(model, dtype, device, wanted)
+    return Engine(loaded, config), tokens
+
+
+def _sharded(
+    model: str,
+    config: LLMOptConfig,
+    dtype: str,
+    device: str | None,
+    ranks: int,
+    on_loss: Callable[[str], object] | None,
+) -> tuple[Engine, Any]:
+    """An engine on rank 0 of several processes, and the tokenizer."""
+    from hf_llmopt.batching.sharded import ShardedEngine
+
+    if config.quantization is not None:
+        raise UserError(
+            f"--tensor-parallel {ranks} shards weights as they are stored, and --llmopt asks for "
+            f"{config.quantization.method}; leave one of them out"
+        )
+    check_shards(model, ranks, device)
+    tokens = tokenizer(model)  # if that fails, it does so at once
+    return ShardedEngine.start(partial(load_shard, model, dtype), ranks, config, on_loss), tokens

@@ -77,16 +77,15 @@ def ranks_of(model: PreTrainedModel) -> Ranks | None:
     return Ranks(mesh.get_group(), model.device)
 
 
-def alike(config: LLMOptConfig, ranks: Ranks, store: PagedStore) -> LLMOptConfig:
-    """A config with which all ranks plan the same passes; called by all of them.
+def require_alike(config: LLMOptConfig, size: int) -> None:
+    """Refuse what processes would do differently.
 
     Args:
-        config: What the caller asked for.
-        ranks: The model's.
-        store: Pages as the config asks for them; it says how many this rank has memory for.
+        config: What was asked for.
+        size: Processes that a model is sharded over.
 
     Raises:
-        InvalidOption: Something was asked for that ranks would do differently.
+        InvalidOption: It asks for such a thing.
     """
     cache, prompts, guesses = config.kv_cache, config.prompt_cache, config.speculative
     refused = {
@@ -101,9 +100,24 @@ def alike(config: LLMOptConfig, ranks: Ranks, store: PagedStore) -> LLMOptConfig
     refused[f"SpeculativeConfig(method={method!r})"] = method not in (None, "suffix", "draft_model")
     if asked := next((option for option, given in refused.items() if given), None):
         raise InvalidOption(
-            f"{asked} is not served where a model is sharded over {ranks.size} processes (tp_plan=): they have to run "
+            f"{asked} is not served where a model is sharded over {size} processes (tp_plan=): they have to run "
             "the same passes. Leave it out, or load the model into one process."
         )
+
+
+def alike(config: LLMOptConfig, ranks: Ranks, store: PagedStore) -> LLMOptConfig:
+    """A config with which all ranks plan the same passes; called by all of them.
+
+    Args:
+        config: What the caller asked for.
+        ranks: The model's.
+        store: Pages as the config asks for them; it says how many this rank has memory for.
+
+    Raises:
+        InvalidOption: Something was asked for that ranks would do differently.
+    """
+    require_alike(config, ranks.size)
+    cache, prompts, guesses = config.kv_cache, config.prompt_cache, config.speculative
     # Processes of one machine share the memory that each sees free.
     pages = max(1, ranks.least(min(store.limits())) // (ranks.size if ranks.device.type == "cpu" else 1))
     if cache.max_tokens is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ..errors import InvalidRequest, NotServed
 from .lark import json_rule
@@ -44,14 +45,20 @@ class Grammar:
     Args:
         compile: Makes what follows one sequence.
         one: Held while it does: whoever sends many large grammars keeps one core busy, not all.
+        again: Arguments with which `again` makes it in another process, which has to find the same: then no two
+            sequences share what they compute. `None` if there is no other process.
+
+    Attributes:
+        seconds: That it took to compile.
 
     Raises:
         InvalidRequest: It cannot be compiled.
     """
 
-    def __init__(self, compile: Callable[[], LLMatcher], one: Lock) -> None:
+    def __init__(self, compile: Callable[[], LLMatcher], one: Lock, again: tuple[Any, ...] | None = None) -> None:
         self._compile = compile
         self._one = one
+        self._again = again
         with one:
             self._matcher: LLMatcher | None = self._made()
 
@@ -63,6 +70,11 @@ class Grammar:
             self._matcher = matcher if self._left else None
             return Sentence(matcher.deep_copy() if self._left else matcher)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._again is None:
+            raise TypeError("a grammar of one process")
+        return again, self._again
+
     def _made(self) -> LLMatcher:
         began = perf_counter()
         matcher = self._compile()
@@ -72,7 +84,8 @@ class Grammar:
             reason = _reason(matcher.get_error())
             remedy = next((f". {remedy}" for words, remedy in REMEDIES.items() if words in reason), "")
             raise InvalidRequest(reason + remedy)
-        self._left = SHARED if perf_counter() - began > LONG else 1
+        self.seconds = perf_counter() - began
+        self._left = SHARED if self.seconds > LONG and self._again is None else 1
         return matcher
 
 
@@ -112,6 +125,7 @@ class Grammars:
     Args:
         tokenizer: The model's; it must be a fast one.
         ends: Tokens that end a sequence.
+        alone: Whether one process computes all sequences. Else others make the grammars again, by the tokenizer's name.
 
     Raises:
         NotServed: The tokenizer is not a fast one, nothing ends a sequence, or llguidance is not installed.
@@ -131,7 +145,7 @@ class Grammars:
         ['ok']
     """
 
-    def __init__(self, tokenizer: Any, ends: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Any, ends: Iterable[int], alone: bool = True) -> None:
         ends = sorted(ends)
         if not ends:
             raise NotServed("no token ends this model's answers, so output cannot be constrained")
@@ -157,8 +171,12 @@ class Grammars:
         def match(grammar: str) -> LLMatcher:
             return LLMatcher(own, grammar, log_level=0, limits=limits)
 
-        one = Lock()
-        self._known = lru_cache(KEPT_GRAMMARS)(lambda grammar: Grammar(partial(match, grammar), one))
+        one, name = Lock(), None if alone else tokenizer.name_or_path
+
+        def made(grammar: str) -> Grammar:
+            return Grammar(partial(match, grammar), one, None if name is None else (name, tuple(ends), grammar))
+
+        self._known = lru_cache(KEPT_GRAMMARS)(made)
 
     def json_schema(self, schema: dict[str, Any]) -> Grammar:
         """The grammar of JSON that a schema allows, written compactly, with single blanks, or with line breaks.
@@ -178,6 +196,22 @@ class Grammars:
             raise InvalidRequest(f"{len(grammar)} characters; at most {LONGEST_GRAMMAR} are compiled")
         check_numbers(grammar)
         return self._known(grammar)
+
+
+@lru_cache(1)
+def _grammars(name: str, ends: tuple[int, ...]) -> Grammars:
+    return Grammars(AutoTokenizer.from_pretrained(name), ends, alone=False)
+
+
+def again(name: str, ends: tuple[int, ...], grammar: str) -> Grammar:
+    """A grammar that another process has compiled.
+
+    Args:
+        name: The tokenizer's.
+        ends: Tokens that end a sequence.
+        grammar: In llguidance's dialect of Lark.
+    """
+    return _grammars(name, ends).lark(grammar)
 
 
 def _reason(error: str) -> str:

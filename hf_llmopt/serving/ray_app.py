@@ -43,7 +43,7 @@ class Arguments(Recipe):
         target_requests: Open requests of a replica at which another one is started.
         max_ongoing: Most open requests of a replica; others wait in front of it, `max_waiting` at most.
         cpus: Cores of each replica; Ray lets its threads be as many.
-        gpus: GPUs of each replica; by default one where this machine has any.
+        gpus: GPUs of each replica; by default one for each of its ranks where this machine has any.
         drain: Seconds that running requests have when a replica is stopped.
         api_key_file: Keys that are let in, one a line; HF_LLMOPT_API_KEYS adds others.
     """
@@ -75,7 +75,9 @@ def build(arguments: Arguments) -> serve.Application:
     recipe = arguments
     if not len(arguments.keys):  # they are read here: replicas on other machines get digests
         recipe = arguments.model_copy(update={"keys": Keys.read(arguments.api_key_file)})
-    gpus = arguments.gpus if arguments.gpus is not None else float(torch.cuda.is_available())
+    gpus = (
+        arguments.gpus if arguments.gpus is not None else float(arguments.tensor_parallel * torch.cuda.is_available())
+    )
     most = arguments.max_replicas or arguments.replicas
     if most < arguments.replicas:
         raise InvalidOption(f"max_replicas={most} is less than replicas={arguments.replicas}.")

@@ -22,7 +22,7 @@ class Replica:
 
     def __init__(self, recipe: Recipe) -> None:
         logs.to_stderr()
-        self.service = recipe.service()
+        self.service = recipe.service(_end)
         logs.LOGGER.info("serving", extra={"fields": self.service.summary})
         self._app = create_app(self.service, recipe.origins)
         self._running: set[asyncio.Task[None]] = set()
@@ -78,6 +78,12 @@ class Replica:
     def process(self) -> int:
         """Its process id."""
         return os.getpid()
+
+
+def _end(message: str) -> None:
+    """Without one of its ranks a replica is of no use: Ray starts another one, and requests go elsewhere."""
+    logs.LOGGER.error("a rank was lost", extra={"fields": {"error": message}})
+    os._exit(1)
 
 
 def _scope(asked: Asked) -> dict[str, Any]:

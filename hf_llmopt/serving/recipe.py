@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Recipe(BaseModel):
         log_prompts: Whether prompts stand in the log.
         tool_parser: How the model writes calls of tools, as of `Service`.
         origins: Whose web pages may read answers, as of `create_app`.
+        tensor_parallel: Processes that the model is sharded over, the one that makes the service included.
 
     Example:
         >>> from hf_llmopt.serving.recipe import Recipe
@@ -56,6 +58,7 @@ class Recipe(BaseModel):
     log_prompts: bool = False
     tool_parser: str | None = None
     origins: tuple[str, ...] = ()
+    tensor_parallel: int = Field(default=1, ge=1)
 
     @property
     def setting(self) -> str:
@@ -79,8 +82,11 @@ class Recipe(BaseModel):
         ]
         return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
 
-    def service(self) -> Service:
+    def service(self, on_loss: Callable[[str], object] | None = None) -> Service:
         """Load the model and make its service.
+
+        Args:
+            on_loss: Called with a message when a process of a sharded model has ended by itself.
 
         Raises:
             UserError: There is no such model, or it cannot be served.
@@ -98,6 +104,8 @@ class Recipe(BaseModel):
             self.max_waiting,
             self.max_body_bytes,
             self.deadline,
+            self.tensor_parallel,
+            on_loss,
             keys=self.keys,
             log_prompts=self.log_prompts,
             tool_parser=self.tool_parser,

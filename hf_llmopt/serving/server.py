@@ -22,7 +22,8 @@ class Server(uvicorn.Server):
     """Serves until it is told to stop, then lets what runs end.
 
     At the first signal new requests get 503, and `/health` says so; those that run go on. When the last one has ended,
-    or after `drain` seconds, or at the second signal, it stops; what still ran then ends with 503.
+    or after `drain` seconds, or at the second signal, it stops; what still ran then ends with 503. It stops at once
+    where a process of a sharded model has ended.
 
     Args:
         service: What is served.
@@ -100,6 +101,7 @@ class Server(uvicorn.Server):
         """Whether it is time to leave; called ten times a second."""
         exits: bool = await super().on_tick(counter)
         self._waiting.close_late(self.server_state.connections)
+        exits |= self._service.engine.lost is not None
         if self._until is not None:
             exits |= not self._service.open or monotonic() > self._until
         if exits:

@@ -27,6 +27,7 @@ from .text import TextStream
 from .tool_formats import NAMES, of_template
 
 T = TypeVar("T")
+STALL = 1.0  # seconds for which a request's grammar may hold up the processes of a sharded model
 COMPILERS = 2  # threads; those who want no grammar never wait for one
 
 
@@ -148,6 +149,7 @@ class Service:
             "model": self.name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
+            "tensor_parallel": 1 if self.engine.loop.ranks is None else self.engine.loop.ranks.size,
             "max_model_len": self.limits.max_model_len,
             "prompt_cache": self.engine.config.prompt_cache is not None,
             "tool_parser": "none" if form is None else form.name,
@@ -217,7 +219,7 @@ class Service:
         try:
             with self._making:
                 if self._grammars is None:  # a large vocabulary takes a second
-                    self._grammars = Grammars(self.prompts.tokenizer, self._ends)
+                    self._grammars = Grammars(self.prompts.tokenizer, self._ends, self.engine.loop.ranks is None)
             return compile(self._grammars)
         except NotServed as error:
             raise APIError(400, f"{param}: {error}", "unsupported_parameter", param) from error
@@ -256,6 +258,14 @@ class Service:
             )
         more = arguments(ask, self._generation)
         n = ask.n or 1
+        if grammar is not None and self.engine.loop.ranks is not None and grammar.seconds * len(prompts) * n > STALL:
+            raise APIError(
+                400,
+                f"The output's grammar took {grammar.seconds:.2f} s to compile, and each process of this sharded model "
+                f"compiles it for each of the {len(prompts) * n} answers while all others wait. Simplify it.",
+                "invalid_value",
+                "response_format",
+            )
         # Greedy answers are all the same, and `generate` refuses to give several.
         together = n if more["do_sample"] else 1
         deadlines = [seconds for seconds in (ask.deadline, self.limits.deadline) if seconds is not None]
