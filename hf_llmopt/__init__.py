@@ -22,6 +22,7 @@ from .config import (
     PromptCacheConfig,
     QuantizationConfig,
     SpeculativeConfig,
+    register,
 )
 from .generation import ModelHandle
 from .hooks import install, optimize, uninstall
@@ -54,6 +55,7 @@ __all__ = [
     "generate_batch",
     "install",
     "optimize",
+    "register",
     "uninstall",
 ]
 

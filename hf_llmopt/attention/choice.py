@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..config import OWN
 from ..errors import InvalidOption
 from ..kernels import cpu
 from . import gpu
@@ -41,4 +42,5 @@ def backend(name: str, device: torch.device, batch_invariant: bool = False) -> A
     if batch_invariant and name != "cpu":
         given = f"the model is on {device}" if device.type != "cpu" else cpu.why_not() or f"backend={name!r}"
         raise InvalidOption(f"batch_invariant=True needs the C kernels and a model on the CPU: {given}.")
-    return BACKENDS[name]
+    found: Attend = (BACKENDS | OWN["attention"])[name]
+    return found

@@ -1,6 +1,8 @@
 """What the user may ask for: `LLMOptConfig`, and a section per part of the series."""
 
 from .llmopt import PARTS, PRESETS, LLMOptConfig
+from .own import register
+from .section import OWN
 from .sections import (
     CALIBRATED,
     EIGHT_BITS,
@@ -15,6 +17,7 @@ from .sections import (
 __all__ = [
     "CALIBRATED",
     "EIGHT_BITS",
+    "OWN",
     "PARTS",
     "PRESETS",
     "AttentionConfig",
@@ -24,4 +27,5 @@ __all__ = [
     "PromptCacheConfig",
     "QuantizationConfig",
     "SpeculativeConfig",
+    "register",
 ]

@@ -13,9 +13,15 @@ S = TypeVar("S", bound="Section")
 WANTED = {int: "an int", float: "a number", str: "a string", tuple: "a tuple of names", object: "texts or token ids"}
 
 
-def option(default: Any, *, kind: type = str, low: float = 0, high: float = float("inf"), choices: Any = ()) -> Any:
-    """A dataclass field that carries the rule its value is checked against."""
-    return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices})
+# What users have given names to, by kind and name; see `register`.
+OWN: dict[str, dict[str, Any]] = {"attention": {}, "drafter": {}, "eviction": {}, "format": {}}
+
+
+def option(
+    default: Any, *, kind: type = str, low: float = 0, high: float = float("inf"), choices: Any = (), own: str = ""
+) -> Any:
+    """A dataclass field that carries the rule its value is checked against; `own` is the kind in `OWN` it takes too."""
+    return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices, "own": own})
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,9 @@ class Section:
         if value is None and default is None:
             return
         if rule["choices"]:
-            if not any(value == choice and alike(value, choice) for choice in rule["choices"]):
-                raise unknown(f"{where}: value", value, rule["choices"])
+            choices = (*rule["choices"], *OWN.get(rule["own"], ()))
+            if not any(value == choice and alike(value, choice) for choice in choices):
+                raise unknown(f"{where}: value", value, choices)
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
             wanted = WANTED[rule["kind"]]
             raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")

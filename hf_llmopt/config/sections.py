@@ -46,7 +46,7 @@ class KVCacheConfig(Section):
     dtype: str = option("auto", choices=("auto", "int8", "fp8", "int4"))
     max_tokens: int | None = option(None, kind=int, low=1)
     memory_fraction: float = option(0.9, kind=float, low=0.01, high=1.0)
-    eviction: str | None = option(None, choices=(None, "sink", "snapkv", "h2o", "expected", "kvzip"))
+    eviction: str | None = option(None, choices=(None, "sink", "snapkv", "h2o", "expected", "kvzip"), own="eviction")
     keep_tokens: int | None = option(None, kind=int, low=LEAST_KEPT)
     keep_ratio: float | None = option(None, kind=float, low=0.01, high=1.0)
     offload: bool = option(False, choices=(False, True))
@@ -99,7 +99,7 @@ class AttentionConfig(Section):
     """
 
     main: ClassVar[str | None] = "backend"
-    backend: str = option("auto", choices=("auto", "cpu", "triton", "sdpa", "reference"))
+    backend: str = option("auto", choices=("auto", "cpu", "triton", "sdpa", "reference"), own="attention")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class SpeculativeConfig(Section):
     """
 
     main: ClassVar[str | None] = "method"
-    method: str = option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle", "mtp"))
+    method: str = option("auto", choices=("auto", "suffix", "draft_model", "layer_skip", "eagle", "mtp"), own="drafter")
     draft_model: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
     tokenizer: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
     draft_tokenizer: Any = option(None, kind=object)  # noqa: RUF009 - a field, like the others
@@ -263,6 +263,7 @@ class QuantizationConfig(Section):
             on.
         activations: `"auto"` rounds what a product reads to int8 where that is faster, a scale for each token and
             group of inputs; `"none"` never does.
+        format: Of files that are saved: a name of `hf_llmopt.register`; `None` for the one that most readers know.
 
     Example:
         >>> from hf_llmopt import QuantizationConfig
@@ -285,6 +286,7 @@ class QuantizationConfig(Section):
     length: int = option(512, kind=int, low=2)
     resume: str | Path | None = option(None)  # noqa: RUF009 - a field, like the others
     activations: str = option("auto", choices=("auto", "none"))
+    format: str | None = option(None, choices=(None,), own="format")
 
     def __post_init__(self) -> None:
         if isinstance(self.resume, Path):

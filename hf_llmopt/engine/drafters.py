@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..config import LLMOptConfig, SpeculativeConfig
+from ..config import OWN, LLMOptConfig, SpeculativeConfig
 from ..errors import InvalidOption, UnsupportedModel
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
 from ..speculative.eagle import EagleModel, Follower, Head, check_fits, load_eagle, load_mtp
@@ -41,7 +41,10 @@ def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> 
     asked = config.speculative
     if asked is None:
         return None
-    drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
+    if (own := OWN["drafter"].get(asked.method)) is not None:
+        drafter = own(runner.model)
+    else:
+        drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
     # Where columns stand for positions, tokens beside one another have no place of their own.
     even = runner.graphs is not None
     branches = not even and not runner.store.reads_columns

@@ -61,7 +61,8 @@ class Plan:
         chosen = {name: scheme for name, scheme in self.chosen.items() if name in names}
         skipped = self.skipped | left
         how = self.config.effective_method, self.bits, self.group_size, self.symmetric, self.config.act_order
-        return replace(self, chosen=chosen, skipped=skipped, recipe=Recipe.for_method(*how, skipped))
+        recipe = Recipe.for_method(*how, skipped, self.config.format)
+        return replace(self, chosen=chosen, skipped=skipped, recipe=recipe)
 
     def grid(self, weight: Tensor, scheme: Scheme) -> Grid:
         """The codes of a weight `[outputs, inputs]`, found from the weight alone."""
@@ -112,7 +113,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Collection[s
         group_size = -1 if config.method in EIGHT_BITS else _largest_group(left)
     how = config.effective_method, bits, group_size, symmetric, config.act_order
     in_files = names_in_files(model)
-    trial = Recipe.for_method(*how)
+    trial = Recipe.for_method(*how, own_format=config.format)
     for name, (inputs, outputs) in left.items():
         scheme = trial.scheme_of(in_files(name), AS_LINEAR)
         reason = OUTSIDE if scheme is None else formats.obstacle(scheme, outputs, inputs)
@@ -125,7 +126,7 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Collection[s
             "Leave group_size out, or choose one that divides."
         )
     while True:
-        recipe = Recipe.for_method(*how, [in_files(name) for name in skipped])
+        recipe = Recipe.for_method(*how, [in_files(name) for name in skipped], config.format)
         schemes = {name: recipe.scheme_of(in_files(name), AS_LINEAR) for name in left if name not in skipped}
         chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
         if chosen.keys() == schemes.keys():

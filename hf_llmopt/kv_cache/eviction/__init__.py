@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...config import KVCacheConfig
+from ...config import OWN, KVCacheConfig
 from .compact import compact
 from .contract import Eviction, Scored, Scores, Selection, with_rest
 from .expected import ExpectedAttention
@@ -22,7 +22,8 @@ METHODS: dict[str, type[Eviction]] = {
 
 def method(config: KVCacheConfig) -> Eviction | None:
     """The method a config asks for."""
-    return None if config.eviction is None else METHODS[config.eviction](config)
+    made: Eviction | None = None if config.eviction is None else (METHODS | OWN["eviction"])[config.eviction](config)
+    return made
 
 
 __all__ = ["METHODS", "Eviction", "Scored", "Scores", "Selection", "compact", "method", "with_rest"]

@@ -13,13 +13,14 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ...config import OWN
 from ...errors import InvalidCheckpoint, UnsupportedQuantization
 from ...kernels.arguments import Grid
 from . import awq, compressed_tensors, fp8, gptq
 from .recipe import Recipe
 from .scheme import Format, Layout, Scheme, in_order
 
-__all__ = ["Recipe", "Scheme", "obstacle", "pack", "stored_in", "tensors", "unpack"]
+__all__ = ["Format", "Recipe", "Scheme", "obstacle", "pack", "stored_in", "tensors", "unpack"]
 
 FORMATS: dict[str, Format] = {
     "gptq": gptq.FORMAT,
@@ -37,6 +38,11 @@ CODED = {"qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight
 EXACT = {"pack-quantized", "int-quantized", "float-quantized"}  # their configs name every weight
 
 
+def _format(scheme: Scheme) -> Format:
+    found: Format = (FORMATS | OWN["format"])[scheme.format]
+    return found
+
+
 def obstacle(scheme: Scheme, outputs: int, inputs: int) -> str | None:
     """Why the format cannot hold a weight of so many outputs and inputs, or `None`.
 
@@ -44,7 +50,7 @@ def obstacle(scheme: Scheme, outputs: int, inputs: int) -> str | None:
         >>> obstacle(Scheme("awq", 4, 128, symmetric=False), 4096, 100)
         'its 100 inputs are no multiple of the group size 128'
     """
-    return FORMATS[scheme.format].obstacle(scheme, outputs, inputs)
+    return _format(scheme).obstacle(scheme, outputs, inputs)
 
 
 def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme], dense: Iterable[str] = ()) -> dict[str, Scheme]:
@@ -80,7 +86,7 @@ def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme], dense: Iterab
             f"{'; …' if len(odd) > 3 else ''}. It belongs to another checkpoint, or leaves out too much."
         )
     for module, scheme in schemes.items():
-        wanted = FORMATS[scheme.format].layout(scheme, 1, 1, torch.float32).keys() - OPTIONAL
+        wanted = _format(scheme).layout(scheme, 1, 1, torch.float32).keys() - OPTIONAL
         if wanted <= leaves[module]:
             found[module] = scheme
         elif scheme.format in EXACT or "weight" not in leaves[module] or (wanted - {"weight"}) & leaves[module]:
@@ -117,7 +123,7 @@ def tensors(scheme: Scheme, outputs: int, inputs: int, dtype: torch.dtype) -> La
     reason = obstacle(scheme, outputs, inputs)
     if reason:
         raise UnsupportedQuantization(f"{scheme.format} cannot hold a weight [{outputs}, {inputs}]: {reason}.")
-    return FORMATS[scheme.format].layout(scheme, outputs, inputs, scheme.scale_dtype(dtype))
+    return _format(scheme).layout(scheme, outputs, inputs, scheme.scale_dtype(dtype))
 
 
 def pack(grid: Grid, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -148,7 +154,7 @@ def pack(grid: Grid, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
     scales = grid.scales.to(scale_dtype)
     if not bool(scales.isfinite().all()) or bool(((scales == 0) & (grid.scales != 0)).any()):
         raise UnsupportedQuantization(f"{scheme.format} stores scales as {scale_dtype}, and some are beyond its range.")
-    return FORMATS[scheme.format].pack(grid, scheme, scale_dtype)
+    return _format(scheme).pack(grid, scheme, scale_dtype)
 
 
 def _check(grid: Grid, scheme: Scheme) -> None:
@@ -210,7 +216,7 @@ def unpack(stored: Mapping[str, Tensor], scheme: Scheme, outputs: int, inputs: i
                     "another format than their quantization_config says"
                 )
         present = {name: stored[name] for name in layout if name in stored}
-        return FORMATS[scheme.format].unpack(present, scheme, outputs, inputs)
+        return _format(scheme).unpack(present, scheme, outputs, inputs)
     except InvalidCheckpoint as error:
         groups = f", groups of {scheme.group_size}" if scheme.group_size != -1 else ""
         weight = f"A weight [{outputs}, {inputs}] stored as {scheme.format}, {scheme.bits} bits{groups}"

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from . import configs
+from ...config import OWN
+from . import configs, own
 from .scheme import Scheme
 
 
@@ -18,11 +19,12 @@ class Recipe:
     """Which modules are quantized, and how.
 
     Args:
-        method: The `quant_method` of config.json: `"gptq"`, `"awq"`, `"compressed-tensors"` or `"fp8"`.
+        method: The `quant_method` of config.json: `"gptq"`, `"awq"`, `"compressed-tensors"`, `"fp8"`, or a name of
+            `hf_llmopt.register`.
         groups: Names of what is quantized (compressed-tensors: a class, a module, or `re:` and a regular expression),
             and the scheme. Others have one group.
         skipped: Names of what is not: as targets for compressed-tensors, parts of names for GPTQ and AWQ, parts between
-            dots for fp8.
+            dots for others.
         dynamic: GPTQModel's rules, regular expressions that match from the start; the first that does decides, `None`
             for not quantized.
         only: Ends of names that are quantized, and no others; empty for all.
@@ -57,7 +59,8 @@ class Recipe:
             InvalidCheckpoint: It lacks a key, or contradicts itself.
             UnsupportedQuantization: It asks for a format that cannot be read; the message says which can.
         """
-        return cls(**configs.read(config))
+        registered = config.get("quant_method") in list(OWN["format"])  # of a list, since what is given may be anything
+        return cls(**(own if registered else configs).read(config))
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for config.json, with the keys that other readers know and no others.
@@ -67,7 +70,7 @@ class Recipe:
             >>> Recipe.from_dict(recipe.to_dict()) == recipe
             True
         """
-        return configs.write(self)
+        return own.write(self) if self.method in OWN["format"] else configs.write(self)
 
     @classmethod
     def for_method(
@@ -78,6 +81,7 @@ class Recipe:
         symmetric: bool,
         act_order: bool = False,
         skipped: Iterable[str] = (),
+        own_format: str | None = None,
     ) -> Recipe:
         """What we write for a method: the format that most readers know and that can hold its codes.
 
@@ -91,12 +95,15 @@ class Recipe:
             symmetric: No zeros.
             act_order: GPTQ put the inputs in order. With static groups, so that the file does not show it.
             skipped: Full names of the linear layers that are not quantized, the output head among them.
+            own_format: A registered one that is to be written, whatever the method.
 
         Example:
             >>> Recipe.for_method("awq", bits=4, group_size=128, symmetric=False).to_dict()["version"]
             'gemm'
         """
         names = tuple(skipped)
+        if own_format is not None:
+            return cls(own_format, ((configs.LINEAR, Scheme(own_format, bits, group_size, symmetric)),), names)
         if method == "fp8":
             scheme = Scheme("float-quantized", 8, group_size, True, activations=True)
         elif method == "smoothquant" or (method == "int8" and group_size == -1):
@@ -136,7 +143,7 @@ class Recipe:
             if re.match(pattern, name):
                 return scheme
         dotted = f".{name}."
-        if any(f".{part}." in dotted if self.method == "fp8" else part in name for part in self.skipped):
+        if any(part in name if self.method in ("gptq", "awq") else f".{part}." in dotted for part in self.skipped):
             return None
         if self.only and not head and not any(dotted.endswith(f".{end}.") for end in self.only):
             return None

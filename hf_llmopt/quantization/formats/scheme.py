@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...config import OWN
 from ...errors import InvalidCheckpoint, UnsupportedQuantization
 from ...kernels.arguments import Grid
 
@@ -33,7 +34,8 @@ class Scheme:
 
     Args:
         format: `"gptq"` (version 1), `"gptq_v2"`, `"awq"` (GEMM), `"awq_gemv"`; `"pack-quantized"`, `"int-quantized"`,
-            `"float-quantized"` of compressed-tensors; `"fp8"`, the blocks of transformers' fine-grained fp8.
+            `"float-quantized"` of compressed-tensors; `"fp8"`, the blocks of transformers' fine-grained fp8; or a name
+            of `hf_llmopt.register`.
         bits: Of a code.
         group_size: Inputs that share a scale; -1 for all.
         symmetric: No zeros are stored, or all stand in the middle.
@@ -58,10 +60,11 @@ class Scheme:
     rows: int = 1
 
     def __post_init__(self) -> None:
-        if self.format not in BITS:
-            raise UnsupportedQuantization(f"The format {self.format!r} cannot be read. These can: {', '.join(BITS)}.")
-        if self.bits not in BITS[self.format]:
-            allowed = ", ".join(map(str, BITS[self.format]))
+        known = BITS | dict.fromkeys(OWN["format"], (2, 3, 4, 8))
+        if self.format not in known:
+            raise UnsupportedQuantization(f"The format {self.format!r} cannot be read. These can: {', '.join(known)}.")
+        if self.bits not in known[self.format]:
+            allowed = ", ".join(map(str, known[self.format]))
             raise UnsupportedQuantization(f"{self.format} with {self.bits!r} bits cannot be read, only with {allowed}.")
         for name, value in (("group size", self.group_size), ("outputs of a scale", self.rows)):
             if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
