@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -77,6 +78,44 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             lost.append(f"{path}#{anchor}")
     assert lost == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=called)
+def test_code_hosts_and_the_site_read_alike(page: Path) -> None:
+    """The site's Markdown wants an empty line before a list or table, and 4 spaces where an item goes on."""
+    odd, before = [], ""
+    for number, line in enumerate(prose(page).splitlines(), 1):
+        begins = re.match(r"([-*]|\d+\.) |\|", line)
+        if (begins and before.strip() and not re.match(r"([-*]|\d+\.) |\||\s", before)) or (
+            re.match(r" {1,3}\S", line) and (not before.strip() or re.match(r" +([-*]|\d+\.) ", line))
+        ):
+            odd.append(f"{number}: {line}")
+        before = line
+    assert odd == []
+
+
+MKDOCS = ROOT / ".venv-docs" / "bin" / "mkdocs"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MKDOCS.exists(), reason="`make docs` makes the environment")
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Without a warning, with every public name, and a page for each linked file of the repository."""
+    command = [MKDOCS, "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "api" / "index.html").read_text("utf-8")
+    assert [name for name in hf_llmopt.__all__ if f'id="hf_llmopt.{name}"' not in reference] == []
+    outside = {
+        (page.parent / path).resolve().relative_to(ROOT)
+        for page in DOCS.rglob("*.md")
+        for path, _ in links(page)
+        if path
+    }
+    outside = {path for path in outside if path.parts[0] != "docs"}
+    assert outside
+    assert [path for path in outside if not (tmp_path / "source" / f"{path}.page" / "index.html").exists()] == []
 
 
 def test_every_page_is_reached() -> None:
