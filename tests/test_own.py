@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_llmopt
-from hf_llmopt import AttentionConfig, KVCacheConfig, QuantizationConfig, SpeculativeConfig, demo
+from hf_llmopt import AttentionConfig, KVCacheConfig, LLMOptConfig, QuantizationConfig, SpeculativeConfig, demo
+from hf_llmopt.attention import Call, StepInputs
 from hf_llmopt.config import OWN
 from hf_llmopt.errors import InvalidCheckpoint, InvalidOption
-from hf_llmopt.kv_cache.eviction import Eviction
+from hf_llmopt.kernels import reference
+from hf_llmopt.kv_cache.eviction import Eviction, Scored
+from hf_llmopt.speculative import Draft
 
 TEMPLATES = Path(__file__).parent.parent / "examples" / "templates"
 
@@ -81,6 +84,77 @@ def test_names_are_taken_only_once_they_are_registered() -> None:
         KVCacheConfig(eviction="mien")
     with pytest.raises(InvalidOption, match="'mine' does not exist"):
         AttentionConfig("mine")
+
+
+def paged(step: StepInputs, call: Call) -> torch.Tensor:
+    """The definition, query by query, under a name of its own."""
+    step.note("mine")
+    seen = step.seen(call.layer, call.scaling, call.softcap, call.sinks, device=call.query.device)
+    return reference.paged_attention(call.query[0].transpose(0, 1), seen)[None]
+
+
+class AlwaysWrong:
+    """Guesses the last token again, as often as it may."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def propose(self, texts, limits, odds) -> list[Draft]:
+        return [Draft(text.tokens[-1:] * n, ["again"] * n) for text, n in zip(texts, limits, strict=True)]
+
+    def learn(self, text, start, draft, chosen) -> None:
+        assert all(place < len(draft.tokens) for place in chosen)
+
+    def forget(self, text) -> None:
+        self.ended += 1
+
+
+def test_one_s_own_parts_go_with_all_others(model) -> None:
+    """Ragged rows, cached prompts, sampling, guesses that are wrong: the tokens stay stock's."""
+    drafter, llama = AlwaysWrong(), model("llama")
+    hf_llmopt.register("attention", "mine", paged)
+    hf_llmopt.register("drafter", "wrong", lambda given: drafter if given is llama else None)
+    keyword = LLMOptConfig(
+        attention="mine", prompt_cache=True, speculative={"method": "wrong", "num_tokens": 3}, kv_cache={"page_size": 4}
+    )
+    ids = torch.randint(3, 60, (2, 13))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for sampled in (False, True):
+        tokens = []
+        for llmopt in (False, keyword, keyword):  # the last one finds its prompts
+            torch.manual_seed(0)
+            settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": sampled}
+            tokens.append(llama.generate(ids, attention_mask=mask, **settings, llmopt=llmopt))
+        assert torch.equal(tokens[0], tokens[1])
+        assert torch.equal(tokens[0], tokens[2])
+    stats = llama.llmopt.stats
+    assert (stats.served_by, stats.attention) == ("llmopt", ("mine",))
+    assert stats.cached_tokens > 0
+    assert stats.drafted_tokens > 0
+    assert drafter.ended >= 8
+    llama.llmopt.release()
+
+
+def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
+    class KeepsAll(Scored):
+        def looks(self, prompt: int) -> range:
+            return range(prompt)
+
+        def fold(self, scores: torch.Tensor, seen: torch.Tensor) -> None:
+            scores += seen.sum(dim=(1, 2))
+
+    llama = model("llama")
+    hf_llmopt.register("eviction", "all", KeepsAll)
+    ids = torch.randint(3, 60, (1, 90))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    stock = llama.generate(ids, **settings)
+    for kept, evicted in ((1.0, 0), (0.8, 18)):
+        ours = llama.generate(ids, **settings, llmopt={"kv_cache": {"eviction": "all", "keep_ratio": kept}})
+        assert llama.llmopt.stats.served_by == "llmopt"
+        assert llama.llmopt.stats.evicted_tokens == evicted
+        assert evicted or torch.equal(ours, stock)
+    llama.llmopt.release()
 
 
 def test_files_of_a_format_that_is_not_registered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,12 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert [path for path in outside if not (tmp_path / "source" / f"{path}.page" / "index.html").exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=called)
+def test_papers_are_linked_under_their_number(page: Path) -> None:
+    named = re.findall(r"\[arXiv:([^\]]+)\]\(https://arxiv\.org/abs/([^)]+)\)", page.read_text("utf-8"))
+    assert [pair for pair in named if pair[0] != pair[1] or not re.fullmatch(r"\d{4}\.\d{5}", pair[0])] == []
+
+
 def test_every_page_is_reached() -> None:
     """From the site's index and from its navigation."""
     every = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
