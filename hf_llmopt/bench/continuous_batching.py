@@ -10,13 +10,12 @@ from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from hf_llmopt import Engine, RequestHandle
 from hf_llmopt.engine.scheduler import Plan
 
-from .equality import compare
+from .equality import compare_answers
 from .kv_cache import describe
 from .measure import environment, interleave, paired_ratio, summary
 from .requests import BATCHED, OURS, Done, Job, Load, arguments, batched, jobs, ours, stock
@@ -165,15 +164,8 @@ def _equality(
     for number, job in enumerate(requests):
         others = {tuple(run.tokens[number]) for run in runs} - {tuple(expected[number])}
         identical += not others
-        same += all(_near_tie(model, job, expected[number], list(other)) for other in others)
+        same += all(compare_answers(model, job.prompt, expected[number], list(other)).same for other in others)
     return {"same": same == len(requests), "identical": identical, "requests": len(requests)}
-
-
-def _near_tie(model: PreTrainedModel, job: Job, expected: list[int], got: list[int]) -> bool:
-    prompt = torch.tensor([job.prompt], device=model.device)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    rows = [torch.tensor([job.prompt + tokens]) for tokens in (expected, got)]
-    return compare(model, inputs, *rows).same
 
 
 # --------------------------------------------------------------------------------------------------------------- rates

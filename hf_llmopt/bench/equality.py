@@ -40,7 +40,14 @@ class Equality:
         return "up to near ties" if self.same else "NO"
 
 
-def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tensor, got: Tensor) -> Equality:
+def compare(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    expected: Tensor,
+    got: Tensor,
+    exact: Callable[[], PreTrainedModel] | None = None,
+    also: Callable[[Tensor], Tensor] | None = None,
+) -> Equality:
     """Compare two outputs of `generate` for the same prompt.
 
     In bfloat16 and float16 a wider forward pass rounds differently, and after a near tie two runs go apart. There the
@@ -53,6 +60,9 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
         inputs: The prompt, `input_ids` and `attention_mask`, `[rows, length]`.
         expected: Stock's output `[rows, length + new]`.
         got: The other output.
+        exact: Gives the model in float32, where that is more than a copy: of quantized weights, whose products may
+            round activations to int8, so that near ties count in float32 too.
+        also: One more way to the logits `[vocabulary]` behind a prefix `[tokens]`, which rounds as the outputs did.
     """
     expected, got = expected.cpu(), got.cpu()
     start = inputs["input_ids"].shape[1]
@@ -62,14 +72,33 @@ def compare(model: PreTrainedModel, inputs: Mapping[str, Tensor], expected: Tens
     if expected.shape[0] != got.shape[0]:
         return Equality(False, False, new)
     differences = []
-    exact = cache(lambda: copy.deepcopy(model).float())  # only once rows differ, and once for all of them
+    strict = exact is None and model.dtype in (torch.float32, torch.float64)
+    exact = cache(exact or (lambda: copy.deepcopy(model).float()))  # only once rows differ, and once for all of them
     for row in range(expected.shape[0]):
         width = min(expected.shape[1], got.shape[1])
         unequal = (expected[row, :width] != got[row, :width]).nonzero()[:, 0]
         if len(unequal):
-            differences.append(_difference(model, exact, inputs, expected[row], got[row], row, int(unequal[0])))
+            differences.append(
+                _difference(
+                    model, None if strict else exact, also, inputs, expected[row], got[row], row, int(unequal[0])
+                )
+            )
     close = [d["gap"] is not None and d["gap"] <= d["noise"] for d in differences]
     return Equality(bool(close) and all(close), False, new, tuple(differences))
+
+
+def compare_answers(
+    model: PreTrainedModel,
+    prompt: list[int],
+    expected: list[int],
+    got: list[int],
+    exact: Callable[[], PreTrainedModel] | None = None,
+    also: Callable[[Tensor], Tensor] | None = None,
+) -> Equality:
+    """As `compare`, of one request's new tokens."""
+    ids = torch.tensor([prompt], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return compare(model, inputs, torch.tensor([prompt + expected]), torch.tensor([prompt + got]), exact, also)
 
 
 def worst(
@@ -103,7 +132,8 @@ def rounding_noise(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> floa
 
 def _difference(
     model: PreTrainedModel,
-    exact: Callable[[], PreTrainedModel],
+    exact: Callable[[], PreTrainedModel] | None,
+    also: Callable[[Tensor], Tensor] | None,
     inputs: Mapping[str, Tensor],
     expected: Tensor,
     got: Tensor,
@@ -120,11 +150,12 @@ def _difference(
         "gap": None,
         "noise": None,
     }
-    if model.dtype in (torch.float32, torch.float64) or column < start:
+    if exact is None or column < start:
         return found
     real = inputs["attention_mask"][row].bool().cpu()
     prefix = torch.cat([inputs["input_ids"][row].cpu()[real], expected[start:column]]).to(model.device)
     forms = _logits(model, exact, prefix, len(inputs["input_ids"]))
+    forms += [also(prefix).float()] if also is not None else []
     found["gap"] = float((forms[0][theirs] - forms[0][ours]).abs())
     step = torch.finfo(model.dtype).eps * float(forms[0][[theirs, ours]].abs().max())
     found["noise"] = max(_spread(forms), step)

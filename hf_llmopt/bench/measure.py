@@ -141,11 +141,16 @@ def interleave(
         {'a': [1, 1], 'b': [2, 2]}
     """
     results: dict[str, list[T]] = {name: [] for name in ways}
-    for number in range(repeats):
-        for name in ways if number % 2 == 0 else reversed(list(ways)):
-            gc.collect()
-            results[name].append(ways[name]())
-            on_run(name)
+    gc.collect()
+    gc.freeze()  # what there is now, torch's and transformers' modules above all, is not looked through each time
+    try:
+        for number in range(repeats):
+            for name in ways if number % 2 == 0 else reversed(list(ways)):
+                gc.collect()
+                results[name].append(ways[name]())
+                on_run(name)
+    finally:
+        gc.unfreeze()
     return results
 
 

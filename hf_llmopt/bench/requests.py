@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from hf_llmopt import Engine
@@ -128,15 +129,26 @@ def stock(model: PreTrainedModel, rows: int, requests: Sequence[Job]) -> Done:
     began = perf_counter()
     for start in range(0, len(requests), rows):
         batch = requests[start : start + rows]
-        width = max(len(job.prompt) for job in batch)
-        ids = torch.tensor([[0] * (width - len(job.prompt)) + job.prompt for job in batch])
-        mask = torch.tensor([[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
+        inputs = {name: tensor.to(model.device) for name, tensor in left_padded([job.prompt for job in batch]).items()}
+        width = inputs["input_ids"].shape[1]
         longest = max(batch, key=lambda job: job.new)
-        output = model.generate(  # type: ignore[operator]
-            ids.to(model.device), attention_mask=mask.to(model.device), llmopt=False, **arguments(longest)
-        )
+        output = model.generate(**inputs, llmopt=False, **arguments(longest))  # type: ignore[operator]
         tokens += [row[width:][: job.new] for row, job in zip(output.tolist(), batch, strict=True)]
     return Done(perf_counter() - began, tokens)
+
+
+def left_padded(prompts: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Prompts as one batch: `input_ids` and `attention_mask`, both `[rows, longest]`.
+
+    Example:
+        >>> left_padded([[5, 6], [7]])["input_ids"].tolist()
+        [[5, 6], [0, 7]]
+    """
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+    }
 
 
 def batched(model: PreTrainedModel, requests: Sequence[Job]) -> Done:

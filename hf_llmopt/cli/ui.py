@@ -93,12 +93,16 @@ def emit_line(report: Any) -> None:
 
 
 def save(path: Path, report: Any) -> None:
-    """Write JSON to a file.
+    """Write JSON to a file, which holds what it held before or all that is new, whenever the process ends.
 
     Raises:
         OSError: It cannot be written.
     """
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    plain = path.is_file() or not path.exists()  # no pipe or device
+    target = path.with_name(path.name + ".tmp") if plain else path
+    target.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plain:
+        os.replace(target, path)
 
 
 def verdict(good: bool, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ..command import Command, ModelCommand
+from .all import every
 from .continuous_batching import continuous_batching
 from .cpu import cpu
 from .figures import figures
@@ -17,6 +18,7 @@ from .serve import serve
 from .speculative import speculative
 
 app = typer.Typer(help="Measure a part against stock transformers, with the tokens compared.", no_args_is_help=True)
+app.command("all", cls=ModelCommand)(every)
 app.command("kv_cache", cls=ModelCommand)(kv_cache)
 app.command("prompt_cache", cls=ModelCommand)(prompt_cache)
 app.command("continuous_batching", cls=ModelCommand)(continuous_batching)
