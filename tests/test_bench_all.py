@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_llmopt import LLMOptConfig, demo, errors
 from hf_llmopt.bench import all as bench
-from hf_llmopt.bench import all_cases, all_matrix, all_plan, all_tables, slide
+from hf_llmopt.bench import all_cases, all_matrix, all_plan, all_tables, pages, slide
 from hf_llmopt.bench.all_plan import Case, Plan, Source
 from hf_llmopt.bench.workloads import held_out_ids
 from hf_llmopt.cli import app
@@ -146,7 +146,7 @@ def test_what_is_wrong_is_found(monkeypatch, measured) -> None:
     said = "\n".join(all_tables.verdicts(report))
     assert all(words in said for words in ("47 of 48 combinations", "5 of 6 pairs", "not shown for"))
     assert "FAILED" in all_tables.page(report)
-    ElementTree.fromstring(slide.slide(report, slide.THEMES["dark"]))
+    ElementTree.fromstring(slide.slide(report, "dark"))
 
     model = build("llama")
     asked = all_matrix._one_by_one
@@ -208,13 +208,13 @@ def test_prompts_and_plans() -> None:
 
 @pytest.mark.parametrize("theme", list(slide.THEMES))
 def test_slide(measured, theme: str) -> None:
-    drawn = slide.slide(measured[0], slide.THEMES[theme])
+    drawn = slide.slide(measured[0], theme)
     root = ElementTree.fromstring(drawn)
     words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"one, float32", "int4 weights"} <= set(words)
     inside = [float(text.get("x")) for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert all(0 <= x <= slide.WIDTH for x in inside)
-    ElementTree.fromstring(slide.slide(measured[1][0], slide.THEMES[theme]))  # of what was measured first
+    ElementTree.fromstring(slide.slide(measured[1][0], theme))  # of what was measured first
 
 
 def run(*arguments: str):
@@ -227,7 +227,9 @@ def test_command(tmp_path: Path, measured) -> None:
     done = run("--report", str(saved), "--markdown", "--plots", str(tmp_path))
     assert done.exit_code == 0, done.output
     assert "48 of 48 combinations" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"all.json", "all-light.svg", "all-dark.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"all.json", "all.svg", "all-dark.svg"}
+    for name in ("all", "all-dark"):
+        assert (tmp_path / f"{name}.svg").read_text() == pages.drawn(tmp_path / f"{name}.svg")
     assert "every combination" in run("--report", str(saved)).stdout
     broken = copy.deepcopy(measured[0])
     broken |= {"passed": False}

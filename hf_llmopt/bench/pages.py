@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidOption, unknown
 from . import (
+    all_tables,
     continuous_batching_tables,
     cpu_tables,
     eviction,
@@ -34,6 +36,7 @@ from . import (
     quantization,
     report,
     serve_tables,
+    slide,
     speculative,
     speculative_oracle,
 )
@@ -43,6 +46,7 @@ Report = dict[str, Any]
 
 # By `"bench"` of a report.
 TABLES: Mapping[str, Callable[[Report], list[Table]]] = {
+    "all": all_tables.tables,
     "continuous_batching": continuous_batching_tables.tables,
     "cpu": cpu_tables.tables,
     "decode on a GPU": gpu_tables.decoding,
@@ -60,12 +64,14 @@ TABLES: Mapping[str, Callable[[Report], list[Table]]] = {
     "speculative_oracle": speculative_oracle.tables,
 }
 PICTURES: Mapping[str, Callable[[Report], str]] = {
+    "all": slide.slide,
     "continuous_batching": lambda found: plots.schedule(found["timeline"]),
     "flash attention on a CPU": lambda found: plots.prompts(found["prompts"]),
     "kv_cache --long": plots.page_formats,
     "serve": lambda found: plots.served(found["points"]),
     "speculative": plots.speculation,
 }
+DARK: Mapping[str, Callable[[Report], str]] = {"all": partial(slide.slide, theme="dark")}  # `results/NAME-dark.svg`
 FIGURES = re.compile(
     r"^<!-- figures: (?P<file>[^,\n]+?)(?:, (?P<title>.+?))? -->\n(?P<shown>.*?)^<!-- end of figures -->$",
     re.MULTILINE | re.DOTALL,
@@ -150,10 +156,12 @@ def drawn(picture: Path) -> str:
     Raises:
         InvalidOption: There are no pictures of such reports.
     """
-    found = load(picture.with_suffix(".json"))
-    if found["bench"] not in PICTURES:
-        raise unknown(f"{picture}: a picture of", found["bench"], PICTURES)
-    return PICTURES[found["bench"]](found)
+    dark = picture.stem.endswith("-dark")
+    found = load(picture.with_name(picture.stem.removesuffix("-dark") + ".json"))
+    drawings = DARK if dark else PICTURES
+    if found["bench"] not in drawings:
+        raise unknown(f"{picture}: a picture of", found["bench"], drawings)
+    return drawings[found["bench"]](found)
 
 
 def _write(path: Path, text: str) -> Iterator[Path]:

@@ -36,28 +36,29 @@ THEMES = {
 }
 
 
-def slide(report: Mapping[str, Any], theme: Theme) -> str:
+def slide(report: Mapping[str, Any], theme: str = "light") -> str:
     """Draw it: `llmopt=True` case by case on the left, the matrix of combinations on the right.
 
     Args:
         report: Of `bench all`; of one that was not finished, what is there.
-        theme: Of `THEMES`.
+        theme: A name in `THEMES`.
     """
+    colors = THEMES[theme]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="14" '
         'font-family="Inter, Segoe UI, Helvetica, Arial, sans-serif">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{theme.back}"/>',
-        _text(LEFT, 62, "The same tokens, sooner", theme.ink, size=34, weight=700),
-        _text(LEFT, 94, f"times as fast as stock transformers: {model_text(report['model'])}", theme.faint, size=17),
-        *_bars(report["cases"], theme),
-        *_heat(report["matrix"], theme),
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{colors.back}"/>',
+        _text(LEFT, 62, "The same tokens, sooner", colors.ink, size=34, weight=700),
+        _text(LEFT, 94, f"times as fast as stock transformers: {model_text(report['model'])}", colors.faint, size=17),
+        *_bars(report["cases"], colors),
+        *_heat(report["matrix"], colors),
     ]
     for number, line in enumerate(verdicts(report)[:3]):
-        parts.append(_text(LEFT, 644 + 20 * number, line.partition("; ")[0], theme.ink, size=14))
+        parts.append(_text(LEFT, 644 + 20 * number, line.partition("; ")[0], colors.ink, size=14))
     said = f"{machine_text(report['environment'])}; medians of {report['repeats']} interleaved rounds"
     if report.get("quick"):
         said = "few tokens of everything: no figure counts; " + said
-    parts.append(_text(LEFT, HEIGHT - 12, said, theme.faint, size=12))
+    parts.append(_text(LEFT, HEIGHT - 12, said, colors.faint, size=12))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -83,7 +84,9 @@ def _bars(cases: Sequence[Mapping[str, Any]], theme: Theme) -> Iterator[str]:
         yield _box(start, y + (height - thick) / 2, x(ratio["ratio"]) - start, thick, color, radius=2)
         if ratio["low"] is not None:
             yield _line(x(ratio["low"]), middle, x(ratio["high"]), middle, theme.ink, 1.5)
-        yield _text(x(max(ratio["high"] or 0.0, ratio["ratio"])) + 8, middle + 5, f"{ratio['ratio']:.1f} ×", theme.ink, size=13)
+        yield _text(
+            x(max(ratio["high"] or 0.0, ratio["ratio"])) + 8, middle + 5, f"{ratio['ratio']:.1f} ×", theme.ink, size=13
+        )
     if found:
         yield _line(x(1.0), TOP - 4, x(1.0), TOP + height * len(found), theme.faint, 1, dashes="4 3")
         yield _text(x(1.0), TOP + height * len(found) + 16, "stock", theme.faint, size=12, anchor="middle")

@@ -91,8 +91,8 @@ def every(
             report = bench.bench(source, plan, only=sections, former=former, keep=keep, on_run=on_run)
         record(report, output, quick)
     if plots is not None:
-        for theme, colors in drawing.THEMES.items():
-            (plots / f"all-{theme}.svg").write_text(drawing.slide(report, colors), "utf-8")
+        for name, theme in (("all", "light"), ("all-dark", "dark")):
+            (plots / f"{name}.svg").write_text(drawing.slide(report, theme), "utf-8")
     if markdown and not json:
         ui.say(all_tables.page(report))
         raise typer.Exit(0 if report["passed"] else 1)
