@@ -140,17 +140,17 @@ def test_the_reference_has_every_public_name() -> None:
     assert sorted(named) == sorted(set(hf_llmopt.__all__))
 
 
-def tracked() -> list[str]:
-    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:  # an archive without a repository
-        return [called(path) for path in ROOT.rglob("*.*") if path.is_file() and not called(path).startswith(".venv")]
-    return done.stdout.splitlines()
+def files() -> Iterator[Path]:
+    """All files of the repository, without what was installed or built."""
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if not name.startswith(".") and name not in ("build", "dist", "__pycache__")]
+        yield from ((Path(folder) / name).relative_to(ROOT) for name in names)
 
 
 @pytest.fixture(scope="module")
 def endings() -> set[str]:
     """Every file, named by its path from any folder above it: `pool.py`, `kv_cache/pool.py`, and so on."""
-    parts = [Path(name).parts for name in tracked()]
+    parts = [path.parts for path in files()]
     return {"/".join(path[start:]) for path in parts for start in range(len(path))}
 
 
