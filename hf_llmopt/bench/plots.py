@@ -7,6 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Texts inherit the root's colour; where the reader's screen is dark, so is the picture.
+STYLE = (
+    "<style>:root{fill:#222222}.page{fill:#ffffff}"
+    "@media(prefers-color-scheme:dark){:root{fill:#dddddd}.page{fill:#1e2129}}</style>"
+)
 COLORS = ("#555555", "#9ecae1", "#1f77b4", "#2ca02c", "#ff7f0e", "#d62728", "#9467bd", "#8c564b")
 
 
@@ -227,7 +232,8 @@ def _begin(width: int, height: int) -> list[str]:
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+        STYLE,
+        f'<rect width="{width}" height="{height}" fill="white" class="page"/>',
     ]
 
 
