@@ -24,7 +24,7 @@ TEST_CFLAGS ?= -Werror
 SANITIZE    := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-ray sanitize oracles contract figures docs lint format types dist clean
+.PHONY: help demo test test-all models test-ray sanitize oracles contract figures docs lint format types dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,10 @@ test: $(TEST_ENV)/.built  ## run the tests, one process, under 20 minutes on two
 
 test-all: $(TEST_ENV)/.built  ## run the tests with the slow ones
 	$(TEST_ENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+models: $(TEST_ENV)/.built  ## try every architecture of transformers, and write docs/results/models.json and its tables
+	$(TEST_ENV)/bin/python tests/sweep.py
+	$(TEST_ENV)/bin/hf-llmopt bench figures docs/models.md
 
 sanitize: build/sanitize/.built  ## run the kernels' tests under the address and undefined-behaviour sanitizers
 	cd build/sanitize && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \

@@ -300,7 +300,7 @@ def _spread_weights(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     # Gemma multiplies what it looks up by sqrt(hidden_size).
-    scaled = model.config.hidden_size**0.5 if model.config.model_type.startswith("gemma") else 1.0
+    scaled = HIDDEN_SIZE**0.5 if model.config.model_type.startswith("gemma") else 1.0
     transposed = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
     recurrent = ("A_log", "conv", "dt_", "mamba.D", ".D")
     for name, parameter in model.named_parameters():

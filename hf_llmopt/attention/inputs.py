@@ -151,7 +151,8 @@ class StepInputs:
             `[1, tokens, heads, value_dim]`.
         """
         layer: int = module.layer_idx  # type: ignore[assignment]
-        self.store.write(layer, self.slots(layer, key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
+        if self.store.layers[layer].source is None:
+            self.store.write(layer, self.slots(layer, key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))
         call = Call(layer, query, key, value, scaling, options.get("softcap"), options.get("s_aux"))
         return self.attend(self, call)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import batch, bench, chat, demo, env, eval, generate, quantize, serve
+from . import batch, bench, chat, check, demo, env, eval, generate, quantize, serve
 from .command import Command, ModelCommand
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("quantize", cls=ModelCommand)(quantize.quantize)
 app.command("serve", cls=ModelCommand)(serve.serve)
 app.command("batch", cls=ModelCommand)(batch.batch)
 app.command("env", cls=Command)(env.env)
+app.command("check", cls=ModelCommand)(check.check)
 app.add_typer(bench.app, name="bench")
 app.add_typer(eval.app, name="eval")
 

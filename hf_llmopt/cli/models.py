@@ -29,7 +29,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None, llmopt: Any 
     Raises:
         UserError: There is no such model, or it cannot be loaded.
     """
-    model = _model(name, dtype, llmopt=llmopt)
+    model = load_model(name, dtype, llmopt=llmopt)
     return place(model, device), tokenizer(name)
 
 
@@ -41,7 +41,7 @@ def load_shard(name: str, dtype: str = "auto") -> PreTrainedModel:
     """
     from transformers.distributed import DistributedConfig
 
-    return _model(name, dtype, distributed_config=DistributedConfig(tp_plan="auto"))
+    return load_model(name, dtype, distributed_config=DistributedConfig(tp_plan="auto"))
 
 
 def check_shards(name: str, ranks: int, device: str | None) -> None:
@@ -86,7 +86,12 @@ def tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(_path(name))
 
 
-def _model(name: str, dtype: str, **more: Any) -> PreTrainedModel:
+def load_model(name: str, dtype: str, **more: Any) -> PreTrainedModel:
+    """Load a model, where transformers puts it; the rest goes to `from_pretrained`.
+
+    Raises:
+        UserError: There is no such model, or it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

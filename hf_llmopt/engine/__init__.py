@@ -1,7 +1,7 @@
 """The engine: spans over pages, one loop for everything."""
 
 from .engine import EngineLoop
-from .probe import input_weight, position_limit, unsupported
+from .probe import PAGED_LAYERS, input_weight, position_limit, unsupported
 from .request import Request, Share
 
-__all__ = ["EngineLoop", "Request", "Share", "input_weight", "position_limit", "unsupported"]
+__all__ = ["PAGED_LAYERS", "EngineLoop", "Request", "Share", "input_weight", "position_limit", "unsupported"]

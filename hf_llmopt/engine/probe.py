@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..attention import configs_of, serving
@@ -24,9 +24,12 @@ from ..walk import modules
 
 # Keywords of the attention call that change its result and that our attention knows.
 KNOWN = {"softcap", "s_aux", "sliding_window"}
+# What transformers keeps for layers that pages can hold; nothing for a layer that reads another's (5.17 has no such).
+PAGED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 # Keywords that carry no meaning for the result: bookkeeping, or inputs the pages replace.
 IGNORED = {
     "position_ids",
+    "logits_to_keep",
     "use_cache",
     "output_attentions",
     "output_hidden_states",
@@ -75,6 +78,13 @@ class _Recorder(SpanCache):
         softcap, sinks = options.get("softcap"), options.get("s_aux")
         return reference.attention(query, key, value, None, scaling, softcap, sinks).transpose(1, 2)
 
+    def sources(self) -> dict[int, int]:
+        """Layers that stored nothing, and the layer whose stored keys each read."""
+        readers = [layer for layer in self.seen if layer not in self.stored]
+        return {
+            layer: source for layer in readers for source in self.stored if self.seen[layer][0] is self.seen[source][0]
+        }
+
 
 def input_weight(model: PreTrainedModel) -> Tensor:
     """The input embeddings, `[vocabulary, hidden]`."""
@@ -91,12 +101,17 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Positions of a learned position table, which cannot be exceeded; `None` if positions are computed."""
+    # An image tower's positions are its own.
+    decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
+    least = getattr(config, "max_position_embeddings", None) or 0
     table = next(
         (
             module
-            for parent in modules(model)
+            for parent in modules(decoder if isinstance(decoder, nn.Module) else model)
             for name, module in parent._modules.items()
-            if isinstance(module, nn.Embedding) and (name.endswith("wpe") or "position" in name)
+            if isinstance(module, nn.Embedding)
+            and (name.endswith("wpe") or "position" in name)
+            and module.num_embeddings >= least
         ),
         None,
     )
@@ -123,7 +138,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         return f"its cache layers are unknown here ({error!r})"
     for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in PAGED_LAYERS:
             return f"its cache holds a {type(layer).__name__}: recurrent state, or keys of another kind"
     return None
 
@@ -147,21 +162,23 @@ def probe(model: PreTrainedModel) -> Layout:
             reason = _incomplete(model, recorder)
     if reason is not None:
         raise UnsupportedModel(f"{type(model).__name__} cannot be optimized: {reason}")
+    lifetimes, sources = _lifetimes(model, len(recorder.seen)), recorder.sources()
+    layers = []
+    for layer, (key, value) in sorted(recorder.seen.items()):
+        source = sources.get(layer)
+        lifetime = lifetimes[layer if source is None else source]
+        shape = key.shape[1], key.shape[3], value.shape[3]
+        layers.append(LayerSpec(*lifetime, *shape, key.dtype, key.device, source=source))
     return Layout(
-        [
-            LayerSpec(*lifetime, key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-            for lifetime, (_, (key, value)) in zip(
-                _lifetimes(model, len(recorder.seen)), sorted(recorder.seen.items()), strict=True
-            )
-        ],
-        dense=all(recorder.stored[layer] is key for layer, (key, _) in recorder.seen.items()),
+        layers,
+        dense=all(recorder.seen[layer][0] is key for layer, key in recorder.stored.items()),
         reads_columns=recorder.reads_columns,
     )
 
 
 def _incomplete(model: PreTrainedModel, recorder: _Recorder) -> str | None:
-    layers = list(range(len(recorder.stored)))
-    if not layers or sorted(recorder.stored) != layers or sorted(recorder.seen) != layers:
+    layers = list(range(len(recorder.seen)))
+    if not layers or sorted([*recorder.stored, *recorder.sources()]) != layers or sorted(recorder.seen) != layers:
         return "not every layer stores its keys and attends through transformers' attention interface"
     if not recorder.causal:
         return "its attention is not causal: it sees later tokens"

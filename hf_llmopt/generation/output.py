@@ -30,7 +30,7 @@ def import_cache(engine: EngineLoop, requests: Sequence[Request], cache: Cache, 
             for table, room in zip(request.tables, request.rooms, strict=True):
                 table.room = room
     else:
-        _copy_in(engine, requests, cache, mask)
+        copy_in(engine, requests, cache, mask)
     for request, row in zip(requests, mask, strict=True):
         request.computed = request.cached_tokens = int(row.sum())
 
@@ -40,7 +40,8 @@ def goes_on(engine: EngineLoop, cache: PagedCache, mask: Tensor) -> bool:
     return cache.store is engine.store and torch.equal(cache.columns, mask)
 
 
-def _copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask: Tensor) -> None:
+def copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask: Tensor) -> None:
+    """Copy the unmasked columns of a cache into the requests' pages; arguments as of `import_cache`."""
     store, length = engine.store, mask.shape[1]
     counts = mask.sum(dim=1).tolist()
     for request, count in zip(requests, counts, strict=True):
@@ -49,6 +50,8 @@ def _copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask
                 table.skip(group.first_visible(count - 1))
                 table.reserve(table.passed * store.page_size, count)
     for layer, spec in enumerate(store.layers):
+        if spec.source is not None:
+            continue
         keys, values = _dense(cache, layer)
         seen = keys.shape[2]  # sliding layers keep the last columns only
         for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
@@ -101,5 +104,6 @@ def write_back(cache: Any, result: PagedCache) -> None:
         cache.adopt(result)
         return
     start = cache.get_seq_length()
-    for layer in range(len(result)):
-        cache.update(*result.dense(layer, start), layer)
+    for layer, spec in enumerate(result.store.layers):
+        if spec.source is None:
+            cache.update(*result.dense(layer, start), layer)

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from ..engine import PAGED_LAYERS
 from ..errors import UnsupportedModel
 from ..kv_cache import PagedCache
 from ..walk import modules
+from .prefill import MEDIA_INPUTS, has_content, media, reads_media
 
 # What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not
 TEXT_INPUTS = {
@@ -79,9 +81,12 @@ def reason_against(
         return "the model is in training mode; call model.eval()"
     if torch.is_autocast_enabled(device.type):
         return "torch.autocast is on: keys would be stored in another dtype than the model's"
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in TEXT_INPUTS)
+    known = TEXT_INPUTS | MEDIA_INPUTS if reads_media(model) else TEXT_INPUTS
+    unknown = sorted(name for name, value in kwargs.items() if name not in known and has_content(value))
     if unknown:
         return f"the model input {unknown[0]!r} is not one of a plain text prompt"
+    if media(model, kwargs) and getattr(kwargs.get("past_key_values"), "_is_user_defined", False):
+        return "images come with past_key_values: prompts with images are computed whole"
     if any("adapter_names" in getattr(hook, "keywords", ()) for m in modules(model) for hook in _before(m)):
         return "adapter_names= gives each row an adapter of its own; Engine.submit(adapter=...) does"
     return _cache_reason(kwargs.get("past_key_values")) or _override_reason(model)
@@ -97,7 +102,7 @@ def _cache_reason(cache: Cache | None) -> str | None:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"past_key_values is a {type(cache).__name__}, not a DynamicCache or PagedCache"
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in PAGED_LAYERS:
             return f"past_key_values has a {type(layer).__name__}"
     return None
 

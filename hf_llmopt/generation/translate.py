@@ -23,14 +23,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..engine import EngineLoop, Request, input_weight, position_limit
-from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, TokenOutOfRange, UnsupportedModel
+from ..engine import EngineLoop, Request, position_limit
+from ..errors import EmptyPrompt, InvalidRequest, NotServed, PromptTooLong, UnsupportedModel
 from ..kv_cache import PagedCache
 from ..prompt_cache import Prefix
 from .active import Active, handle_of
 from .ahead import AheadGroup, why_not
 from .group import Group
 from .output import export_cache, goes_on, import_cache, keeps_every_key, write_back
+from .prefill import own_prefill
+from .prompt import Prompt
 from .row import Row
 from .support import reason_against, rope_limit
 
@@ -83,7 +85,7 @@ def translate(
         if active.config.batch_invariant or active.config.kv_cache.eviction is not None:
             raise  # stock would not keep the promise
         raise NotServed(str(error)) from error
-    prompt = _Prompt(model, input_ids, generation_config, kwargs)
+    prompt = Prompt(model, input_ids, generation_config, kwargs)
     total = prompt.mask.shape[1] + max_length - input_ids.shape[1]
     _check_cache(engine, prompt)
     _check_lengths(model, engine, prompt, total)
@@ -92,7 +94,8 @@ def translate(
     if active.config.prompt_cache is not None:
         for request in requests:
             request.salt = active.config.prompt_cache.salt
-            if prompt.past is None and prompt.embeds is None and _is_plain(engine, request):
+            whole = prompt.past is not None or prompt.embeds is not None or prompt.media
+            if not whole and _is_plain(engine, request):
                 request.prefix = Prefix(len(request.tokens), request.salt)
     rows = range(len(requests))
     groups = [
@@ -120,7 +123,26 @@ def translate(
             )
     for group in groups:
         _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submitted)
+        if prompt.media:
+            _attach_prefill(group, prompt, generation_config, kwargs)
     return groups
+
+
+def _attach_prefill(group: Group, prompt: Prompt, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Let the model's own pass compute the rows' prompts when they start."""
+    engine, requests, input_ids = group.engine, group.requests, group.input_ids
+
+    def on_start() -> None:
+        seconds = own_prefill(engine, requests, input_ids, prompt.mask, generation_config, kwargs)
+        group.stats.steps += 1
+        group.stats.forward_seconds += seconds
+
+    group.on_start = on_start
+    speculative = engine.config.speculative
+    if speculative is not None and speculative.effective_method != "suffix":
+        for request in requests:
+            request.most_drafts = None
+        group.stats.undrafted = "who guesses would have to see the prompt's images; method='suffix' needs its ids only"
 
 
 def _ahead(group: Group, generation_config: GenerationConfig) -> Group:
@@ -141,7 +163,7 @@ def _ahead(group: Group, generation_config: GenerationConfig) -> Group:
     )
 
 
-def _check_rows(groups: Sequence[Group], prompt: _Prompt, generation_config: GenerationConfig) -> None:
+def _check_rows(groups: Sequence[Group], prompt: Prompt, generation_config: GenerationConfig) -> None:
     """Rows that were submitted go each their own way, which what they share must allow."""
     if generation_config.return_dict_in_generate and (
         generation_config.output_scores or generation_config.output_logits
@@ -149,12 +171,14 @@ def _check_rows(groups: Sequence[Group], prompt: _Prompt, generation_config: Gen
         raise NotServed("output_scores and output_logits are kept by generate only; logprobs= reports probabilities")
     for group in groups:
         # Keys that the caller's cache holds could not be computed again.
-        group.requests[0].protected = prompt.past is not None
+        group.requests[0].protected = prompt.past is not None or bool(prompt.media)
     if len(groups) == 1:
         return
     shared = [type(item).__name__ for item in groups[0].users_objects()]
     if prompt.past is not None:
         shared.append("past_key_values")
+    if prompt.media:
+        shared.append("images")
     if generation_config.guidance_scale not in (None, 1):
         shared.append("guidance_scale")
     if shared:
@@ -163,7 +187,7 @@ def _check_rows(groups: Sequence[Group], prompt: _Prompt, generation_config: Gen
         )
 
 
-def _attach_caches(group: Group, prompt: _Prompt, returns: bool, submitted: bool) -> None:
+def _attach_caches(group: Group, prompt: Prompt, returns: bool, submitted: bool) -> None:
     """Fill the rows' pages from the caller's cache at the start, and keep them as a cache in the end."""
     engine, requests, past, length = group.engine, group.requests, prompt.past, group.input_ids.shape[1]
 
@@ -183,102 +207,14 @@ def _attach_caches(group: Group, prompt: _Prompt, returns: bool, submitted: bool
         group.on_done = on_done
 
 
-class _Prompt:
-    """The prompt's tensors, split into what a given cache holds and what is new.
-
-    Attributes:
-        past: The caller's cache, or `None`.
-        past_length: Columns it holds.
-        ids: New ids `[rows, new]` (arbitrary where embeddings are given).
-        embeds: New embeddings `[rows, new, hidden]`, or `None`.
-        mask: Bool `[rows, past_length + new]`.
-        positions: Position ids of the new columns `[rows, new]`.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, kwargs: dict[str, Any]
-    ) -> None:
-        rows = input_ids.shape[0]
-        cache = kwargs.get("past_key_values")
-        self.past = cache if getattr(cache, "_is_user_defined", False) else None
-        self.past_length = self.past.get_seq_length() if self.past is not None else 0
-        embeds: Tensor | None = kwargs.get("inputs_embeds")
-        mask: Tensor | None = kwargs.get("attention_mask")
-        given = input_ids.shape[1] if embeds is None else embeds.shape[1]
-        if mask is not None:
-            covered = mask.shape[1]
-        else:  # 5.23 drops a mask of ones and keeps its length here; older versions never drop it
-            covered = getattr(generation_config, "_mask_length", given)
-        # As stock: inputs as long as the mask contain what the cache holds, shorter ones are new.
-        skip = self.past_length if embeds is not None or covered == given else 0
-        new = given - skip
-        if new <= 0:
-            raise NotServed(
-                f"the cache already holds {self.past_length} tokens and the inputs have {given}: "
-                "no new token to start from"
-            )
-        length = self.past_length + new
-        if mask is None:
-            self.mask = torch.ones(rows, length, dtype=torch.bool, device="cpu")
-        else:
-            if mask.shape != (rows, length):
-                raise InvalidRequest(
-                    f"attention_mask has shape {list(mask.shape)}, cache and inputs together {[rows, length]}."
-                )
-            self.mask = mask.to(device="cpu", dtype=torch.bool)
-        positions: Tensor | None = kwargs.get("position_ids")
-        if positions is None:
-            positions = (self.mask.long().cumsum(-1) - 1).masked_fill(~self.mask, 0)
-        if positions.dim() != 2:
-            raise NotServed(f"position_ids have {positions.dim()} dimensions, not 2")
-        if positions.shape[1] < new or positions.shape[0] not in (1, rows):
-            raise InvalidRequest(f"position_ids has shape {list(positions.shape)}, {new} new tokens need one each.")
-        self.positions = positions[:, -new:].expand(rows, -1).cpu()
-        self.embeds = None if embeds is None else embeds[:, -new:]
-        self._check_embeds(model)
-        no_ids = torch.zeros(rows, new, dtype=torch.long, device="cpu")
-        self.ids = input_ids[:, -new:].cpu() if embeds is None else no_ids
-        self._check_ids(model)
-
-    def _check_ids(self, model: PreTrainedModel) -> None:
-        if self.ids.dtype not in (torch.int32, torch.int64):
-            raise InvalidRequest(f"input_ids must be int32 or int64, got {self.ids.dtype}.")
-        real = self.mask[:, self.past_length :]
-        empty = (~self.mask.any(dim=1)).nonzero()[:, 0].tolist()
-        if empty:
-            raise EmptyPrompt(
-                f"Row(s) {empty} have no unmasked token. Give each at least one token (the BOS token, say)."
-            )
-        if self.embeds is not None:
-            return
-        real = real.clone()
-        real[:, -1] = True  # a masked last token is computed too
-        size = input_weight(model).shape[0]
-        bad = ((self.ids < 0) | (self.ids >= size)) & real
-        if bad.any():
-            row, column = bad.nonzero()[0].tolist()
-            where = "The prompt" if len(bad) == 1 else f"Row {row}"
-            raise TokenOutOfRange(
-                f"{where} contains token id {int(self.ids[row, column])}; the model's ids are 0 to {size - 1}. "
-                "Is the tokenizer the model's own?"
-            )
-
-    def _check_embeds(self, model: PreTrainedModel) -> None:
-        weight = input_weight(model)
-        if self.embeds is not None and (self.embeds.shape[2], self.embeds.dtype) != (weight.shape[1], weight.dtype):
-            raise InvalidRequest(
-                f"inputs_embeds has width {self.embeds.shape[2]} and {self.embeds.dtype}, the model's embeddings have "
-                f"width {weight.shape[1]} and {weight.dtype}."
-            )
-
-    def gaps(self) -> bool:
-        """Whether a row has masked columns behind its first real one."""
-        return bool((self.mask.long().diff(dim=1) < 0).any())
-
-
-def _check_cache(engine: EngineLoop, prompt: _Prompt) -> None:
+def _check_cache(engine: EngineLoop, prompt: Prompt) -> None:
     """Refuse a cache that another model or batch made."""
-    past, layers = prompt.past, engine.store.layers
+    if prompt.media and engine.evictor is not None:
+        raise InvalidRequest(
+            "Eviction looks at how a prompt attends, and prompts with images are computed by the model's own forward "
+            "pass. Leave kv_cache.eviction out for them."
+        )
+    past, layers = prompt.past, [spec for spec in engine.store.layers if spec.source is None]
     if past is not None and engine.evictor is not None and not isinstance(past, PagedCache):
         raise InvalidRequest(
             f"past_key_values is a {type(past).__name__}, which holds every token, and eviction would take some away. "
@@ -296,10 +232,11 @@ def _check_cache(engine: EngineLoop, prompt: _Prompt) -> None:
             "it, on its rows and with their attention_mask, goes on from it. Compute the text again otherwise."
         )
     if isinstance(past, PagedCache):
-        shapes = [(len(past.rows), spec.kv_heads, spec.key_dim) for spec in past.store.layers]
+        kept = [spec for spec in past.store.layers if spec.source is None]
+        shapes = [(len(past.rows), spec.kv_heads, spec.key_dim) for spec in kept]
     else:
         stock: Any = past.layers
-        shapes = [tuple(layer.keys.shape[i] for i in (0, 1, 3)) for layer in stock]
+        shapes = [tuple(layer.keys.shape[i] for i in (0, 1, 3)) for layer in stock if layer.keys is not None]
     wanted = [(prompt.mask.shape[0], spec.kv_heads, spec.key_dim) for spec in layers]
     if shapes != wanted:
         raise InvalidRequest(
@@ -308,7 +245,7 @@ def _check_cache(engine: EngineLoop, prompt: _Prompt) -> None:
         )
 
 
-def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, total: int) -> None:
+def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: Prompt, total: int) -> None:
     limit = rope_limit(model)
     if limit is not None and total > limit:
         raise NotServed(
@@ -321,6 +258,8 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, 
             f"a row has masked tokens behind real ones (right padding?), which count in the model's window of "
             f"{min(windows)} tokens; pad on the left"
         )
+    if prompt.media and prompt.gaps():
+        raise NotServed("a row with images has masked tokens behind real ones (right padding?); pad on the left")
     if engine.store.reads_columns and prompt.gaps():
         raise NotServed(
             "a row has masked tokens behind real ones (right padding?), and the model counts padded columns"
@@ -337,7 +276,7 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: _Prompt, 
         raise PromptTooLong(f"The prompt needs {longest} positions, the model has {limit}. Shorten the prompt.")
 
 
-def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generation_config: GenerationConfig) -> Request:
+def _request(engine: EngineLoop, prompt: Prompt, row: int, total: int, generation_config: GenerationConfig) -> Request:
     past = prompt.past_length
     real = prompt.mask[row, past:].nonzero()[:, 0]
     masked_tail = not bool(prompt.mask[row, -1])
@@ -369,12 +308,12 @@ def _request(engine: EngineLoop, prompt: _Prompt, row: int, total: int, generati
     return request
 
 
-def _share_prompts(requests: list[Request], prompt: _Prompt, generation_config: GenerationConfig) -> None:
+def _share_prompts(requests: list[Request], prompt: Prompt, generation_config: GenerationConfig) -> None:
     """Let rows with the same prompt share its pages: `num_return_sequences`, or equal prompts in a batch."""
     first: dict[Any, Request] = {}
     copies = max(1, generation_config.num_return_sequences or 1)
     for row, request in enumerate(requests):
-        if prompt.past is not None:
+        if prompt.past is not None or prompt.media:
             continue
         same_embeds = row // copies if prompt.embeds is not None else None
         key = (tuple(request.tokens), tuple(request.positions), request.masked_tail, same_embeds)
@@ -395,7 +334,7 @@ def _keeps_running(
     criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: Any,
-    prompt: _Prompt,
+    prompt: Prompt,
 ) -> bool:
     """Whether somebody could see what finished rows would compute on padding tokens."""
     if generation_config.return_dict_in_generate or prompt.past is not None:

@@ -189,7 +189,7 @@ class PagedCache(Cache):
             for group in range(len(self.store.groups))
         ]
         self.store.provide(needs)
-        self._pending = {layer: [] for layer in range(len(self.store.layers))}
+        self._pending = {layer: [] for group in self.store.groups for layer in group.layers}
         for tables, start in zip(self.rows, starts, strict=True):
             for group, table in enumerate(tables):
                 if copies := table.reserve(start, start + count):

@@ -41,6 +41,7 @@ class LayerSpec:
         device: Where the layer lives.
         form: How pages hold it, if they are quantized.
         offloaded: Pages lie in host memory.
+        source: The layer whose keys and values it reads, which stores none of its own; else `None`.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class LayerSpec:
     device: torch.device
     form: PageFormat | None = None
     offloaded: bool = False
+    source: int | None = None
 
     @property
     def home(self) -> torch.device:
@@ -130,6 +132,9 @@ class PagedStore:
         self.groups: list[CacheGroup] = []
         self.group_of: list[int] = []
         for index, layer in enumerate(self.layers):
+            if layer.source is not None:
+                self.group_of.append(self.group_of[layer.source])
+                continue
             key = (layer.kind, layer.window)
             known = [(group.kind, group.window) for group in self.groups]
             if key not in known:
@@ -156,6 +161,13 @@ class PagedStore:
             group.pool.clear()
         self.keys = [layer.slots(layer.key_dim, self.page_size) for layer in self.layers]
         self.values = [layer.slots(layer.value_dim, self.page_size) for layer in self.layers]
+        self._share()
+
+    def _share(self) -> None:
+        """Layers that store nothing read another's slots."""
+        for index, layer in enumerate(self.layers):
+            if layer.source is not None:
+                self.keys[index], self.values[index] = self.keys[layer.source], self.values[layer.source]
 
     def page_bytes(self, group: int) -> int:
         """Bytes of one page in all layers of a group."""
@@ -215,6 +227,7 @@ class PagedStore:
             if "alloc" not in str(error) and "memory" not in str(error):
                 raise
             raise OutOfPages(f"The device has no memory for {num_pages} pages of the KV cache: {error}") from error
+        self._share()
         self.groups[group].pool.grow(num_pages)
 
     def tables(self, rooms: Sequence[int]) -> list[BlockTable]:
