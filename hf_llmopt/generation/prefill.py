@@ -55,7 +55,8 @@ MEDIA_INPUTS = {
 
 def reads_media(model: PreTrainedModel) -> bool:
     """Whether the model reads anything but text."""
-    return set(getattr(model, "input_modalities", None) or {"text"}) != {"text"}
+    kinds = getattr(model, "input_modalities", None) or "text"  # a name, or several
+    return ({kinds} if isinstance(kinds, str) else set(kinds)) != {"text"}
 
 
 def media(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
