@@ -115,7 +115,9 @@ def _both(
             return Trial(STOCK, reason=f"transformers itself fails ({type(error).__name__}: {_line(error)})")
         try:
             with updates() as own_caches:
-                found, own = _generate(model, inputs, llmopt=LLMOptConfig(kv_cache=KVCacheConfig(page_size=4)), **sampling)
+                found, own = _generate(
+                    model, inputs, llmopt=LLMOptConfig(kv_cache=KVCacheConfig(page_size=4)), **sampling
+                )
         except LLMOptError as error:
             return Trial(STOCK, reason=_line(error))
     handle = vars(model).get("llmopt")
