@@ -20,6 +20,8 @@ openai = pytest.importorskip("openai")
 from served import make, running  # noqa: E402 - needs the extra
 
 from hf_llmopt.serving import Service  # noqa: E402
+from hf_llmopt.serving.answer import Piece  # noqa: E402
+from hf_llmopt.serving.chat import ChatForm  # noqa: E402
 from hf_llmopt.serving.grammar import Grammars  # noqa: E402
 from hf_llmopt.serving.schema import ChatRequest  # noqa: E402
 from hf_llmopt.serving.tool_formats import Found, Mistral, Reader, of_template  # noqa: E402
@@ -483,9 +485,29 @@ def test_a_stream_has_the_same_calls(client) -> None:
         finish += [choice.finish_reason] if choice.finish_reason else []
     assert finish == ["tool_calls"]
     assert calls[0]["name"] == call.function.name
-    assert json.loads(calls[0]["arguments"]) == json.loads(call.function.arguments)
+    assert calls[0]["arguments"] == call.function.arguments
     assert deltas > 2, "arguments come while they are written"
     assert calls[0]["id"].startswith("call_")
+
+
+def test_arguments_stay_as_they_were_written(served) -> None:
+    written = '{"celsius":1.50e1, "days":-0}'
+    text = f'<tool_call>\n{{"name": "set", "arguments": {written}}}\n</tool_call>'
+    held = Tools(of_template(None, "hermes"), {"set": {}}, ["set"], True)
+
+    class Asked:
+        index = 0
+
+    form = ChatForm(served.service, "chatcmpl-1", False, held, grows=True)
+    (call,) = form.choice(Asked(), [Piece(text, finish="stop")])["message"]["tool_calls"]
+    assert call["function"]["arguments"] == written
+    one, streamed = Asked(), ""
+    for piece in (*map(Piece, text), Piece(finish="stop")):
+        for part in (form.chunk(one, piece) or {"delta": {}})["delta"].get("tool_calls", ()):
+            streamed += part["function"]["arguments"]
+    assert streamed == written
+    cut = form.choice(Asked(), [Piece(text[:50], finish="length")])["message"]
+    assert cut == {"role": "assistant", "content": text[:50]}
 
 
 def test_a_call_that_is_cut_off_stays_text(client) -> None:

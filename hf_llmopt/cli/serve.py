@@ -48,6 +48,12 @@ def serve(
         list[str] | None,
         typer.Option(help="An origin whose web pages may read answers, or * for all; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that clients may call this server by, besides localhost and addresses; or * for any."
+        ),
+    ] = None,
     tool_parser: Annotated[
         str | None,
         typer.Option(
@@ -83,12 +89,14 @@ def serve(
         raise UserError(f"--max-replicas {max_replicas} needs --replicas, how many there are at least")
     serving = room()
     from hf_llmopt.serving import logs
-    from hf_llmopt.serving.app import check_origins
+    from hf_llmopt.serving.app import known_origins
+    from hf_llmopt.serving.hosts import known_hosts, loopback
     from hf_llmopt.serving.service import check_parser
 
     # What can be wrong is found before a model is loaded.
     check_parser(tool_parser)
-    check_origins(allow_origin or ())
+    known_origins(allow_origin or ())
+    known_hosts(allowed_host or ())
     keys = keys_of(api_key_file)
     if host not in LOOPBACK and not len(keys):
         ui.warn(f"whoever reaches {host} may use this server; --api-key-file asks for a key")
@@ -112,6 +120,7 @@ def serve(
             log_prompts=log_prompts,
             tool_parser=tool_parser,
             origins=tuple(allow_origin or ()),
+            hosts=tuple(allowed_host or ()),
             tensor_parallel=tensor_parallel,
         )
     with bound(host, port) as listening:
@@ -130,8 +139,11 @@ def serve(
             log_prompts=log_prompts,
             tool_parser=tool_parser,
         )
+        hosts = list(allowed_host or ())
+        if hosts or loopback(listening.getsockname()[0]):
+            hosts.append(host)
         logs.to_stderr()
-        server = serving.Server(service, drain, allow_origin or ())
+        server = serving.Server(service, drain, allow_origin or (), hosts)
         listening.listen(serving.server.BACKLOG)
         where = f"[{host}]" if ":" in host else host
         address = f"http://{where}:{listening.getsockname()[1]}"

@@ -20,13 +20,15 @@ from .completions import completions
 from .description import describe
 from .errors import APIError
 from .front import Front
+from .hosts import known_hosts
 from .limits import read_body
 from .page import HEADERS, PAGE
 from .parse import parse
 from .schema import DetokenizeRequest, TokenizeChat, TokenizeRequest
 from .service import Service
 
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^:/?#@\s]+)(?::(\d+))?", re.IGNORECASE)
+PORTS = {"http": "80", "https": "443"}  # which browsers leave away
 NO_ROUTE = (
     (404, "not_found", "There is no such path. Those of OpenAI's API begin with /v1; GET /openapi.json has them all."),
     (405, "method_not_allowed", "The path does not know this method; the header `Allow` names those that it knows."),
@@ -34,15 +36,17 @@ NO_ROUTE = (
 Route = Callable[[Service, Request], Awaitable[Response]]
 
 
-def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
+def create_app(service: Service, origins: Sequence[str] = (), hosts: Sequence[str] = ()) -> FastAPI:
     """The application for a service, to be run by any ASGI server; it closes the service when it ends.
 
     Args:
         service: What is served.
         origins: Origins whose web pages may read answers, `"*"` for all; by default no page of another origin may.
+        hosts: Names that the server goes by besides `localhost` and its addresses, `"*"` for all. With none, requests
+            from other machines may use any name.
 
     Raises:
-        InvalidOption: An origin is none, and no browser would ever send it.
+        InvalidOption: An origin is none, and no browser would ever send it, or a name of a host is none.
 
     Example:
         >>> from hf_llmopt import Engine, demo
@@ -79,28 +83,38 @@ def create_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     _add(app, service, "/health", health, "HEAD", include_in_schema=False)  # some load balancers ask so
     for status, code, says in NO_ROUTE:
         app.add_exception_handler(status, partial(_no_route, status, code, says))
-    app.add_middleware(Front, service=service)
+    app.add_middleware(Front, service=service, hosts=known_hosts(hosts))
     if origins:
-        check_origins(origins)
-        _open_to(app, origins)
+        _open_to(app, known_origins(origins))
     describe(app, keys=len(service.keys) > 0)
     return app
 
 
-def check_origins(origins: Sequence[str]) -> None:
-    """Refuse what no browser would ever send.
+def known_origins(origins: Sequence[str]) -> list[str]:
+    """Origins as browsers send them: in small letters, without the port that their scheme has anyway.
 
     Args:
         origins: As of `create_app`.
 
     Raises:
-        InvalidOption: One is no origin.
+        InvalidOption: One is no origin, and no browser would ever send it.
+
+    Example:
+        >>> from hf_llmopt.serving.app import known_origins
+        >>> known_origins(["https://App.Example:443", "http://localhost:3000"])
+        ['https://app.example', 'http://localhost:3000']
     """
-    for origin in origins:
-        if origin != "*" and not ORIGIN.fullmatch(origin):
-            raise InvalidOption(
-                f"{origin!r} is no origin: it is * or a scheme, a host and maybe a port, as http://localhost:3000."
-            )
+    return [origin if origin == "*" else _known(origin) for origin in origins]
+
+
+def _known(origin: str) -> str:
+    found = ORIGIN.fullmatch(origin)
+    if found is None:
+        raise InvalidOption(
+            f"{origin!r} is no origin: it is * or a scheme, a host and maybe a port, as http://localhost:3000."
+        )
+    scheme, host, port = found[1].lower(), found[2].lower(), found[3]
+    return f"{scheme}://{host}" + ("" if port in (None, PORTS.get(scheme)) else f":{port}")
 
 
 def _open_to(app: FastAPI, origins: Sequence[str]) -> None:
@@ -182,6 +196,14 @@ async def detokenize(service: Service, request: Request) -> Response:
     """Say which text tokens are."""
     ask = parse(DetokenizeRequest, await read_body(request, service.limits), request)
     service.check_model(ask.model)
+    if len(ask.tokens) > service.limits.max_model_len:
+        raise APIError(
+            400,
+            f"This model's maximum context length is {service.limits.max_model_len} tokens; these are "
+            f"{len(ask.tokens)}.",
+            "context_length_exceeded",
+            "tokens",
+        )
     ids = service.prompts.ids(ask.tokens, "tokens")
     text = await service.in_thread(0, lambda: service.prompts.shown(ids, False))
     return JSONResponse({"prompt": text})

@@ -34,14 +34,18 @@ class Keys:
         """The keys of a file, one a line, and of the environment variable `HF_LLMOPT_API_KEYS`, between commas.
 
         Raises:
-            InvalidOption: There is a file without a key.
+            InvalidOption: There is a file without a key, or the variable is set and has none.
             OSError: It cannot be read.
         """
         lines = [] if file is None else [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         given = [line for line in lines if line and not line.startswith("#")]
         if file is not None and not given:
             raise InvalidOption(f"{str(file)!r} has no key; write one a line.")
-        return cls([*given, *filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(",")))])
+        variable = os.environ.get(VARIABLE)
+        others = [key for key in map(str.strip, (variable or "").split(",")) if key]
+        if variable is not None and not others:  # a secret that did not arrive must not open the server
+            raise InvalidOption(f"{VARIABLE} is set and has no key; write keys between commas, or unset it.")
+        return cls([*given, *others])
 
     def __len__(self) -> int:
         return len(self._digests)

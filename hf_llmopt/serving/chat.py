@@ -51,7 +51,7 @@ async def chat(service: Service, request: Request) -> Response:
     if service.log_prompts:
         request.state.note["messages"] = [message.model_dump(exclude_none=True) for message in ask.messages]
     note(request, answers, n)
-    grows = bool(ask.stream) and tools is not None and tools.held(ask.json_schema)
+    grows = tools is not None and tools.held(ask.json_schema)  # streamed or not, the same text
     form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs), tools, grows)
     return await respond(request, answers, n, form, ask)
 
@@ -64,7 +64,7 @@ class ChatForm:
         name: The answer's id.
         logprobs: Whether log-probabilities are shown.
         tools: What may be called, `None` for nothing.
-        grows: Whether calls are shown before they are whole.
+        grows: Whether calls are well-formed, so that they can be shown before they are whole.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ChatForm:
 
     def chunk(self, answer: Answer, piece: Piece) -> dict[str, Any] | None:
         """A choice of a stream, `None` while it may be a part of a call."""
-        text, calls, finish = self._read(answer, [piece])
+        text, calls, finish = self._read(answer, [piece], self._grows)
         if not (text or calls or piece.logprobs or finish):
             return None
         delta: dict[str, Any] = {"content": text} if text or not (calls or finish) else {}
@@ -98,18 +98,21 @@ class ChatForm:
 
     def choice(self, answer: Answer, pieces: Sequence[Piece]) -> dict[str, Any]:
         """A choice of an answer in one piece."""
-        text, calls, finish = self._read(answer, pieces)
+        whole = pieces[-1].finish == "stop"  # a call that is cut off stays text
+        text, calls, finish = self._read(answer, pieces, self._grows and whole)
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if calls:  # only deltas are numbered
             message["tool_calls"] = [{name: call[name] for name in call if name != "index"} for call in calls]
         return {"index": answer.index, "message": message, **self._rest(pieces, finish)}
 
-    def _read(self, answer: Answer, pieces: Sequence[Piece]) -> tuple[str, list[dict[str, Any]], str | None]:
+    def _read(
+        self, answer: Answer, pieces: Sequence[Piece], grows: bool
+    ) -> tuple[str, list[dict[str, Any]], str | None]:
         """Text, calls, and why the answer ended, of the next pieces."""
         text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
         if self._tools is None:
             return text, [], finish
-        reader = self._readers.setdefault(answer, self._tools.reader(self._grows))
+        reader = self._readers.setdefault(answer, self._tools.reader(grows))
         if isinstance(reader, GrowingCalls):
             growth = reader.add(text, ends=finish is not None)
             text, calls = growth.text, growth.calls

@@ -17,6 +17,7 @@ from .parse import parse
 from .schema import MOST_CHOICES, CompletionRequest
 from .service import Caller, Service, Shown
 from .streaming import note, respond
+from .text import TextStream
 from .tokens import finite, token_text
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -109,10 +110,10 @@ class CompletionForm:
         tokenizer = self._service.prompts.tokenizer
         entries: list[tuple[int, TokenLogprob | None, int]] = []  # token, its figures, where its text begins
         if first and self._ask.echo:
-            offset = 0
+            text = TextStream(tokenizer, [], skip_special_tokens=self._ask.skip_special_tokens is not False)
             for token, entry in zip(answer.prompt, [None, *answer.handle.prompt_logprobs], strict=False):
-                entries.append((token, entry, offset))
-                offset += len(token_text(tokenizer, token))
+                entries.append((token, entry, text.length))
+                text.add(token)
         for piece in pieces:
             for entry, offset in zip(piece.logprobs, piece.offsets, strict=True):
                 entries.append((entry.token, entry, len(prompt) + offset))

@@ -45,6 +45,7 @@ ERRORS = {
     408: "The body came too slowly.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    421: "The server does not go by this name.",
     429: "The line is full; `Retry-After` says when to come again.",
     500: "The server failed.",
     503: "The server is about to stop.",
@@ -146,12 +147,13 @@ def describe(app: FastAPI, keys: bool) -> None:
 
 def _operation(path: str, method: str, keys: bool, schemas: Schema) -> Schema:
     watched = path == "/health"
-    statuses = (401,) * keys * (not watched) + (POSTED if method == "post" else ()) + (503,)
+    statuses = (401,) * keys * (not watched) + (POSTED if method == "post" else ()) + (421, 503)
     if path == "/v1/models/{name}":
         statuses += (404,)
     said: Schema = {"responses": {"200": _answer(path)}}
     for status in sorted(statuses):
-        content = _object(status={"const": "draining"}) if watched else {"$ref": PREFIX + "Error"}
+        drains = watched and status == 503
+        content = _object(status={"const": "draining"}) if drains else {"$ref": PREFIX + "Error"}
         said["responses"][str(status)] = {
             "description": ERRORS[status],
             "content": {"application/json": {"schema": content}},

@@ -19,6 +19,7 @@ from ..errors import (
     RequestCancelled,
 )
 
+CROWDED = "too_many_connections"
 RETRY_AFTER = 1  # seconds
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # What an engine's error means to a client. The first class that fits counts.
@@ -62,7 +63,8 @@ class APIError(Exception):
     def headers(self) -> dict[str, str]:
         """When to come again, or not to: OpenAI's clients repeat what ends with 5xx unless they are told."""
         if self.status in (429, 503):
-            return {"Retry-After": str(RETRY_AFTER)}
+            closes = {"Connection": "close"} if self.code == CROWDED else {}
+            return {"Retry-After": str(RETRY_AFTER), **closes}
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {"x-should-retry": "false"} if self.status >= 500 else {}

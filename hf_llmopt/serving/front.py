@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from time import perf_counter
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from .errors import APIError
+from .errors import CROWDED, APIError
+from .hosts import check_host
 from .limits import ClientGone
 from .logs import LOGGER, path_text, request_id
 from .service import Caller, Service
@@ -23,11 +25,13 @@ class Front:
     Args:
         app: What it stands before.
         service: What is served.
+        hosts: Names that it goes by, as of `hosts.check_host`.
     """
 
-    def __init__(self, app: Any, service: Service) -> None:
+    def __init__(self, app: Any, service: Service, hosts: Collection[str] = ()) -> None:
         self._app = app
         self._service = service
+        self._hosts = hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request; called by the framework."""
@@ -53,6 +57,7 @@ class Front:
 
         self._service.open += 1
         try:
+            check_host(scope, self._hosts)
             key = self._let_in(scope["path"], headers.get(b"authorization", ""))
             state["caller"] = Caller(name, key, began)
             await self._app({**scope, "state": state}, receive, send_named)
@@ -84,6 +89,8 @@ class Front:
         Raises:
             APIError: There is none, or the server ends.
         """
+        if path not in WATCHED and self._service.crowded():
+            raise APIError(503, "Too many connections are open; come again later.", CROWDED)
         if path in OPEN:
             return None
         key = self._service.keys.owner(authorization) if len(self._service.keys) else None

@@ -24,6 +24,7 @@ from ray.serve.config import RequestRouterConfig
 
 from ..errors import InvalidOption
 from .auth import Keys
+from .hosts import known_hosts
 from .limits import Limits
 from .ray_front import Front
 from .ray_replica import Replica
@@ -105,7 +106,9 @@ def build(arguments: Arguments) -> serve.Application:
         graceful_shutdown_timeout_s=arguments.drain,
         ray_actor_options={"num_cpus": 0},
     )
-    return front.bind(replica.bind(recipe), Limits(recipe.max_model_len or 0, recipe.max_body_bytes))
+    return front.bind(
+        replica.bind(recipe), Limits(recipe.max_model_len or 0, recipe.max_body_bytes), known_hosts(recipe.hosts)
+    )
 
 
 def start(arguments: Arguments, host: str, port: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from .errors import APIError
+from .hosts import check_host
 from .limits import ClientGone, Limits, read_body
 from .ray_request import ROUTERS, Asked, Start
 from .streaming import DONE
@@ -35,11 +36,13 @@ class Front:
     Args:
         model: Ray's handle of the replicas.
         limits: Of bodies.
+        hosts: Names that the server goes by, as of `create_app`.
     """
 
-    def __init__(self, model: Any, limits: Limits) -> None:
+    def __init__(self, model: Any, limits: Limits, hosts: Collection[str] = ()) -> None:
         self._model = model.options(stream=True)
         self._limits = limits
+        self._hosts = hosts
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; called by Ray."""
@@ -58,6 +61,7 @@ class Front:
             return JSONResponse(error.body, error.status, error.headers)
 
     async def _read(self, request: Request) -> Asked:
+        check_host(request.scope, self._hosts)
         body = b""
         if request.method == "POST":
             try:

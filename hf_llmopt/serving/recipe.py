@@ -33,6 +33,7 @@ class Recipe(BaseModel):
         log_prompts: Whether prompts stand in the log.
         tool_parser: How the model writes calls of tools, as of `Service`.
         origins: Whose web pages may read answers, as of `create_app`.
+        hosts: Names that the server goes by, as of `create_app`.
         tensor_parallel: Processes that the model is sharded over, the one that makes the service included.
 
     Example:
@@ -58,6 +59,7 @@ class Recipe(BaseModel):
     log_prompts: bool = False
     tool_parser: str | None = None
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     tensor_parallel: int = Field(default=1, ge=1)
 
     @property

@@ -29,6 +29,7 @@ class Server(uvicorn.Server):
         service: What is served.
         drain: Seconds that running requests have to end.
         origins: Whose web pages may read answers, as of `create_app`.
+        hosts: Names that it goes by, as of `create_app`.
         head_seconds: In which a request's headers must have come.
     """
 
@@ -37,21 +38,22 @@ class Server(uvicorn.Server):
         service: Service,
         drain: float = 30.0,
         origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
         head_seconds: float = HEAD_SECONDS,
     ) -> None:
         most = most_connections()
         super().__init__(
             uvicorn.Config(
-                create_app(service, origins),
+                create_app(service, origins, hosts),
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=LAST_SECONDS,
                 backlog=BACKLOG,
-                limit_concurrency=most,
             )
         )
         self._service = service
+        service.crowded = lambda: len(self.server_state.connections) > most
         self._drain = drain
         self._until: float | None = None
         self._waiting = Waiting(most * 3 // 4, head_seconds)  # so that others still find room

@@ -84,6 +84,7 @@ class Service:
         draining: Whether nobody is let in any longer.
         open: HTTP requests that are being answered.
         unused: Fields of a request that the engine's options ignore.
+        crowded: Says whether more connections are open than may be; whoever has them sets it.
 
     Raises:
         InvalidOption: The model does not say how many positions it has, and no limit does; or it has fewer than the
@@ -132,6 +133,7 @@ class Service:
         self.prompts = Prompts(tokenizer, config.vocab_size, limits)
         self.draining = False
         self.open = 0
+        self.crowded: Callable[[], bool] = lambda: False
         self.created = int(time.time())
         self._preparing = 0
         self._generation: Any = engine.model.generation_config

@@ -55,34 +55,47 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop string
 
     def add(self, *tokens: int) -> str:
-        """The text that is certain now; empty while a character or a stop string may be incomplete."""
+        """The text that is certain now; empty while a character or a stop string may be incomplete.
+
+        It is the same whether tokens come one by one or together, also where their bytes are no text.
+        """
         if self.stopped:
             return ""
-        self._ids += tokens
-        last = len(self._ids)
-        for end in range(last, max(self._read, last - MOST_PARTS), -1):
-            text = self._decode(self._ids[:end])
-            if not text.endswith(UNFINISHED):
-                return self._take(text, end)
-        return self._take(self._decode(self._ids), last) if last - self._read >= MOST_PARTS else ""
+        if len(tokens) > 1:
+            ids = [*self._ids, *tokens]
+            text = self._decode(ids)
+            if UNFINISHED not in text[len(self._known) :]:  # whole characters, whose last one has some tokens
+                start = len(ids) - 1
+                while start > self._read and self._decode(ids[:start]).endswith(UNFINISHED):
+                    start -= 1
+                self._ids = ids
+                return self._take(text, start)
+        return "".join([self._one(token) for token in tokens])
 
     def end(self) -> str:
         """What was held back; no token follows."""
         if self.stopped:
             return ""
-        last = len(self._ids)
-        piece = self._take(self._decode(self._ids), last) if last > self._read else ""
+        piece = self._take(self._decode(self._ids), self._read) if len(self._ids) > self._read else ""
         return piece + self._held
+
+    def _one(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith(UNFINISHED) and len(self._ids) - self._read < MOST_PARTS:
+            return ""
+        return "" if self.stopped else self._take(text, self._read)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
         return text
 
-    def _take(self, text: str, end: int) -> str:
-        """Show the tokens before `end`, whose text this is; they are the context of what follows."""
+    def _take(self, text: str, start: int) -> str:
+        """Show all tokens, whose text this is; those from `start` on are the context of what follows."""
         piece = text[len(self._known) :]
-        self._ids, self._read = self._ids[self._read :], end - self._read
-        self._known = self._decode(self._ids[: self._read])
+        self._ids = self._ids[start:]
+        self._read = len(self._ids)
+        self._known = self._decode(self._ids)
         self.length += len(piece)
         return self._until_stop(piece) if self.stops else piece
 
