@@ -73,11 +73,11 @@ hf_llmopt.register("attention", "mine", attend)
 if __name__ == "__main__":
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, eos_token_id=None,
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().to(DEVICE)
-    prompts = torch.randint(128, (2, 12), device=DEVICE)
+    prompts = torch.randint(128, (2, 9), device=DEVICE)
     stock = model.generate(prompts, max_new_tokens=6, do_sample=False)
     ours = model.generate(prompts, max_new_tokens=6, do_sample=False, llmopt={"attention": "mine"})
     stats = model.llmopt.stats
