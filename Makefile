@@ -35,7 +35,7 @@ demo: $(DEMO_ENV)/.made  ## run the demonstration: stock beside llmopt, the same
 test: $(TEST_ENV)/.built  ## run the tests, one process, under 20 minutes on two cores
 	$(TEST_ENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(TEST_ENV)/.built  ## run the tests with the slow ones
+test-all: $(TEST_ENV)/.notebooks $(TEST_ENV)/.built  ## run the tests with the slow ones
 	$(TEST_ENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 models: $(TEST_ENV)/.built  ## try every architecture of transformers, and write docs/results/models.json and its tables
@@ -129,6 +129,12 @@ $(DOCS_ENV)/.made: $(SETTINGS)
 	$(PYTHON) -m venv --clear $(DOCS_ENV)
 	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check --quiet "pip>=25.1"
 	$(DOCS_ENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --group docs
+	@touch $@
+
+# What runs notebooks: only the slow tests do.
+$(TEST_ENV)/.notebooks: $(TEST_ENV)/.made
+	$(TEST_ENV)/bin/python -m pip install --disable-pip-version-check --quiet "pip>=25.1"
+	$(TEST_ENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt --group notebooks
 	@touch $@
 
 # The package is installed from its sources and the kernels lie among them: they are built again if a file of theirs is

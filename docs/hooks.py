@@ -5,6 +5,7 @@ So the Markdown stays as a code host shows it, and the site needs no address of 
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -36,10 +37,13 @@ def place(path: str) -> str:
 
 
 def text(path: str) -> str:
-    """What the page of a file outside docs/ says: Markdown as it is, code in a block, a folder as a list."""
+    """What the page of a file outside docs/ says: code in a block, a folder as a list, the rest as it reads."""
     file = ROOT / path
     if file.suffix == ".md":
         return file.read_text("utf-8")
+    if file.suffix == ".ipynb":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(file.read_text("utf-8"))["cells"]]
+        return "\n\n".join(cell if kind == "markdown" else f"```python\n{cell}\n```" for kind, cell in cells) + "\n"
     if file.is_dir():
         names = sorted(entry.name for entry in file.iterdir() if entry.is_file() and not entry.name.startswith("_"))
         return f"# {path}\n\n" + "".join(f"- [{name}]({posixpath.basename(path)}/{name})\n" for name in names)

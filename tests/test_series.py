@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+import hf_llmopt
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PARTS = ("kv_cache", "prompt_cache", "quantization", "flash_attention", "speculative", "continuous_batching")
 HEADINGS = [
     "The problem in one picture",
@@ -63,3 +72,68 @@ def test_exercises_have_solutions(part: tuple[int, str]) -> None:
     )
     assert len(solutions) == len(numbers)
     assert all("```python" in solution for solution in solutions)
+
+
+# ----------------------------------------------------------------------------------------------------------- notebooks
+
+NOTEBOOKS = [ROOT / "examples" / "notebooks" / f"{number:02}_{name}.ipynb" for number, name in enumerate(PARTS, 1)]
+# Runs a notebook in a kernel of its own, and says what its last cell shows.
+RUN = """
+import json, sys
+import nbformat
+from nbclient import NotebookClient
+
+book = nbformat.read(sys.argv[1], as_version=4)
+NotebookClient(book, timeout=300, kernel_name="python3").execute()
+print(json.dumps([kind for output in book.cells[-1].outputs for kind in output.get("data", ())]))
+"""
+
+
+def called(path: Path) -> str:
+    return path.name
+
+
+def test_every_notebook_is_a_parts() -> None:
+    assert sorted((ROOT / "examples" / "notebooks").iterdir()) == NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=called)
+def test_notebooks_are_clean(path: Path) -> None:
+    """As they are committed: they teach in few cells, parse, hold no outputs, and end in a plot."""
+    book = json.loads(path.read_text("utf-8"))
+    assert (book["nbformat"], book["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in book["cells"]]
+    assert 8 <= len(cells) <= 15
+    assert [cell for cell in book["cells"] if cell.get("outputs") or cell.get("execution_count")] == []
+    assert cells[0][0] == "markdown"
+    assert cells[-1][0] == "code"
+    assert "plt.subplots(" in cells[-1][1]
+    assert cells[-1][1].endswith("plt.show()")
+    for kind, text in cells:
+        if kind == "code":
+            compile(text, path.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        else:
+            links = re.findall(r"\]\(([^)#\s]+)", text)
+            assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=called)
+def test_notebooks_run(path: Path, tmp_path: Path) -> None:
+    for package in ("ipykernel", "matplotlib", "nbclient"):  # `make test-all` installs them
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    own = dict.fromkeys(("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"), str(tmp_path))
+    own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # on a busy machine threads wait for one another
+    path_of_ours = os.pathsep.join([str(Path(hf_llmopt.__file__).parent.parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(path)],
+        env={**os.environ, **own, "PYTHONPATH": path_of_ours},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "image/png" in json.loads(done.stdout.splitlines()[-1])
