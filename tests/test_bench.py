@@ -72,8 +72,8 @@ def test_paired_ratio() -> None:
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003)])
-def test_t_quantile(freedom: int, quantile: float) -> None:
-    assert measure._t_quantile(freedom) == pytest.approx(quantile, abs=2e-4)
+def testt_quantile(freedom: int, quantile: float) -> None:
+    assert measure.t_quantile(freedom) == pytest.approx(quantile, abs=2e-4)
 
 
 def test_paired_ratio_covers() -> None:

@@ -197,11 +197,11 @@ def paired_ratio(baseline: Sequence[float], way: Sequence[float]) -> Ratio:
     mean, freedom = float(logs.mean()), len(logs) - 1
     if freedom == 0:
         return Ratio(float(np.exp(mean)))
-    half = _t_quantile(freedom) * float(logs.std(ddof=1)) / len(logs) ** 0.5
+    half = t_quantile(freedom) * float(logs.std(ddof=1)) / len(logs) ** 0.5
     return Ratio(float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)))
 
 
-def _t_quantile(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     """The 97.5 % quantile of Student's t."""
     table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
     if freedom <= len(table):

@@ -6,6 +6,7 @@ import typer
 
 from ..command import Command, ModelCommand
 from .all import every
+from .compare import compare
 from .continuous_batching import continuous_batching
 from .cpu import cpu
 from .figures import figures
@@ -28,6 +29,7 @@ app.command("speculative", cls=ModelCommand)(speculative)
 app.command("serve", cls=ModelCommand)(serve)
 app.command("hops", cls=ModelCommand)(hops)
 app.command("cpu", cls=ModelCommand)(cpu)
+app.command("compare", cls=Command)(compare)
 app.command("figures", cls=Command)(figures)
 
 
