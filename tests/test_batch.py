@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -176,6 +177,30 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, monkeypatch) -> No
     assert (counts.before, counts.answered) == (len(kept), 40 - len(kept))
     assert target.read_text().split("\n")[: len(kept)] == kept
     assert len(said(target)) == 40
+
+
+def test_a_device_is_no_place_for_results(tmp_path) -> None:
+    """Reading `/dev/full` never ends, and a run begins with what is there."""
+    source = put(tmp_path / "in.jsonl", [completion("a")])
+    result = CliRunner().invoke(app, ["batch", str(source), "/dev/full"])
+    assert result.exit_code == 1
+    assert "'/dev/full' is no regular file" in result.stderr
+
+
+def test_a_file_that_cannot_grow_is_named(tmp_path) -> None:
+    """As on a full disk: what was there stays, and the command says in one line which file it was."""
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(tmp_path / "out.jsonl") as journal:
+        journal.add([{"id": "batch_req_1", "custom_id": "a", "error": None}])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            with pytest.raises(OSError, match=r"out\.jsonl") as failed:
+                journal.add([{"id": "batch_req_2", "custom_id": "b" * 200, "error": None}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert failed.value.errno == errno.EFBIG
+    with Journal(tmp_path / "out.jsonl") as journal:
+        assert list(journal.known) == ["a"]
 
 
 def test_an_interrupt_keeps_what_was_answered(tmp_path, caplog) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,8 @@ from typer.testing import CliRunner, Result
 import hf_llmopt
 from hf_llmopt import demo
 from hf_llmopt.cli import app, ui
+from hf_llmopt.cli.bench.shown import record
+from hf_llmopt.cli.command import UserError
 from hf_llmopt.demo.train import train_tokenizer
 from hf_llmopt.kernels import cpu
 
@@ -381,3 +384,21 @@ def test_demo_without_llmopt() -> None:
     result = run("demo", "--llmopt=false")
     assert result.exit_code == 1
     assert "nothing to compare" in result.stderr
+
+
+def test_a_report_that_cannot_be_written_is_not_lost(tmp_path, capsys) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("what was there")
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as a full disk
+    try:
+        with pytest.raises(UserError, match=r"--output '.*report\.json' cannot be written: File too large"):
+            record({"figure": 1, "text": "a" * 200}, path, quick=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert json.loads(capsys.readouterr().out)["figure"] == 1
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="No space left on device"):
+        record({"figure": 2}, Path("/dev/full"), quick=False)
+    assert json.loads(capsys.readouterr().out)["figure"] == 2

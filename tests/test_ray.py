@@ -19,6 +19,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="ray is not installed: `make test-ray` runs these tests")
 import httpx2  # noqa: E402
 import openai  # noqa: E402
+import psutil  # noqa: E402
 from ray import serve  # noqa: E402
 
 from hf_llmopt import demo  # noqa: E402
@@ -182,6 +183,22 @@ def test_load_starts_another_replica(http) -> None:
         assert {status for found in answers for status in found.result()} == {200}
     finally:
         serve.delete("scaled")
+
+
+def test_a_replica_of_two_ranks_answers_and_does_without_neither(http, pair) -> None:
+    serve.run(build(Arguments(tensor_parallel=2, cpus=0.4, dtype="float32")), name="two", route_prefix="/two")
+    try:
+        ask = {**GREEDY, "prompt": "import os\n", "max_tokens": 16}
+        truth = expected(pair, "import os\n", 16)
+        assert http.post("/two/v1/completions", json=ask).json()["choices"][0]["text"] == truth
+        replica = psutil.Process(serve.get_deployment_handle("Replica", "two").process.remote().result())
+        (rank,) = [child for child in replica.children() if "spawn_main" in " ".join(child.cmdline())]
+        rank.kill()
+        assert psutil.wait_procs([replica], timeout=30)[1] == [], "it ends as a whole"
+        until(lambda: http.post("/two/v1/completions", json=ask).status_code == 200, 120)  # another one has its place
+        assert http.post("/two/v1/completions", json=ask).json()["choices"][0]["text"] == truth
+    finally:
+        serve.delete("two")
 
 
 def stream(http, prompt: str, tokens: int, begun: threading.Semaphore) -> tuple[str, str]:

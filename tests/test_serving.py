@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import io
 import json
@@ -35,18 +36,21 @@ ValidationError = pytest.importorskip("pydantic").ValidationError
 
 from served import Running, make, running  # noqa: E402 - needs the extra
 
-from hf_llmopt.serving import Keys, Limits, create_app, logs  # noqa: E402
+from hf_llmopt.serving import Keys, Limits, create_app, garbage, logs  # noqa: E402
 from hf_llmopt.serving import server as server_module  # noqa: E402
 from hf_llmopt.serving.app import known_origins  # noqa: E402
 from hf_llmopt.serving.errors import APIError, of_engine, of_validation  # noqa: E402
 from hf_llmopt.serving.hosts import check_host, known_hosts  # noqa: E402
+from hf_llmopt.serving.limits import check_parts  # noqa: E402
 from hf_llmopt.serving.schema import (  # noqa: E402
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
+from hf_llmopt.serving.server import Server  # noqa: E402
 from hf_llmopt.serving.text import TextStream  # noqa: E402
+from hf_llmopt.serving.written import written  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
@@ -361,6 +365,7 @@ def test_tokenize_and_back(pair, raw) -> None:
 
 # -------------------------------------------------------------------------------------------------------- bad requests
 
+JSON = {"Content-Type": "application/json"}
 COMPLETION = {"prompt": "import os", "max_tokens": 1}
 CHAT = {"messages": [{"role": "user", "content": "import os"}], "max_tokens": 1}
 BAD = [
@@ -472,6 +477,93 @@ def test_refusals_name_the_field(client) -> None:
     with pytest.raises(openai.BadRequestError, match="beams are not searched") as failed:
         client.chat.completions.create(model="demo", **CHAT, extra_body={"use_beam_search": True})
     assert failed.value.param == "use_beam_search"
+
+
+def test_bodies_of_very_many_parts_are_refused_before_they_are_made(raw) -> None:
+    for body in (
+        b'{"prompt": "a", "x": [' + b"[]," * 30_000 + b"1]}",
+        b'{"prompt": "a", "x": [' + b"{}," * 30_000 + b"1]}",
+    ):
+        assert raw.post("/v1/completions", content=body, headers=JSON).status_code == 200
+    check_parts(json.dumps({"prompt": "[{" * 200_000}).encode())  # in a text they are no parts
+    check_parts(b'{"prompt": "' + b'\\"[' * 200_000)
+    for body in (b"[[]" * 30_000, b'{"a\\"": ' + b"[" * 60_000, b'"' + b'\\"' * 400_000 + b"\\" + b"[" * 60_000):
+        began = time.monotonic()
+        if body.startswith(b'"'):
+            check_parts(body)
+        else:
+            with pytest.raises(APIError, match="lists and objects; at most 50000"):
+                check_parts(body)
+        assert time.monotonic() - began < 0.5, "nothing is looked at twice"
+
+
+def test_large_answers_leave_the_event_loop_to_others(pair) -> None:
+    """While answers with thousands of figures are written, and echoes of long prompts, other requests get answers."""
+    limits = Limits(1024, max_body_bytes=2**23)
+    ids = pair[1]("import os\n" * 300)["input_ids"][:900]
+    big = {"prompt": [ids] * 6, "max_tokens": 2, "temperature": 0, "logprobs": 20, "echo": True}
+    garbage.freeze()  # as the command does: else a collection looks at all that the tests have imported
+    with (
+        running(make(pair, limits=limits, max_waiting=256)) as it,
+        httpx.Client(base_url=it.url, timeout=60) as others,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        latencies = []
+        for stream in (False, True):
+            running_one = pool.submit(
+                httpx.post, it.url + "/v1/completions", json={**big, "stream": stream}, timeout=60
+            )
+            while not running_one.done():
+                began = time.monotonic()
+                assert others.get("/health").status_code == 200
+                latencies.append(time.monotonic() - began)
+            assert len(running_one.result().content) > 1_000_000
+        assert max(latencies) < 0.5, sorted(latencies)[-5:]
+    gc.unfreeze()
+
+
+def test_json_in_parts_is_json() -> None:
+    value = {
+        "a": list(range(1000)),
+        "b": [],
+        "c": {},
+        "d": [[1], {"é": None}, "x\n"],
+        "e": [{"f": 1.5}] * 300,
+        "g": True,
+    }
+    parts = list(written(value))
+    assert json.loads("".join(parts)) == value
+    assert max(map(len, parts)) < 3000
+
+
+def test_answers_that_nobody_reads_are_given_up(pair, monkeypatch) -> None:
+    bind = Server.bind
+
+    def narrow(host: str, port: int) -> socket.socket:
+        bound = bind(host, port)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return bound
+
+    monkeypatch.setattr(Server, "bind", staticmethod(narrow))
+    asked = {"prompt": PROMPT, "max_tokens": 500, "min_tokens": 500, "logprobs": 20, "n": 8, "stream": True}
+    with running(make(pair), unread_seconds=0.6) as it:
+        for more in ({"deadline": 0.3}, {}):
+            body = json.dumps({**asked, **more}).encode()
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", int(it.url.rpartition(":")[2])))
+                head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                wait_for(lambda: it.service.open)
+                wait_for(lambda: not it.service.open and not it.held())
+        with httpx.stream(
+            "POST", it.url + "/v1/completions", json={**asked, "n": 2, "max_tokens": 120, "min_tokens": 1}
+        ) as answer:
+            last_line = ""
+            for line in answer.iter_lines():  # who reads slowly is served
+                last_line = line or last_line
+                time.sleep(0.002)
+        assert last_line == "data: [DONE]"
 
 
 def test_unknown_fields_are_ignored_and_logged(raw, log) -> None:

@@ -88,7 +88,7 @@ def serve(
     if max_replicas is not None and replicas is None:
         raise UserError(f"--max-replicas {max_replicas} needs --replicas, how many there are at least")
     serving = room()
-    from hf_llmopt.serving import logs
+    from hf_llmopt.serving import garbage, logs
     from hf_llmopt.serving.app import known_origins
     from hf_llmopt.serving.hosts import known_hosts, loopback
     from hf_llmopt.serving.service import check_parser
@@ -143,6 +143,7 @@ def serve(
         if hosts or loopback(listening.getsockname()[0]):
             hosts.append(host)
         logs.to_stderr()
+        garbage.freeze()
         server = serving.Server(service, drain, allow_origin or (), hosts)
         listening.listen(serving.server.BACKLOG)
         where = f"[{host}]" if ":" in host else host

@@ -100,9 +100,14 @@ def save(path: Path, report: Any) -> None:
     """
     plain = path.is_file() or not path.exists()  # no pipe or device
     target = path.with_name(path.name + ".tmp") if plain else path
-    target.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if plain:
-        os.replace(target, path)
+    try:
+        target.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if plain:
+            os.replace(target, path)
+    except OSError:
+        if plain:
+            target.unlink(missing_ok=True)
+        raise
 
 
 def verdict(good: bool, text: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 from ..batching import RequestHandle
@@ -13,6 +14,7 @@ from ..errors import LLMOptError, RequestCancelled
 from ..generation import TokenLogprob
 from .metrics import Metrics
 from .text import TextStream
+from .written import beside
 
 
 @dataclass
@@ -91,8 +93,7 @@ class Answer:
             if at_once:
                 await self._over()
             async for tokens in self.handle.bursts():
-                before = self._clock(before, len(tokens), at_once)
-                piece = self._piece(tokens)
+                before, piece = await beside(len(tokens), partial(self._read, before, tokens, at_once))
                 yield piece
                 if piece.finish:
                     return
@@ -113,6 +114,10 @@ class Answer:
 
         self.handle.when_done(tell)
         await over.wait()
+
+    def _read(self, before: float, tokens: list[int], at_once: bool) -> tuple[float, Piece]:
+        """The time, and what these tokens add."""
+        return self._clock(before, len(tokens), at_once), self._piece(tokens)
 
     def _clock(self, before: float, tokens: int, at_once: bool) -> float:
         """Note when tokens came; those that came together are taken for evenly spaced. Returns the time."""

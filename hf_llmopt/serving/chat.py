@@ -50,6 +50,7 @@ async def chat(service: Service, request: Request) -> Response:
     answers = await service.in_thread(n, work, ask.json_schema is not None or tools is not None)
     if service.log_prompts:
         request.state.note["messages"] = [message.model_dump(exclude_none=True) for message in ask.messages]
+    request.state.deadline = service.deadline(ask)
     note(request, answers, n)
     grows = tools is not None and tools.held(ask.json_schema)  # streamed or not, the same text
     form = ChatForm(service, f"chatcmpl-{caller.request_id}", bool(ask.logprobs), tools, grows)

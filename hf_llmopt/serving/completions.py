@@ -55,6 +55,7 @@ async def completions(service: Service, request: Request) -> Response:
     answers = await service.in_thread(len(prompts) * n, work, ask.json_schema is not None)
     if service.log_prompts:
         request.state.note["prompt"] = ask.prompt
+    request.state.deadline = service.deadline(ask)
     note(request, answers, n)
     form = CompletionForm(service, f"cmpl-{caller.request_id}", ask)
     return await respond(request, answers, n, form, ask)
@@ -74,6 +75,7 @@ class CompletionForm:
         self._ask = ask
         self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": service.name}
         self._echoed: set[Answer] = set()
+        self._prompts: dict[int, str] = {}  # by the id of a prompt, which its answers share
 
     def envelope(self, choices: list[dict[str, Any]], streams: bool) -> dict[str, Any]:
         """What choices stand in."""
@@ -104,7 +106,10 @@ class CompletionForm:
         }
 
     def _prompt(self, answer: Answer) -> str:
-        return self._service.prompts.shown(answer.prompt, self._ask.skip_special_tokens is not False)
+        if id(answer.prompt) not in self._prompts:
+            skips = self._ask.skip_special_tokens is not False
+            self._prompts[id(answer.prompt)] = self._service.prompts.shown(answer.prompt, skips)
+        return self._prompts[id(answer.prompt)]
 
     def _logprobs(self, answer: Answer, pieces: Sequence[Piece], prompt: str, first: bool) -> dict[str, Any]:
         tokenizer = self._service.prompts.tokenizer

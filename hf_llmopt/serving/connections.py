@@ -1,4 +1,4 @@
-"""Connections that send no request: uvicorn lets them stay for ever, and each takes a file handle."""
+"""Connections that send no request, or read no answer: uvicorn lets them stay for ever, with what they hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any
 
 HEAD_SECONDS = 10.0
+UNREAD_SECONDS = 60.0
 MOST = 16_384
 
 
@@ -50,3 +51,35 @@ class Waiting:
             if index < over or now - began > self._seconds:
                 connection.transport.abort()
         self._since = since
+
+
+class Unread:
+    """Closes connections whose client reads nothing of an answer: what was computed for it stays in memory.
+
+    Args:
+        seconds: After which one is closed that has read nothing; an answer that has a deadline is held no longer than
+            that, counted from when its client has stopped to read.
+    """
+
+    def __init__(self, seconds: float = UNREAD_SECONDS) -> None:
+        self._seconds = seconds
+        self._held: dict[Any, tuple[int, float]] = {}  # bytes that wait, and since when it is so many
+
+    def close_late(self, connections: Collection[Any]) -> None:
+        """Look through uvicorn's connections; to be called often.
+
+        Args:
+            connections: Protocols of uvicorn, open ones.
+        """
+        now = monotonic()
+        held: dict[Any, tuple[int, float]] = {}
+        for connection in connections:
+            if connection.cycle is None or not connection.flow.write_paused:
+                continue
+            size = connection.transport.get_write_buffer_size()  # it only shrinks, by what the client reads
+            before, since = self._held.get(connection, (size, now))
+            held[connection] = (size, since if size == before else now)
+            deadline = connection.cycle.scope.get("state", {}).get("deadline")
+            if now - held[connection][1] > min(self._seconds, self._seconds if deadline is None else deadline):
+                connection.transport.abort()
+        self._held = held

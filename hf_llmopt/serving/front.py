@@ -41,7 +41,8 @@ class Front:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         began, name, status = perf_counter(), request_id(headers.get(b"x-request-id")), 0
         note: dict[str, Any] = {}
-        state: dict[str, Any] = {**scope.get("state", {}), "note": note, "path": "other"}
+        # In the server's own scope too, which looks at the deadline of answers that nobody reads.
+        state = scope["state"] = {**scope.get("state", {}), "note": note, "path": "other", "deadline": None}
 
         async def send_named(message: Any) -> None:
             nonlocal status
@@ -60,7 +61,7 @@ class Front:
             check_host(scope, self._hosts)
             key = self._let_in(scope["path"], headers.get(b"authorization", ""))
             state["caller"] = Caller(name, key, began)
-            await self._app({**scope, "state": state}, receive, send_named)
+            await self._app(scope, receive, send_named)
         except APIError as error:
             await refuse(error)
         except ClientGone:

@@ -64,6 +64,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         fresh = not path.exists()
+        if not (fresh or path.is_file()):  # a device may have no end
+            raise InvalidRequest(f"{str(path)!r} is no regular file, and a batch goes on where its file ends.")
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock()
@@ -88,7 +90,10 @@ class Journal:
         Raises:
             OSError: They cannot be written; the next process that opens the file finds all that were added before.
         """
-        _write(self._file, "".join(json.dumps(result) + "\n" for result in results).encode())
+        try:
+            _write(self._file, "".join(json.dumps(result) + "\n" for result in results).encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.known.update((key_of(result), made(result)) for result in results)
 
     def drop_failed(self) -> None:

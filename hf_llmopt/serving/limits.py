@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 
 from fastapi import Request
 
 from .errors import APIError
+
+MOST_PARTS = 50_000  # lists and objects of a body: a million small ones would hold up everybody for a second
+# A string of JSON; one that does not end goes on to the end of the body, so that nothing is looked at twice.
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,20 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except asyncio.TimeoutError:
         raise APIError(408, f"The body did not come within {limits.body_seconds} s.", "body_too_slow") from None
     return b"".join(parts)
+
+
+def check_parts(body: bytes) -> None:
+    """Refuse a body of very many lists and objects, before all of them are made.
+
+    Raises:
+        APIError: It has too many.
+    """
+    if _parts(body) > MOST_PARTS and (found := _parts(STRING.sub(b"", body))) > MOST_PARTS:
+        raise APIError(400, f"The body has {found} lists and objects; at most {MOST_PARTS} are read.", "invalid_value")
+
+
+def _parts(text: bytes) -> int:
+    return text.count(b"[") + text.count(b"{")
 
 
 def answer_length(limits: Limits, prompt: int, wanted: int | None) -> int:

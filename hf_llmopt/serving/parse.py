@@ -9,6 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, RootModel, ValidationError
 
 from .errors import of_validation
+from .limits import check_parts
 from .schema import Body
 
 B = TypeVar("B", bound=BaseModel)
@@ -24,8 +25,9 @@ def parse(kind: type[B], body: bytes, request: Request, unused: Sequence[str] = 
         unused: Fields of this kind that this server ignores.
 
     Raises:
-        APIError: It is not JSON, or not of this kind.
+        APIError: It is not JSON, or not of this kind, or has too many parts.
     """
+    check_parts(body)
     try:
         ask = kind.model_validate_json(body)
     except ValidationError as error:

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
-from . import logs
+from . import garbage, logs
 from .app import create_app
 from .ray_request import Asked, Start
 from .recipe import Recipe
@@ -24,6 +24,7 @@ class Replica:
         logs.to_stderr()
         self.service = recipe.service(_end)
         logs.LOGGER.info("serving", extra={"fields": self.service.summary})
+        garbage.freeze()
         self._app = create_app(self.service, recipe.origins)
         self._running: set[asyncio.Task[None]] = set()
 

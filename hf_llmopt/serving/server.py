@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from .app import create_app
-from .connections import HEAD_SECONDS, Waiting, most_connections
+from .connections import HEAD_SECONDS, UNREAD_SECONDS, Unread, Waiting, most_connections
 from .service import Service
 
 LAST_SECONDS = 5  # for errors to be sent once the engine was closed
@@ -31,6 +31,7 @@ class Server(uvicorn.Server):
         origins: Whose web pages may read answers, as of `create_app`.
         hosts: Names that it goes by, as of `create_app`.
         head_seconds: In which a request's headers must have come.
+        unread_seconds: After which a connection is closed whose client reads nothing of its answer.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Server(uvicorn.Server):
         origins: Sequence[str] = (),
         hosts: Sequence[str] = (),
         head_seconds: float = HEAD_SECONDS,
+        unread_seconds: float = UNREAD_SECONDS,
     ) -> None:
         most = most_connections()
         super().__init__(
@@ -56,6 +58,7 @@ class Server(uvicorn.Server):
         service.crowded = lambda: len(self.server_state.connections) > most
         self._drain = drain
         self._until: float | None = None
+        self._unread = Unread(unread_seconds)
         self._waiting = Waiting(most * 3 // 4, head_seconds)  # so that others still find room
 
     @staticmethod
@@ -103,6 +106,7 @@ class Server(uvicorn.Server):
         """Whether it is time to leave; called ten times a second."""
         exits: bool = await super().on_tick(counter)
         self._waiting.close_late(self.server_state.connections)
+        self._unread.close_late(self.server_state.connections)
         exits |= self._service.engine.lost is not None
         if self._until is not None:
             exits |= not self._service.open or monotonic() > self._until

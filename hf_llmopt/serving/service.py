@@ -199,6 +199,10 @@ class Service:
         finally:
             self._preparing -= choices
 
+    def deadline(self, ask: Generation) -> float | None:
+        """Seconds that an answer may take, `None` for any."""
+        return min((one for one in (ask.deadline, self.limits.deadline) if one is not None), default=None)
+
     def grammar(self, ask: Generation) -> Grammar | None:
         """What an answer has to be, if that was said.
 
@@ -270,7 +274,6 @@ class Service:
             )
         # Greedy answers are all the same, and `generate` refuses to give several.
         together = n if more["do_sample"] else 1
-        deadlines = [seconds for seconds in (ask.deadline, self.limits.deadline) if seconds is not None]
         caches = self.engine.config.prompt_cache is not None  # else nobody shares anything
         answers: list[Answer] = []
         try:
@@ -285,7 +288,7 @@ class Service:
                         prompt_logprobs=shown.prompt,
                         salt=ask.cache_salt if caches else None,
                         tenant=caller.key or ask.user or "",
-                        deadline=min(deadlines, default=None),
+                        deadline=self.deadline(ask),
                         constraint=grammar,
                         **more,
                     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from ..errors import LLMOptError
 from .answer import Answer, Piece
@@ -16,6 +17,7 @@ from .errors import of_engine
 from .limits import ClientGone
 from .logs import LOGGER
 from .schema import Generation
+from .written import beside, written
 
 DONE = "data: [DONE]\n\n"
 
@@ -104,8 +106,13 @@ async def whole(request: Request, answers: Sequence[Answer], n: int, form: Form)
             answer.give_up()
         note(request, answers, n)
         await asyncio.gather(watch, work, return_exceptions=True)  # whatever else failed has been said
-    body = form.envelope([form.choice(answer, own) for answer, own in zip(answers, found, strict=True)], False)
-    return JSONResponse({**body, "usage": usage(answers, n)})
+
+    def body() -> bytes:
+        choices = [form.choice(answer, own) for answer, own in zip(answers, found, strict=True)]
+        return "".join(written({**form.envelope(choices, False), "usage": usage(answers, n)})).encode()
+
+    tokens = sum(len(answer.prompt) + answer.tokens for answer in answers)
+    return Response(await beside(tokens, body), media_type="application/json")
 
 
 class EventStream(StreamingResponse):
@@ -144,16 +151,26 @@ async def _events(
         body = form.envelope(choices, True)
         if wants_usage:
             body["usage"] = counts
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+        return f"data: {''.join(written(body))}\n\n"
 
+    def told(answer: Answer, piece: Piece) -> str | None:
+        chunk = form.chunk(answer, piece)
+        return None if chunk is None else event([chunk])
+
+    begun: set[Answer] = set()
     try:
         for answer in answers:
             for choice in form.opening(answer):
                 yield event([choice])
         async for answer, piece in _merged(answers):
-            said = piece.text or piece.logprobs or piece.finish
-            if said and (chunk := form.chunk(answer, piece)) is not None:
-                yield event([chunk])
+            if not (piece.text or piece.logprobs or piece.finish):
+                continue
+            echo = (
+                0 if answer in begun else len(answer.prompt)
+            )  # with the first piece its prompt may come, with figures
+            begun.add(answer)
+            if (chunk := await beside(echo + len(piece.logprobs), partial(told, answer, piece))) is not None:
+                yield chunk
         if wants_usage:
             yield event([], usage(answers, n))
     except LLMOptError as error:  # the status was sent long ago
@@ -174,15 +191,16 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Piec
     Raises:
         LLMOptError: One of them failed; the others are ended.
     """
-    queue: asyncio.Queue[tuple[Answer, Piece] | BaseException | None] = asyncio.Queue()
+    # Where nobody reads, tokens wait as tokens: a piece is large beside one.
+    queue: asyncio.Queue[tuple[Answer, Piece] | BaseException | None] = asyncio.Queue(len(answers))
 
     async def pump(answer: Answer) -> None:
         try:
             async for piece in answer.pieces():
-                queue.put_nowait((answer, piece))
-            queue.put_nowait(None)
+                await queue.put((answer, piece))
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.ensure_future(pump(answer)) for answer in answers]
     try:

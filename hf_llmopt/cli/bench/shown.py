@@ -11,17 +11,26 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import ui
+from ..command import UserError
 
 if TYPE_CHECKING:
     from hf_llmopt.bench.report import Table
 
 
 def record(report: dict[str, Any], output: Path | None, quick: bool) -> None:
-    """Note how a report came about, unless that stands in it, and write it to a file if it is to have one."""
+    """Note how a report came about, unless that stands in it, and write it to a file if it is to have one.
+
+    Raises:
+        UserError: The file cannot be written; what took so long to measure stands on stdout then.
+    """
     report.setdefault("command", shlex.join(["hf-llmopt", *sys.argv[1:]]))
     report.setdefault("quick", quick)
     if output is not None:
-        ui.save(output, report)
+        try:
+            ui.save(output, report)
+        except OSError as error:
+            ui.emit(report)
+            raise UserError(f"--output {str(output)!r} cannot be written: {error.strerror}; see stdout") from error
     if quick:
         ui.talk("--quick: small and few of all, to see that it works; none of these figures counts")
 
