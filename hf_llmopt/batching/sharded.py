@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -207,7 +208,7 @@ class Followers:
 def _join(rank: int, ranks: int, folder: str) -> None:
     """Make the process group of all ranks, and bind this process to its GPU where there are any."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))  # transformers reads them
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     device = torch.device("cuda", rank) if torch.cuda.is_available() else None
     if device is not None:
         torch.cuda.set_device(device)

@@ -17,7 +17,7 @@ from .errors import of_engine
 from .limits import ClientGone
 from .logs import LOGGER
 from .schema import Generation
-from .written import beside, written
+from .written import MANY, beside, written
 
 DONE = "data: [DONE]\n\n"
 
@@ -147,15 +147,15 @@ class EventStream(StreamingResponse):
 async def _events(
     request: Request, answers: Sequence[Answer], n: int, form: Form, wants_usage: bool
 ) -> AsyncIterator[str]:
-    def event(choices: list[dict[str, Any]], counts: dict[str, Any] | None = None) -> str:
+    def event(choices: list[dict[str, Any]], counts: dict[str, Any] | None = None, large: bool = False) -> str:
         body = form.envelope(choices, True)
         if wants_usage:
             body["usage"] = counts
-        return f"data: {''.join(written(body))}\n\n"
+        return f"data: {''.join(written(body)) if large else json.dumps(body, ensure_ascii=False)}\n\n"
 
-    def told(answer: Answer, piece: Piece) -> str | None:
+    def told(answer: Answer, piece: Piece, large: bool) -> str | None:
         chunk = form.chunk(answer, piece)
-        return None if chunk is None else event([chunk])
+        return None if chunk is None else event([chunk], large=large)
 
     begun: set[Answer] = set()
     try:
@@ -169,7 +169,8 @@ async def _events(
                 0 if answer in begun else len(answer.prompt)
             )  # with the first piece its prompt may come, with figures
             begun.add(answer)
-            if (chunk := await beside(echo + len(piece.logprobs), partial(told, answer, piece))) is not None:
+            tokens = echo + len(piece.logprobs)
+            if (chunk := await beside(tokens, partial(told, answer, piece, tokens > MANY))) is not None:
                 yield chunk
         if wants_usage:
             yield event([], usage(answers, n))
