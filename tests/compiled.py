@@ -8,13 +8,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_llmopt.kernels.triton import few, gated, int_linear, norm, rotary
+from hf_llmopt.kernels.triton import argmax, few, gated, int_linear, norm, rotary
 
 CAPABILITIES = (80, 90)
-POINTERS = {"slots": "*i64", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
+POINTERS = {"slots": "*i64", "best": "*fp32", "where": "*i32", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
 WORDS = dict.fromkeys(("first", "second", "third"), "*i32") | {
     f"{name}_zeros": "*u8" for name in ("first", "second", "third")
-}
+} | {"words": "*i32"}
 FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}
 
 
@@ -25,14 +25,18 @@ def compile_for(capability: int, kernel: Any, warps: int = 4, **constants: Any) 
         if name in constants:
             types[name] = "constexpr"
         else:
-            known = {**POINTERS, **(WORDS if kernel is int_linear._deep else {})}
+            known = {**POINTERS, **(WORDS if kernel in (int_linear._deep, int_linear._tiles) else {})}
             types[name] = known.get(name) or FLOATS.get(name) or ("i32" if name.isupper() else "*bf16")
-    source = ASTSource(kernel, types, constants)
-    triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    early = capability >= 90
+    source = ASTSource(kernel, types | {"EARLY": "constexpr"}, {**constants, "EARLY": early})
+    options = {"num_warps": warps, **({"launch_pdl": True} if early else {})}
+    triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def cases() -> Any:
     """Kernels and their constants."""
+    yield argmax._parts, {"BLOCK": 2048}
+    yield argmax._join, {"BLOCK": 64}
     for centre, variant, weight in ((False, 0, {}), (False, 2, {}), (True, 1, {"weight": None, "bias": None})):
         yield norm._norm, {"GROUPS": 1, "WIDTH": 24, "BLOCK": 32, "CENTRE": centre, "VARIANT": variant, **weight}
     for kind, up in itertools.product(("silu", "gelu_tanh", "gelu", "relu2"), ({}, {"up": None})):
@@ -74,6 +78,9 @@ def cases() -> Any:
         tile = {"KIND": "int4", "PLANES": 8, "WORDS": 16, "SETS": 1, "EVEN": True, "ASSEMBLY": True}
         constants = {"BLOCK_M": rows, "BLOCK_N": 16, "DEPTH": 4, "STAGES": 3, "DTYPE": triton.language.bfloat16}
         yield int_linear._deep, {**tile, **constants, **more}
+    tile = {"KIND": "int4", "PLANES": 8, "WORDS": 16, "SETS": 1, "EVEN": True, "ASSEMBLY": True, "zeros": None}
+    constants = {"BLOCK_M": 128, "BLOCK_N": 128, "SPLIT": 2, "STAGES": 3, "DTYPE": triton.language.bfloat16}
+    yield int_linear._tiles, {**tile, **constants}
 
 
 count = 0

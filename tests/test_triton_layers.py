@@ -13,8 +13,8 @@ from hf_llmopt.kernels.arguments import Norm, Product, Turns
 from hf_llmopt.quantization import make_grid
 
 pytest.importorskip("triton")
+from hf_llmopt.kernels.triton import argmax, int_linear, weight
 from hf_llmopt.kernels.triton import few as few_rows
-from hf_llmopt.kernels.triton import int_linear, weight
 from hf_llmopt.kernels.triton import layer as layers
 from hf_llmopt.kernels.triton.few import Tile, few
 from hf_llmopt.kernels.triton.gated import gated
@@ -48,6 +48,20 @@ def test_norms(dtype: torch.dtype, centre: bool, variant: int) -> None:
     close(norm(x, how), reference.norm(x.reshape(3, 2, 24), how).flatten(1))
     plain = Norm(None, None, 24, 1e-3, centre)
     close(norm(x, plain), reference.norm(x.reshape(3, 2, 24), plain).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [1, 2047, 5000])
+def test_argmax(dtype: torch.dtype, width: int) -> None:
+    x = random(7, width + 3, dtype=dtype)[:, :width]
+    x[1, width // 2] = float("nan")
+    x[2] = float("-inf")
+    x[3, [width // 3, -1]] = 100  # the first of equals
+    x[4, -1] = float("inf")
+    x[5, 0] = x[5, -1] = float("nan")
+    assert argmax.serves(x)
+    assert argmax.argmax(x).tolist() == reference.argmax(x).tolist()
+    assert not argmax.serves(x.T) or width == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

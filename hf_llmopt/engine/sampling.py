@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..attention.gpu import why_not
 from ..errors import InvalidLogits
 from ..kernels import cpu, reference
 
@@ -98,7 +100,17 @@ def pick(scores: Tensor, noise: Tensor | None = None) -> Tensor:
         scores = torch.softmax(scores, dim=-1).div_(noise)
     if scores.device.type == "cpu" and cpu.available() and scores.dtype in cpu.DTYPES and scores.stride(-1) == 1:
         return cpu.argmax(scores)
+    if scores.is_cuda and _has_triton(scores.device):
+        from ..kernels.triton import argmax as kernel  # Triton may be missing where nothing is launched
+
+        if kernel.serves(scores):
+            return kernel.argmax(scores)
     return reference.argmax(scores)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    return why_not(device) is None
 
 
 def invalid(rows: Sequence[int]) -> InvalidLogits:

@@ -74,6 +74,9 @@ class Proved:
         return self._bound
 
 
+NUMBERS = {"layer_idx", "_number"}  # attributes that count modules: every layer has its own
+
+
 def _signature(layer: nn.Module) -> Any:
     """What distinguishes layers besides their weights: classes, plain attributes, shapes."""
     return tuple(
@@ -83,7 +86,7 @@ def _signature(layer: nn.Module) -> Any:
             tuple(
                 (key, value)
                 for key, value in sorted(vars(module).items())
-                if key != "layer_idx" and isinstance(value, (int, float, str, bool, type(None)))
+                if key not in NUMBERS and isinstance(value, (int, float, str, bool, type(None)))
             ),
             tuple(p.shape for p in module.parameters(recurse=False)),
         )

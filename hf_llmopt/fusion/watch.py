@@ -160,10 +160,10 @@ class _Trial:
     @torch.no_grad()
     def _draw(self) -> None:
         """Give every parameter and buffer a value that shows."""
-        generator = torch.Generator("cpu").manual_seed(2)
+        generator = torch.Generator(self.device).manual_seed(2)  # the CPU needs seconds for a layer of an 8B model
         for name, tensor in itertools.chain(self.own.named_parameters(), self.own.named_buffers()):
             if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device=self.device)
                 scaled = noise / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else 0.3 * noise
                 tensor.copy_(scaled + (tensor.dim() == 1 and name.endswith("weight")))
 

@@ -194,7 +194,7 @@ class PagedStore:
                 limits.append(max(group.pool.num_pages, -(-self.config.max_tokens // self.page_size)))
                 continue
             share = self.page_bytes(index) / sum(self.page_bytes(other) for other in range(len(self.groups)))
-            free = min(free_bytes(self.layers[layer].home) for layer in group.layers)
+            free = min(map(free_bytes, {self.layers[layer].home for layer in group.layers}))
             extra = int(free * self.config.memory_fraction * share) // self.page_bytes(index)
             limits.append(group.pool.num_pages + extra)
         return limits
@@ -237,11 +237,13 @@ class PagedStore:
     def copy_pages(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in all layers of a group."""
         self.settle()
-        source, target = zip(*pairs, strict=True)
-        for index in self.groups[group].layers:
-            for slots in (self.keys[index], self.values[index]):
-                pages = slots.view(-1, self.page_size, *slots.shape[1:])
-                pages[list(target)] = pages[list(source)]
+        held = [slots for index in self.groups[group].layers for slots in (self.keys[index], self.values[index])]
+        # Once for each device: a list as an index is copied there, and waited for, each time.
+        both = {device: torch.tensor(pairs).T.to(device) for device in {slots.device for slots in held}}
+        for slots in held:
+            source, target = both[slots.device]
+            pages = slots.view(-1, self.page_size, *slots.shape[1:])
+            pages[target] = pages[source]
 
     def move(self, group: int, moves: Sequence[tuple[int, int]]) -> None:
         """Copy single slots (from, to) in all layers of a group: all are read before the first is written.

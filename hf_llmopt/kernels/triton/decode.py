@@ -32,6 +32,7 @@ from .blocks import (
     slots_of,
     visible,
 )
+from .dependent import begin, early, ready
 from .extend import Shape
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ def _decode(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
+    ready(EARLY)
     head = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
@@ -122,8 +126,10 @@ def _decode(
 def _join(
     parts, sums, out, items, tiles,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, LEAST_BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, LEAST_BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
+    ready(EARLY)
     head = tl.program_id(0)
     start = tl.load(tiles + tl.program_id(2) * 3)
     count = tl.load(tiles + tl.program_id(2) * 3 + 1)
@@ -203,12 +209,12 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), seen.table.shape[1],
         **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
-        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, num_warps=shape.warps,
+        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, num_warps=shape.warps, **early(query.device),
     )  # fmt: skip
     if split > 1:
         _join[(heads, tokens, len(tiles))](
             parts, sums, out, seen.items, tiles, HEADS=heads, VALUE_DIM=value_dim, BLOCK_N=shape.keys,
             BLOCK_V=block_of(value_dim), SPLIT=split, BLOCK_S=triton.next_power_of_2(split), LEAST_BLOCKS=LEAST_BLOCKS,
-            num_warps=4,
+            num_warps=4, **early(query.device),
         )  # fmt: skip
     return out

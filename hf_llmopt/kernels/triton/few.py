@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent import ahead, begin, early, ready
 from .gated import activated, finished, part_of, put
 from .int_linear import FORMATS, INTERPRETED, TOGETHER
 
@@ -79,7 +80,9 @@ def _few(
     x, first, second, third, first_bias, second_bias, third_bias, residual, out, factor, M, N0, N1, N2, K,
     KIND: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     PARTS: tl.constexpr = 1 if KIND is not None or second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     dtype = out.dtype.element_ty
@@ -97,6 +100,8 @@ def _few(
             bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
+    ahead(weight, rows, K, EARLY)
+    ready(EARLY)
     y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
     y = finished(y, bias, rows, factor, dtype)
     if KIND is not None:
@@ -132,6 +137,6 @@ def few(x: Tensor, of: Sequence[Product], kind: str | None, residual: Tensor | N
         x, *weights, *missing, *biases, *missing, residual, out, None if of[0].factor == 1 else of[0].factor,
         m, *counts, *([0] * len(missing)), k, KIND=kind, EVEN=k % tile.inputs == 0,
         BLOCK_M=1 if m == 1 else ROWS, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, STAGES=tile.stages,
-        DTYPE=FORMATS[torch.float32 if INTERPRETED else x.dtype], num_warps=tile.warps,
+        DTYPE=FORMATS[torch.float32 if INTERPRETED else x.dtype], num_warps=tile.warps, **early(x.device),
     )  # fmt: skip
     return out

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .dependent import begin, early, ready
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -80,7 +82,9 @@ def put(y, out, residual, token, output, M, outputs, width, column):
 
 
 @triton.jit
-def _gated(gate, up, out, ROW, UP_ROW, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate, up, out, ROW, UP_ROW, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    begin(EARLY)
+    ready(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -102,5 +106,8 @@ def gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     rows, width = gate.shape
     out = gate.new_empty(rows, width)
     grid = rows, triton.cdiv(width, BLOCK)
-    _gated[grid](gate, up, out, gate.stride(0), 0 if up is None else up.stride(0), width, kind, BLOCK, num_warps=4)
+    _gated[grid](
+        gate, up, out, gate.stride(0), 0 if up is None else up.stride(0), width, kind, BLOCK, num_warps=4,
+        **early(gate.device),
+    )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent import ahead, begin, early, ready
 from .gated import activated, finished, part_of, put
 from .layout import PLANES, WORDS, number, planes_of
 
@@ -119,9 +120,10 @@ def _deep(
     ACTIVATION: tl.constexpr, KIND: tl.constexpr,
     PLANES: tl.constexpr, WORDS: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `few._few` does for dense weights."""
+    begin(EARLY)
     PARTS: tl.constexpr = 1 if ACTIVATION is not None or second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -146,6 +148,8 @@ def _deep(
             bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
+    ahead(words, rows, W, EARLY)
+    ready(EARLY)
     y = _deep_product(
         x, words, scales, zeros, rows, token, M, K, W, G, TILES, KIND, PLANES, WORDS, SETS, EVEN,
         BLOCK_M, BLOCK_N, DEPTH, STAGES, DTYPE, ASSEMBLY,
@@ -167,8 +171,9 @@ def _tiles(
     x, words, scales, zeros, bias, out, M, N, K, W, G, TILES,
     KIND: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
     EACH: tl.constexpr = PLANES // SETS
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(outputs, N - 1).to(tl.int64)
@@ -178,6 +183,8 @@ def _tiles(
     tiles = tl.cdiv(W, WORDS)
     share = tl.cdiv(tiles, SPLIT)
     first = tl.program_id(2) * share
+    ahead(words + first * WORDS, rows, W, EARLY)
+    ready(EARLY)
     for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
         word = tile * WORDS + column
         if EVEN:
@@ -208,8 +215,10 @@ def _tiles(
 
 
 @triton.jit
-def _sum(parts, bias, out, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(parts, bias, out, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Sums of the parts `[SPLIT, SIZE]`, first to last."""
+    begin(EARLY)
+    ready(EARLY)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(SPLIT):
@@ -279,6 +288,7 @@ def deep(
         x, *parts, *[None] * (4 * missing), residual, out, None if factor == 1 else factor, m, *counts, *[0] * missing,
         first.inputs, first.words.shape[1], first.scales.shape[1], ACTIVATION=kind,
         BLOCK_M=rows, BLOCK_N=outputs, DEPTH=depth, STAGES=stages, num_warps=warps, **_constants(x, first, depth),
+        **early(x.device),
     )  # fmt: skip
     return out
 
@@ -314,9 +324,10 @@ def tiles(
     _tiles[(triton.cdiv(n, outputs), triton.cdiv(m, rows), split)](
         x, weight.words, weight.scales, weight.zeros, bias, parts, m, n, weight.inputs, w, weight.scales.shape[1],
         BLOCK_M=rows, BLOCK_N=outputs, SPLIT=split, STAGES=stages, num_warps=warps, **_constants(x, weight),
+        **early(x.device),
     )  # fmt: skip
     if split > 1:
-        _sum[(triton.cdiv(m * n, 512),)](parts, bias, out, n, m * n, SPLIT=split, BLOCK=512)
+        _sum[(triton.cdiv(m * n, 512),)](parts, bias, out, n, m * n, SPLIT=split, BLOCK=512, **early(x.device))
     return out
 
 

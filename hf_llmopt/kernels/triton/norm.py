@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .dependent import begin, early, ready
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,7 +41,10 @@ def normalized(
 def _norm(
     x, weight, bias, out, epsilon, ROW, GROUPS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRE: tl.constexpr, VARIANT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
+    ready(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -62,6 +67,6 @@ def norm(x: Tensor, how: Norm) -> Tensor:
     block = triton.next_power_of_2(how.width)
     _norm[(rows * columns // how.width,)](
         x, how.weight, how.bias, out, how.epsilon, x.stride(0), columns // how.width, how.width, block,
-        how.centre, how.variant, num_warps=min(16, max(1, block // 512)),
+        how.centre, how.variant, num_warps=min(16, max(1, block // 512)), **early(x.device),
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 
+from .dependent import begin, early, ready
 from .norm import normalized
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ def _place(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTATED: tl.constexpr, PAIRS: tl.constexpr, EXACT: tl.constexpr,
     QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, CENTRE: tl.constexpr, VARIANT: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    begin(EARLY)
+    ready(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dtype = new_query.dtype.element_ty
@@ -131,6 +134,6 @@ def place(
         heads, kv_heads, key_dim, value_dim, rotated, turns.pairs,
         turns.cosine is not None and turns.cosine.dtype != query.dtype,
         norms[0] is not None, norms[1] is not None, how is not None and how.centre, 0 if how is None else how.variant,
-        block, triton.next_power_of_2(value_dim), num_warps=1,
+        block, triton.next_power_of_2(value_dim), num_warps=1, **early(query.device),
     )  # fmt: skip
     return new_query, new_key
