@@ -1,8 +1,14 @@
-"""A walk over a model's modules that every call can afford."""
+"""Walks over a model's modules that every call can afford."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules import module as torch_module
+
+# Of most attributes of a module; to know them first takes half the time of asking whether they are plain.
+HOLDERS = frozenset(
+    {dict, type(None), set, list, tuple, type(nn.Module()._parameters), type(nn.Module()._forward_hooks)}
+)
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
@@ -15,10 +21,40 @@ def modules(model: nn.Module) -> list[nn.Module]:
         >>> [type(module).__name__ for module in modules(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))]
         ['Sequential', 'Linear', 'ReLU']
     """
-    found, seen = [model], {id(model)}
+    found, seen = [model], {model}
     for module in found:  # grows meanwhile
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
+        if children := module._modules:  # most have none
+            for child in children.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
     return found
+
+
+def running(model: nn.Module) -> tuple[object, ...]:
+    """Which modules there are, their plain attributes, and what runs beside their classes' code.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> before = running(model)
+        >>> _ = model[1].register_forward_hook(print)
+        >>> before == running(model)
+        False
+    """
+    of_all = (*torch_module._global_forward_hooks, 0, *torch_module._global_forward_pre_hooks)
+    return of_all, *map(_mark, modules(model))
+
+
+def _mark(module: nn.Module) -> tuple[object, ...]:
+    named, kind = vars(module), type(module)
+    own = named.get("forward")
+    if is_adapted(module):  # which adapters are active is named by `prompt_cache.epoch.settings`
+        named = {name: value for name, value in named.items() if name not in ("_active_adapter", "_disable_adapters")}
+    plain = [v for v in named.values() if type(v) not in HOLDERS and isinstance(v, (int, float, str))]
+    return id(module), kind, kind.forward, own, *module._forward_hooks, 0, *module._forward_pre_hooks, *plain
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT put a layer in."""
+    return hasattr(type(module), "_active_adapter")

@@ -12,9 +12,11 @@ from hf_llmopt.kernels.triton import argmax, few, gated, int_linear, norm, rotar
 
 CAPABILITIES = (80, 90)
 POINTERS = {"slots": "*i64", "best": "*fp32", "where": "*i32", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
-WORDS = dict.fromkeys(("first", "second", "third"), "*i32") | {
-    f"{name}_zeros": "*u8" for name in ("first", "second", "third")
-} | {"words": "*i32"}
+WORDS = (
+    dict.fromkeys(("first", "second", "third"), "*i32")
+    | {f"{name}_zeros": "*u8" for name in ("first", "second", "third")}
+    | {"words": "*i32"}
+)
 FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}
 
 

@@ -111,7 +111,7 @@ def current_step(config: Any) -> Step | None:
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
     """Every config object that a module of the model reads its attention implementation from."""
-    configs = {id(module.config): module.config for module in modules(model) if hasattr(module, "config")}
+    configs = {id(c): c for module in modules(model) if (c := vars(module).get("config")) is not None}
     return [config for config in configs.values() if _ATTRIBUTE in vars(config)]
 
 

@@ -163,7 +163,11 @@ def _objections(
     equality: Mapping[str, Equality],
 ) -> list[str]:
     """Why the workload's times must not be compared."""
-    reasons = [f"{name} gave other tokens than stock" for name, outcome in equality.items() if not outcome.same]
+    reasons = [
+        f"{name} gave other tokens than stock ({outcome.farthest})"
+        for name, outcome in equality.items()
+        if not outcome.same
+    ]
     length = inputs["input_ids"].shape[1] + workload.new_tokens
     for name, repeats in runs.items():
         if any(run.output.shape[1] != length for run in repeats):

@@ -125,8 +125,9 @@ def _objections(
 ) -> list[str]:
     """Why the times must not be compared. What quantized weights compute is checked apart, `output_errors`."""
     reasons = []
-    if not worst(model, inputs, runs[STOCK][0].output, [run.output for run in runs[FULL]]).same:
-        reasons.append(f"{FULL}: other tokens than stock")
+    outcome = worst(model, inputs, runs[STOCK][0].output, [run.output for run in runs[FULL]])
+    if not outcome.same:
+        reasons.append(f"{FULL}: other tokens than stock ({outcome.farthest})")
     for name, found in runs.items():
         if any(run.output.shape[1] - run.prompt_length != workload.new_tokens for run in found):
             reasons.append(f"{name}: not {workload.new_tokens} new tokens")

@@ -24,8 +24,8 @@ from ..attention import FixedInputs, StepInputs, backend, configs_of, replayable
 from ..config import LLMOptConfig
 from ..errors import InvalidOption
 from ..kv_cache import PagedStore
-from ..prompt_cache.epoch import adapted, running, runs_more, settings
-from ..walk import modules
+from ..prompt_cache.epoch import adapted, runs_more, settings
+from ..walk import modules, running
 from .capture import CAPTURES, Run
 from .fixed import Batch, Inputs, Key, key_of
 
@@ -89,12 +89,12 @@ class Graphs:
         self._passes = 0
         self.why_not: str | None = None
         self.replays = 0
-        self.refresh(model)
+        self.refresh(model, running(model))
 
-    def refresh(self, model: PreTrainedModel) -> None:
-        """Look at the model again: graphs of what it no longer is are given up."""
+    def refresh(self, model: PreTrainedModel, now: tuple[object, ...]) -> None:
+        """Look at the model again, of which `now` runs: graphs of what it no longer is are given up."""
         experts = [getattr(config, "_experts_implementation_internal", None) for config in configs_of(model)]
-        state = running(model), experts, settings(model, adapted(model))
+        state = now, experts, settings(model, adapted(model))
         if state == self._state and self._addresses == self._find_addresses():
             return
         self._state = state

@@ -22,6 +22,7 @@ from ..fusion import Fusion, launches
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, upload
 from ..kv_cache.eviction import Scored
+from ..walk import running
 from .fixed import Batch
 from .graphs import Graphs
 from .parallel import ranks_of
@@ -125,9 +126,10 @@ class Runner:
         self._configs = configs_of(self.model)
         self.device = input_device(self.model)
         self._lora.refresh(self.model)
+        now = running(self.model)
         if self.graphs is not None:
-            self.graphs.refresh(self.model)
-        return self.fusion is not None and self.fusion.refresh(self.model)
+            self.graphs.refresh(self.model, now)
+        return self.fusion is not None and self.fusion.refresh(self.model, now)
 
     @property
     def replays(self) -> int:

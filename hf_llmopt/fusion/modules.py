@@ -28,7 +28,7 @@ from ..kernels import cpu
 from ..kernels.cpu import own_products
 from ..kv_cache import LayerSpec
 from ..quantization.linear import QuantizedHead, QuantizedLinear
-from ..walk import modules
+from ..walk import modules, running
 from .choice import ROWS, own_rows
 from .kinds import (
     PRODUCTS,
@@ -114,12 +114,12 @@ class Fusion:
         self._limit = 0  # tokens up to which joined layers serve
         self._mark: tuple[object, ...] = ()
         self._hooks = 0  # how many hooks torch had ever registered when the model was looked at
-        self.refresh(model)
+        self.refresh(model, running(model))
 
-    def refresh(self, model: PreTrainedModel) -> bool:
-        """Recognise the modules again if any was exchanged or hooked since; `True` if so."""
+    def refresh(self, model: PreTrainedModel, now: tuple[object, ...]) -> bool:
+        """Recognise the modules again if any was exchanged or hooked since, `now` being what runs; `True` if so."""
         self._hooks = RemovableHandle.next_id
-        mark = (_global_hooks(), *map(_mark, modules(model)))
+        mark = (now, *map(_weights, modules(model)))
         if mark == self._mark:
             return False
         self._mark = ()  # a model that is refused is looked at again
@@ -229,7 +229,7 @@ class Fusion:
     def entered(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:
         """Let the replacements be the modules' forward inside the block, for a pass of `tokens` tokens."""
         if self._hooks != RemovableHandle.next_id:  # by a processor or criterion, since the last pass
-            self.refresh(model)
+            self.refresh(model, running(model))
         # Where joined layers serve the pass, nothing inside them is called.
         joined = tokens <= self._limit and self._proofs and None not in self._proofs.values()
         entries = self._outer if joined else self._entries
@@ -258,13 +258,10 @@ def _global_hooks() -> int:
     return len(torch_module._global_forward_hooks) + len(torch_module._global_forward_pre_hooks)
 
 
-def _mark(module: nn.Module) -> tuple[object, ...]:
-    """What recognition depended on, besides the class's code."""
-    weights = [(id(p), p.data_ptr(), p.dtype, p.stride()) for p in module._parameters.values() if p is not None]
-    attached = len(module._forward_hooks), len(module._forward_pre_hooks), module.__dict__.get("forward")
-    plain = [value for value in vars(module).values() if isinstance(value, (int, float, str))]
+def _weights(module: nn.Module) -> tuple[object, ...]:
+    """What recognition depended on, besides what runs."""
     laid = id(module.__dict__.get("kernel"))  # of a quantized product
-    return id(module), type(module), type(module).forward, laid, *attached, *weights, *plain
+    return laid, *[(id(p), p.data_ptr(), p.dtype, p.stride()) for p in module._parameters.values() if p is not None]
 
 
 def _proves(module: nn.Module, forward: Forward) -> bool:

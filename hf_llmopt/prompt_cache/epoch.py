@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from ..walk import modules
+from ..walk import is_adapted, modules, running
 
 SAMPLES = 4  # elements of each tensor that are compared before a hit
 
@@ -112,25 +111,6 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
             yield from _parts(part)
 
 
-def running(model: PreTrainedModel) -> tuple[object, ...]:
-    """Which modules there are, their plain attributes, and what runs beside their classes' code."""
-    of_all = (*torch_module._global_forward_hooks, 0, *torch_module._global_forward_pre_hooks)
-    return of_all, *map(_mark, modules(model))
-
-
-def _mark(module: torch.nn.Module) -> tuple[object, ...]:
-    named = vars(module)
-    if _is_adapted(module):  # which adapters are active is named by `settings`
-        named = {name: value for name, value in named.items() if name not in ("_active_adapter", "_disable_adapters")}
-    plain = [value for value in named.values() if isinstance(value, (int, float, str))]
-    hooks = *module._forward_hooks, 0, *module._forward_pre_hooks
-    return id(module), type(module), type(module).forward, vars(module).get("forward"), *hooks, *plain
-
-
-def _is_adapted(module: torch.nn.Module) -> bool:
-    return hasattr(type(module), "_active_adapter")
-
-
 def runs_more(module: torch.nn.Module) -> bool:
     """Whether more runs than the class's own code, and what accelerate does to move weights."""
     if module._forward_hooks or module._forward_pre_hooks:
@@ -141,7 +121,7 @@ def runs_more(module: torch.nn.Module) -> bool:
 
 def adapted(model: PreTrainedModel) -> list[Any]:
     """The layers of a model that PEFT put in."""
-    return [module for module in modules(model) if _is_adapted(module)]
+    return [module for module in modules(model) if is_adapted(module)]
 
 
 def settings(model: PreTrainedModel, layers: Iterable[Any], adapter: str | None = None) -> str:

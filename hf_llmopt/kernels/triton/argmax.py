@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent import begin, early, ready
+from .dependent import early, launch_next, ready
 
 BLOCK = 2048
 PARTS = 1024  # of a row, at most
@@ -14,7 +14,7 @@ PARTS = 1024  # of a row, at most
 
 @triton.jit
 def _parts(x, best, where, ROW, WIDTH, PARTS, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    begin(EARLY)
+    launch_next(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
@@ -30,7 +30,7 @@ def _parts(x, best, where, ROW, WIDTH, PARTS, BLOCK: tl.constexpr, EARLY: tl.con
 
 @triton.jit
 def _join(best, where, out, PARTS, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    begin(EARLY)
+    launch_next(EARLY)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     ready(EARLY)

@@ -32,7 +32,7 @@ from .blocks import (
     slots_of,
     visible,
 )
-from .dependent import begin, early, ready
+from .dependent import early, launch_next, ready
 from .extend import Shape
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _decode(
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    launch_next(EARLY)
     ready(EARLY)
     head = tl.program_id(0)
     part = tl.program_id(1)
@@ -128,7 +128,7 @@ def _join(
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, LEAST_BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    launch_next(EARLY)
     ready(EARLY)
     head = tl.program_id(0)
     start = tl.load(tiles + tl.program_id(2) * 3)

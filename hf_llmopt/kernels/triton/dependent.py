@@ -2,7 +2,7 @@
 
 A decoder layer is ten launches of a few microseconds, and between two of them a GPU stands still for one or two. A
 kernel that begins early finds its place, asks for its weights, and waits: what it waits for is the whole launch before,
-which has waited likewise. So a kernel whose first statements are `begin` and `ready` is ordered as any other.
+which has waited likewise. So a kernel whose first statements are `launch_next` and `ready` is ordered as any other.
 
 Source: PTX ISA, "griddepcontrol".
 """
@@ -28,7 +28,7 @@ def early(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def begin(EARLY: tl.constexpr):
+def launch_next(EARLY: tl.constexpr):
     """What comes behind may begin once every program got here."""
     if EARLY:
         gdc_launch_dependents()
@@ -36,7 +36,7 @@ def begin(EARLY: tl.constexpr):
 
 @triton.jit
 def ahead(weight, rows, WIDTH, EARLY: tl.constexpr):
-    """Ask for the beginning of rows of a weight `[outputs, WIDTH]`, which no kernel writes: it comes to the L2 cache."""
+    """Ask for the beginning of rows of a weight `[outputs, WIDTH]`, which no kernel writes: into the L2 cache."""
     if EARLY:
         LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
         column = tl.minimum(tl.arange(0, LINES) * LINE, WIDTH - 1)

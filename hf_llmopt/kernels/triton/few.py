@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent import ahead, begin, early, ready
+from .dependent import ahead, early, launch_next, ready
 from .gated import activated, finished, part_of, put
 from .int_linear import FORMATS, INTERPRETED, TOGETHER
 
@@ -82,7 +82,7 @@ def _few(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    launch_next(EARLY)
     PARTS: tl.constexpr = 1 if KIND is not None or second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     dtype = out.dtype.element_ty

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .dependent import begin, early, ready
+from .dependent import early, launch_next, ready
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ def put(y, out, residual, token, output, M, outputs, width, column):
 
 @triton.jit
 def _gated(gate, up, out, ROW, UP_ROW, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    begin(EARLY)
+    launch_next(EARLY)
     ready(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

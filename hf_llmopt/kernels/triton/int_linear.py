@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent import ahead, begin, early, ready
+from .dependent import ahead, early, launch_next, ready
 from .gated import activated, finished, part_of, put
 from .layout import PLANES, WORDS, number, planes_of
 
@@ -123,7 +123,7 @@ def _deep(
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `few._few` does for dense weights."""
-    begin(EARLY)
+    launch_next(EARLY)
     PARTS: tl.constexpr = 1 if ACTIVATION is not None or second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -173,7 +173,7 @@ def _tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    launch_next(EARLY)
     EACH: tl.constexpr = PLANES // SETS
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(outputs, N - 1).to(tl.int64)
@@ -217,7 +217,7 @@ def _tiles(
 @triton.jit
 def _sum(parts, bias, out, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Sums of the parts `[SPLIT, SIZE]`, first to last."""
-    begin(EARLY)
+    launch_next(EARLY)
     ready(EARLY)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

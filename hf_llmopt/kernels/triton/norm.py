@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .dependent import begin, early, ready
+from .dependent import early, launch_next, ready
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ def _norm(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CENTRE: tl.constexpr, VARIANT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    launch_next(EARLY)
     ready(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 
-from .dependent import begin, early, ready
+from .dependent import early, launch_next, ready
 from .norm import normalized
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _place(
     QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, CENTRE: tl.constexpr, VARIANT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
+    launch_next(EARLY)
     ready(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
