@@ -123,6 +123,15 @@ class Lockstep:
         heard: Told = shared[0]
         return heard
 
+    def leave(self) -> None:
+        """End the process group after the last turn; called by all ranks at the same time, as NCCL needs it.
+
+        Raises:
+            RuntimeError: A rank has ended.
+        """
+        dist.barrier(self._group)
+        dist.destroy_process_group()
+
     def require_leader(self) -> None:
         """Refuse requests elsewhere.
 

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Expired
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 from tempfile import TemporaryDirectory
@@ -33,6 +34,7 @@ from ..config import LLMOptConfig
 from ..engine.parallel import require_alike
 from ..errors import EngineClosed, InvalidOption, LLMOptError, UnsupportedModel
 from .engine import Engine
+from .lockstep import Lockstep
 
 LOADING = timedelta(hours=2)  # large models, slow disks
 REFUSED = 3  # exit code
@@ -131,8 +133,10 @@ class ShardedEngine(Engine):
             self._followers.end(0.0)
             return
         super().close()
+        leaving = threading.Thread(target=_leave, args=(self._lockstep,), name="hf_llmopt-leave", daemon=True)
+        leaving.start()  # in a thread: where a rank ends just now, it may wait for ever
         self._followers.end(GRACE)
-        dist.destroy_process_group()
+        leaving.join(GRACE)
 
     def lose(self, message: str) -> None:
         """A rank has ended: nothing can be computed any more.
@@ -162,7 +166,8 @@ class Followers:
         self._folder = TemporaryDirectory(prefix="hf_llmopt-ranks-")
         self.ranks = ranks
         spawn = multiprocessing.get_context("spawn")
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, self._threads // ranks))  # they share the cores
         arguments = (self._folder.name, ranks, torch.get_num_threads(), load, llmopt)
         self._processes = [
             spawn.Process(target=_follow, args=(rank, *arguments), name=f"hf_llmopt-rank-{rank}", daemon=True)
@@ -177,16 +182,15 @@ class Followers:
 
     def lost(self, seconds: float | None = None) -> str | None:
         """Wait until a rank has ended, and say which; `None` if none did within some seconds."""
-        if not wait([process.sentinel for process in self._processes], seconds):
-            return None
+        ended = wait([process.sentinel for process in self._processes], seconds)
         for rank, process in enumerate(self._processes, 1):
-            process.join(0)
-            if process.exitcode is not None:
+            if process.sentinel in ended:
+                process.join(1.0)  # its code comes a moment later
                 return (
                     f"Rank {rank} of {self.ranks} has ended with exit code {process.exitcode}; a sharded model needs "
                     "all of them"
                 )
-        return "A rank has ended"
+        return None
 
     @property
     def refused(self) -> bool:
@@ -203,6 +207,7 @@ class Followers:
                 process.kill()
                 process.join()
         self._folder.cleanup()
+        torch.set_num_threads(self._threads)
 
 
 def _join(rank: int, ranks: int, folder: str) -> None:
@@ -232,9 +237,16 @@ def _follow(rank: int, folder: str, ranks: int, threads: int, load: Load, llmopt
         _join(rank, ranks, folder)
         with Engine(load(), llmopt) as engine:
             engine.follow()
-        dist.destroy_process_group()
+        _leave(engine._lockstep)
     except LLMOptError:
         raise SystemExit(REFUSED) from None  # rank 0 says why
+
+
+def _leave(lockstep: Lockstep | None) -> None:
+    """End the process group; harmless if a rank has ended before."""
+    with suppress(RuntimeError):
+        if lockstep is not None:
+            lockstep.leave()
 
 
 def _end_with_the_first() -> None:
