@@ -184,12 +184,8 @@ ARCHITECTURES: dict[str, dict] = {
 
 _SEQ2SEQ = {"decoder_start_token_id": 1, "is_encoder_decoder": True}
 
-# Models that run stock: no registered attention, recurrent state, or an encoder.
-NOT_SERVED: dict[str, dict] = {
-    "bloom": {"n_layer": 3, "n_head": 4},
-    "mpt": {"d_model": HIDDEN_SIZE, "n_heads": 4, "n_layers": 3, "max_seq_len": 256, "expansion_ratio": 2},
-    "xglm": {"scale_embedding": False, "d_model": HIDDEN_SIZE, "ffn_dim": 96, "attention_heads": 4, "num_layers": 3},
-    "mamba": {"state_size": 8, "expand": 2, "use_mambapy": False},
+# Models that keep recurrent states beside keys.
+STATEFUL: dict[str, dict] = {
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
@@ -233,6 +229,14 @@ NOT_SERVED: dict[str, dict] = {
         "position_embedding_type": "rope",
     },
     "lfm2": {"layer_types": ["conv", FULL, "conv"], "block_multiple_of": 32},
+}
+
+# Models that run stock: no registered attention, recurrent state, or an encoder.
+NOT_SERVED: dict[str, dict] = {
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": HIDDEN_SIZE, "n_heads": 4, "n_layers": 3, "max_seq_len": 256, "expansion_ratio": 2},
+    "xglm": {"scale_embedding": False, "d_model": HIDDEN_SIZE, "ffn_dim": 96, "attention_heads": 4, "num_layers": 3},
+    "mamba": {"state_size": 8, "expand": 2, "use_mambapy": False},
     "t5": dict(d_model=HIDDEN_SIZE, d_kv=16, d_ff=96, num_layers=2, num_heads=4, **_SEQ2SEQ),
     "bart": dict(
         d_model=HIDDEN_SIZE,
@@ -271,13 +275,13 @@ def build(
     The same `(name, seed, overrides)` gives the same weights; `dtype` rounds them.
 
     Args:
-        name: A key of `ARCHITECTURES`, `NOT_SERVED` or `UNPROVEN`.
+        name: A key of `ARCHITECTURES`, `STATEFUL`, `NOT_SERVED` or `UNPROVEN`.
         seed: Chooses the weights.
         dtype: The parameters' dtype.
         attn_implementation: As in `from_pretrained`; `None` is the entry's, else transformers' own choice.
         **overrides: Config values that win over the architecture's.
     """
-    architecture = {**ARCHITECTURES, **NOT_SERVED, **UNPROVEN}[name]
+    architecture = {**ARCHITECTURES, **STATEFUL, **NOT_SERVED, **UNPROVEN}[name]
     if attn_implementation is not None:
         overrides["attn_implementation"] = attn_implementation
     config = AutoConfig.for_model(name, **{**SMALL, **architecture, **overrides})

@@ -173,7 +173,12 @@ OWN: dict[str, dict[str, Any]] = {
 
 def config_of(name: str) -> PreTrainedConfig:
     """The small config of a model type."""
-    known = {**architectures.ARCHITECTURES, **architectures.NOT_SERVED, **architectures.UNPROVEN}
+    known = {
+        **architectures.ARCHITECTURES,
+        **architectures.STATEFUL,
+        **architectures.NOT_SERVED,
+        **architectures.UNPROVEN,
+    }
     if name in known:
         return CONFIG_MAPPING[name](**{**architectures.SMALL, **known[name]})
     cls = CONFIG_MAPPING[name]

@@ -141,15 +141,18 @@ class StepInputs:
 
         Args:
             module: The attention module, for its `layer_idx`.
-            query: `[1, heads, tokens, key_dim]`.
-            key: `[1, kv_heads, tokens, key_dim]`.
-            value: `[1, kv_heads, tokens, value_dim]`.
+            query: `[1, heads, tokens, key_dim]`; also `[tokens, heads, 1, key_dim]`, a row for each request.
+            key: `[1, kv_heads, tokens, key_dim]`, or likewise.
+            value: `[1, kv_heads, tokens, value_dim]`, or likewise.
             scaling: Factor on the dot products.
             options: Further keywords of the attention call.
 
         Returns:
-            `[1, tokens, heads, value_dim]`.
+            `[1, tokens, heads, value_dim]`, or `[tokens, 1, heads, value_dim]`.
         """
+        if query.shape[0] != 1:
+            query, key, value = (states.transpose(0, 2) for states in (query, key, value))
+            return self.read(module, query, key, value, scaling, options).transpose(0, 1)
         layer: int = module.layer_idx  # type: ignore[assignment]
         if self.store.layers[layer].source is None:
             self.store.write(layer, self.slots(layer, key.device), key[0].transpose(0, 1), value[0].transpose(0, 1))

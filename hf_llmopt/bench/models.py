@@ -52,7 +52,7 @@ def tried(
         model: In eval mode. Below float32 rounding may make tokens differ; compare in float32.
         inputs: Arguments of `generate` with the prompts; by default three of random tokens, padded on the left.
         updates: Entered while llmopt generates; gives the updates of transformers' own caches, of which there must be
-            none.
+            none, but for prompts that the model's own pass computes.
 
     Returns:
         The outcome. Tokens count as equal if all are, and the generator ends in the same state.
@@ -125,7 +125,10 @@ def _both(
         return Trial(STOCK, reason="it has a generate() of its own")
     if handle.stats.served_by != "llmopt":
         return Trial(STOCK, reason=handle.stats.reason)
-    if own_caches:
+    engine = handle.engine
+    # A prompt in each layer once, and the one that a new engine proves itself with.
+    most = 2 * len(engine.store.layers) if engine.runner.states else 0
+    if len(own_caches) > most:
         return Trial(WRONG, reason="a cache of transformers' own was updated")
     if not torch.equal(theirs, found):
         return Trial(

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import BatchingConfig, LLMOptConfig
-from ..errors import LLMOptError, OutOfPages, RequestFailed
+from ..errors import LLMOptError, OutOfPages, RequestFailed, UnsupportedModel
 from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
 from ..prompt_cache import PromptCache
 from ..speculative import Speculator
@@ -36,6 +36,7 @@ from .proof import prove
 from .request import Request, Rows, Share
 from .runner import Runner
 from .scheduler import Plan, Scheduler
+from .whole import unlike_states
 
 
 def _policy(config: BatchingConfig) -> Policy:
@@ -68,11 +69,15 @@ class EngineLoop:
             config = alike(config, self.ranks, self.store)
             self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
         self.config = config
+        if layout.states and (reason := unlike_states(config, layout.dense, self.ranks is not None)):
+            raise UnsupportedModel(f"{type(model).__name__} keeps recurrent states, and {reason}")
         self.evictor = Evictor(self.store, config.kv_cache) if config.kv_cache.eviction is not None else None
-        self.runner = Runner(model, self.store, config, self.evictor.scored if self.evictor is not None else None)
+        scored = self.evictor.scored if self.evictor is not None else None
+        self.runner = Runner(model, self.store, config, scored, layout.states)
         prove(self.runner)
         anybody = None if self.ranks is None else self.ranks.anybody
-        self.prompts = PromptCache(model, self.store, config.prompt_cache, anybody) if config.prompt_cache else None
+        keeps = config.prompt_cache if not layout.states else None
+        self.prompts = PromptCache(model, self.store, keeps, anybody) if keeps else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
             _policy(config.batching),
@@ -86,7 +91,8 @@ class EngineLoop:
         )
         self.budget = Budget(self.store, config, self.scheduler, self.evictor)
         self.costs = Costs()
-        self.speculator = make_speculator(self.runner, config, EngineLoop)
+        # What a state has read cannot be taken back, so nothing is guessed.
+        self.speculator = None if layout.states else make_speculator(self.runner, config, EngineLoop)
         overlap = config.batching.overlap
         self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
         self.overlaps &= self.speculator is None  # drafts follow tokens that are known
@@ -229,14 +235,8 @@ class EngineLoop:
             return bool(plan.preempted)
         try:
             self._run(plan.spans)
-        except Exception:
-            # Whose fault it was shows when each group's spans run alone.
-            for group in {request.group: None for request, _ in plan.spans if request.group is not None}:
-                own = [span for span in plan.spans if span[0].group is group]
-                try:
-                    self._run(own)
-                except Exception as error:
-                    self._fail(group.requests, error)
+        except Exception as failure:
+            self._find_fault(plan.spans, failure)
         self._evict()
         self.account()
         self.steps += 1
@@ -244,6 +244,18 @@ class EngineLoop:
             self.on_step(plan, began)
         self.lock.notify_all()
         return True
+
+    def _find_fault(self, spans: Sequence[tuple[Request, int]], failure: Exception) -> None:
+        """Whose fault a pass was shows when each group's spans run alone."""
+        if self.runner.states:  # some may have been written to: nobody can go on from them
+            self._fail([request for request, _ in spans], failure)
+            return
+        for group in {request.group: None for request, _ in spans if request.group is not None}:
+            own = [span for span in spans if span[0].group is group]
+            try:
+                self._run(own)
+            except Exception as error:
+                self._fail(group.requests, error)
 
     def _draft(self, speculator: Speculator) -> None:
         """Guess what follows the last tokens of requests, which the next step computes."""

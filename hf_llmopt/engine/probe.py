@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..attention import configs_of, serving
 from ..errors import UnsupportedModel
 from ..kernels import reference
-from ..kv_cache import LayerSpec, SpanCache
+from ..kv_cache import STATE_LAYERS, LayerSpec, SpanCache
 from ..walk import modules
 
 # Keywords of the attention call that change its result and that our attention knows.
@@ -46,18 +46,21 @@ class Layout:
         layers: What each layer stores for a token.
         dense: Attention reads the very tensors that the model handed to its cache.
         reads_columns: The model asks its cache for the padded column of a token.
+        states: Some layers keep a recurrent state of each request.
     """
 
     layers: list[LayerSpec]
     dense: bool
     reads_columns: bool
+    states: bool = False
 
 
 class _Recorder(SpanCache):
     """A cache and an attention that write down what they are given."""
 
-    def __init__(self) -> None:
-        super().__init__(0)
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(len(layers))
+        self.layers = layers
         self.stored: dict[int, Tensor] = {}
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.options: set[str] = set()
@@ -125,20 +128,22 @@ def unsupported(model: PreTrainedModel) -> str | None:
     config = model.config
     if config.is_encoder_decoder:
         return "encoder-decoder models have a second, non-causal attention"
-    if getattr(model, "_is_stateful", False):
-        return "the model keeps recurrent state besides keys and values"
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
     parameters = inspect.signature(model.forward).parameters
     for name in ("position_ids", "past_key_values"):
+        if name not in parameters and getattr(model, "_is_stateful", False):
+            return "the model keeps recurrent state in a way of its own"
         if name not in parameters:
             return f"its forward takes no {name}"
     try:
         layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         return f"its cache layers are unknown here ({error!r})"
+    if getattr(model, "_is_stateful", False) and not any(isinstance(layer, STATE_LAYERS) for layer in layers):
+        return "the model keeps recurrent state in a way of its own"
     for layer in layers:
-        if type(layer) not in PAGED_LAYERS:
+        if type(layer) not in (*PAGED_LAYERS, *STATE_LAYERS):
             return f"its cache holds a {type(layer).__name__}: recurrent state, or keys of another kind"
     return None
 
@@ -149,8 +154,10 @@ def probe(model: PreTrainedModel) -> Layout:
     Raises:
         UnsupportedModel: The model cannot be served; the message says why.
     """
-    recorder = _Recorder()
     reason = unsupported(model)
+    layers = DynamicCache(config=model.config).layers if reason is None else []
+    states = any(isinstance(layer, STATE_LAYERS) for layer in layers)
+    recorder = _Recorder(layers if states else [])
     if reason is None:
         token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
         try:
@@ -159,32 +166,46 @@ def probe(model: PreTrainedModel) -> Layout:
         except Exception as error:  # whatever the model's own code raises means the same: it cannot be probed
             reason = f"one token could not be run through it ({type(error).__name__}: {error})"
         else:
-            reason = _incomplete(model, recorder)
+            reason = _incomplete(model, recorder, layers if states else None)
     if reason is not None:
         raise UnsupportedModel(f"{type(model).__name__} cannot be optimized: {reason}")
-    lifetimes, sources = _lifetimes(model, len(recorder.seen)), recorder.sources()
-    layers = []
-    for layer, (key, value) in sorted(recorder.seen.items()):
+    count = len(layers) if states else len(recorder.seen)
+    lifetimes, sources = _lifetimes(model, count), recorder.sources()
+    some_key, _ = next(iter(recorder.seen.values()))
+    specs = []
+    for layer in range(count):
+        if layer not in recorder.seen:
+            specs.append(LayerSpec("none", 0, 0, 0, 0, some_key.dtype, some_key.device))
+            continue
+        key, value = recorder.seen[layer]
         source = sources.get(layer)
         lifetime = lifetimes[layer if source is None else source]
         shape = key.shape[1], key.shape[3], value.shape[3]
-        layers.append(LayerSpec(*lifetime, *shape, key.dtype, key.device, source=source))
+        specs.append(LayerSpec(*lifetime, *shape, key.dtype, key.device, source=source))
     return Layout(
-        layers,
+        specs,
         dense=all(recorder.seen[layer][0] is key for layer, key in recorder.stored.items()),
         reads_columns=recorder.reads_columns,
+        states=states,
     )
 
 
-def _incomplete(model: PreTrainedModel, recorder: _Recorder) -> str | None:
+def _incomplete(model: PreTrainedModel, recorder: _Recorder, stateful: list[Any] | None) -> str | None:
+    """Why what was recorded cannot be served; `stateful`: the cache layers of a model that keeps states, too."""
     layers = list(range(len(recorder.seen)))
+    if stateful is not None:
+        attend = (*PAGED_LAYERS[:2], *STATE_LAYERS[1:])  # not those that keep nothing, or a state only
+        layers = [layer for layer, kept in enumerate(stateful) if isinstance(kept, attend)]
+        if not layers:
+            return "it keeps recurrent state only, and no keys and values"
     if not layers or sorted([*recorder.stored, *recorder.sources()]) != layers or sorted(recorder.seen) != layers:
         return "not every layer stores its keys and attends through transformers' attention interface"
     if not recorder.causal:
         return "its attention is not causal: it sees later tokens"
     if unknown := recorder.options - KNOWN - IGNORED:
         return f"its attention needs {', '.join(sorted(unknown))}"
-    windows = [window for kind, window in _lifetimes(model, len(layers)) if kind == "sliding"]
+    count = len(layers) if stateful is None else len(stateful)
+    windows = [window for kind, window in _lifetimes(model, count) if kind == "sliding"]
     if 1 in windows:
         return "its window is a single token, and transformers' own cache keeps more"
     if windows and "sliding_window" not in recorder.options:

@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from ..config import KVCacheConfig
 from ..errors import LLMOptError, UnsupportedModel
@@ -21,6 +22,7 @@ from ..quantization.linear import QuantizedHead, QuantizedLinear
 from .probe import input_device, input_weight
 from .request import Request
 from .runner import Runner
+from .whole import take_in
 
 PROMPT, NEW = 8, 4  # tokens computed together, and one by one
 # What another order of additions may change, as a share of the logits' size; deep models in half precision drift far.
@@ -109,7 +111,13 @@ def _over_pages(runner: Runner, tokens: list[int]) -> Tensor:
     with _with_pages(runner, len(tokens)) as tables:
         request = Request(tokens[:PROMPT], list(range(PROMPT)), PROMPT, [], tables=tables)
         rows = []
-        for token in [*tokens[PROMPT:], None]:
+        later: list[int | None] = [*tokens[PROMPT:], None]
+        if runner.states:
+            _compute_whole(runner, request)
+            rows.append(request.logits)
+            request.append(tokens[PROMPT])
+            del later[0]
+        for token in later:
             start, stop = request.computed, len(request.tokens)
             for table in request.tables:
                 table.reserve(start, stop)
@@ -119,6 +127,15 @@ def _over_pages(runner: Runner, tokens: list[int]) -> Tensor:
             if token is not None:
                 request.append(token)
         return torch.stack(rows).float()
+
+
+def _compute_whole(runner: Runner, request: Request) -> None:
+    """Let the model's own pass compute a prompt."""
+    ids = torch.tensor([request.tokens], device=runner.device)
+    cache = DynamicCache(config=runner.model.config)
+    logits = runner.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+    mask = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
+    take_in(runner.store, [request], cache, mask, logits, states=True)
 
 
 def _distance(found: Tensor, truth: Tensor) -> float:

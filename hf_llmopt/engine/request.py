@@ -101,6 +101,7 @@ class Request:
             `None`.
         proven: Tokens that were computed when the last known token was sampled: none of their keys is NaN.
         prefix: Whose pages may be shared, and which were; `None` for a request that shares none.
+        state: Its recurrent states, `States` and a row, of a model that keeps such; else `None`.
         error: Why the request failed, or `None`.
         finished: No further token will be computed.
     """
@@ -127,6 +128,7 @@ class Request:
     group: Rows | None = None
     computed: int = 0
     swapped: Any = None
+    state: Any = None
     tables: list[BlockTable] = field(default_factory=list)
     drafted: int = 0
     parents: list[int] | None = None

@@ -20,7 +20,7 @@ from ..config import LLMOptConfig
 from ..errors import InvalidOption
 from ..fusion import Fusion, launches
 from ..kernels.arguments import TILED
-from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, upload
+from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, states_of, upload
 from ..kv_cache.eviction import Scored
 from ..walk import running
 from .fixed import Batch
@@ -42,6 +42,7 @@ class Runner:
         store: The pages.
         config: Which backend reads them, whether results may depend on the batch, and whether passes are replayed.
         eviction: Who looks at how requests with a `selection` attend, if anybody does.
+        states: The model keeps recurrent states: a pass computes one token of each request, in rows.
 
     Raises:
         InvalidOption: The backend cannot run here, or graphs cannot be recorded here.
@@ -49,8 +50,14 @@ class Runner:
     """
 
     def __init__(
-        self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig, eviction: Scored | None = None
+        self,
+        model: PreTrainedModel,
+        store: PagedStore,
+        config: LLMOptConfig,
+        eviction: Scored | None = None,
+        states: bool = False,
     ) -> None:
+        self.states = states
         self._model = weakref.ref(model)
         self._configs = configs_of(model)
         self.device = input_device(model)
@@ -66,7 +73,8 @@ class Runner:
         if config.kv_cache.offload:
             self._streams = self._offloading(store)
         launched = launches(device)
-        layers = (launched or config.attention.backend in ("auto", "cpu")) and not self._streams  # writes pages itself
+        # Joined layers write pages themselves, and compute a row of tokens.
+        layers = (launched or config.attention.backend in ("auto", "cpu")) and not self._streams and not states
         timed = ranks_of(model) is None  # the clocks of several processes would choose differently
         fuses = layers if launched else device.type == "cpu"
         self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None
@@ -76,6 +84,8 @@ class Runner:
 
     def _graphs(self, model: PreTrainedModel, config: LLMOptConfig) -> Graphs | None:
         """The graphs that were asked for, or those that can be recorded."""
+        if self.states:
+            return None  # where states lie depends on who runs
         if config.graphs is True:
             return Graphs(model, self.store, config)
         if config.graphs is False or self.device.type != "cuda" or ranks_of(model) is not None:
@@ -139,6 +149,8 @@ class Runner:
     @property
     def no_graphs(self) -> str | None:
         """Why none is replayed though graphs were asked for, or `None`."""
+        if self.states:
+            return "the model keeps recurrent states"
         if self.graphs is not None and self.taps is not None:
             return "a drafter reads the model's hidden states, which a replay would not hand out"
         return None if self.graphs is None else self.graphs.why_not
@@ -207,6 +219,8 @@ class Runner:
         if watches and self._eviction is not None:
             attend = Observer(attend, watches, self._eviction.fold, self._eviction.weighs)
         names = [request.adapter for request, length in spans for _ in range(length)]
+        if self.states:
+            self.cache.layers = states_of([request for request, _ in spans]).layers
         batch = Batch(placed, ids_of(spans), positions, kept, slots, columns)
         put, logits = partial(put_unknown, spans), None
         eager = embeds or any(names) or watches or self.taps is not None
@@ -222,6 +236,7 @@ class Runner:
             else:
                 put(given)
             logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches))
+        self.cache.layers = []  # states belong to their requests
         if self.taps is not None:
             self.taps.hand_out(spans)
         lengths = dict(spans)
@@ -306,12 +321,13 @@ class Runner:
         Returns:
             `[kept, vocabulary]`.
         """
-        inputs: dict[str, Any] = {"position_ids": positions[None]}
-        inputs["inputs_embeds" if given.is_floating_point() else "input_ids"] = given.view(1, *given.shape[-2:])
-        if keep is not None and self._keeps_logits:
+        inputs: dict[str, Any] = {"position_ids": positions[:, None] if self.states else positions[None]}
+        rows = (-1, 1) if self.states else (1, *given.shape[-2:])
+        inputs["inputs_embeds" if given.is_floating_point() else "input_ids"] = given.view(rows)
+        if keep is not None and self._keeps_logits and not self.states:
             inputs["logits_to_keep"] = keep
         self.cache.columns = 0 if columns is None else columns
         with serving(self._configs, step):
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
-        logits: Tensor = output.logits[0]
-        return logits if keep is None or self._keeps_logits else logits[keep.to(logits.device)]
+        logits: Tensor = output.logits[:, 0] if self.states else output.logits[0]
+        return logits if keep is None or (self._keeps_logits and not self.states) else logits[keep.to(logits.device)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..config import LLMOptConfig
 from ..engine import EngineLoop, input_weight, unsupported
-from ..errors import EmptyPrompt, InvalidOption, InvalidRequest
+from ..errors import EmptyPrompt, InvalidOption, InvalidRequest, NotServed, UnsupportedModel
 from ..prompt_cache import PromptCache, PromptHandle
 from ..quantization import QuantizationReport, QuantizedHead, Quantizer
 from ..stats import PromptCacheStats, Stats
@@ -262,6 +263,12 @@ class ModelHandle:
             raise InvalidOption("This handle has no model yet; call hf_llmopt.optimize(model) first.")
         if config is None or config.prompt_cache is None:
             raise InvalidOption(f"{config!r} has no prompt cache; llmopt='prompt_cache' or llmopt=True has one.")
+        with suppress(UnsupportedModel):  # whoever computes the prompt will say why
+            if self.engine_for(model, config).prompts is None:
+                raise NotServed(
+                    f"{type(model).__name__} keeps recurrent states, which hold all of a text: no part of a prompt can "
+                    "be kept for others."
+                )
         return model, config
 
     def _finds(self, model: PreTrainedModel, config: LLMOptConfig) -> Callable[[], PromptCache | None]:

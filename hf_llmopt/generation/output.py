@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..engine import EngineLoop, Request
-from ..kv_cache import PagedCache
+from ..engine import EngineLoop, Request, copy_in
+from ..kv_cache import PagedCache, states_of
 
 
 def import_cache(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask: Tensor) -> None:
@@ -30,7 +30,7 @@ def import_cache(engine: EngineLoop, requests: Sequence[Request], cache: Cache, 
             for table, room in zip(request.tables, request.rooms, strict=True):
                 table.room = room
     else:
-        copy_in(engine, requests, cache, mask)
+        copy_in(engine.store, requests, cache, mask)
     for request, row in zip(requests, mask, strict=True):
         request.computed = request.cached_tokens = int(row.sum())
 
@@ -40,43 +40,11 @@ def goes_on(engine: EngineLoop, cache: PagedCache, mask: Tensor) -> bool:
     return cache.store is engine.store and torch.equal(cache.columns, mask)
 
 
-def copy_in(engine: EngineLoop, requests: Sequence[Request], cache: Cache, mask: Tensor) -> None:
-    """Copy the unmasked columns of a cache into the requests' pages; arguments as of `import_cache`."""
-    store, length = engine.store, mask.shape[1]
-    counts = mask.sum(dim=1).tolist()
-    for request, count in zip(requests, counts, strict=True):
-        for group, table in zip(store.groups, request.tables, strict=True):
-            if count:
-                table.skip(group.first_visible(count - 1))
-                table.reserve(table.passed * store.page_size, count)
-    for layer, spec in enumerate(store.layers):
-        if spec.source is not None:
-            continue
-        keys, values = _dense(cache, layer)
-        seen = keys.shape[2]  # sliding layers keep the last columns only
-        for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
-            table = request.tables[store.group_of[layer]]
-            columns = mask[row, length - seen :].nonzero()[:, 0]
-            columns = columns[-(count - table.passed * store.page_size) or len(columns) :].to(keys.device)
-            slots = store.slots(table, count - len(columns), count).to(keys.device)
-            new_keys, new_values = (
-                t[row].index_select(1, columns).transpose(0, 1).to(spec.dtype) for t in (keys, values)
-            )
-            store.write(layer, slots, new_keys, new_values)
-
-
 def keeps_every_key(cache: Cache) -> bool:
     """Whether the caller's cache keeps keys behind sliding windows, as a `DynamicCache` made without config does."""
     if isinstance(cache, PagedCache):
         return False
     return not cache.layers or any(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def _dense(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
-    if isinstance(cache, PagedCache):
-        return cache.dense(layer)
-    stock: Any = cache.layers[layer]
-    return stock.keys, stock.values
 
 
 def export_cache(engine: EngineLoop, requests: Sequence[Request], mask: Tensor, length: int) -> PagedCache:
@@ -105,5 +73,13 @@ def write_back(cache: Any, result: PagedCache) -> None:
         return
     start = cache.get_seq_length()
     for layer, spec in enumerate(result.store.layers):
-        if spec.source is None:
+        if spec.stores:
             cache.update(*result.dense(layer, start), layer)
+
+
+def with_states(result: PagedCache, requests: Sequence[Request], config: Any) -> DynamicCache:
+    """What stock's loop would have left of a model with recurrent states: the pages' keys beside the states."""
+    cache = DynamicCache(config=config)
+    states_of(requests).copy_to(cache)
+    write_back(cache, result)
+    return cache

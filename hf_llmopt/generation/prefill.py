@@ -1,7 +1,8 @@
-"""Prompts that the model's own forward pass computes: those with images, whose tokens are more than their ids.
+"""Prompts that the model's own forward pass computes.
 
-The prompt runs once, whole and padded, exactly as transformers would run it. Its keys and values are copied into pages,
-and from the first new token on a request is like any other.
+Those with images, whose tokens are more than their ids, and all prompts of models with recurrent states, which cannot
+stand beside one another in a row of tokens. The prompt runs once, whole and padded, exactly as transformers would run
+it. Its keys and values are copied into pages, and from the first new token on a request is like any other.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..engine import EngineLoop, Request
-from .output import copy_in
+from ..engine import EngineLoop, Request, take_in
+from ..errors import InvalidRequest
+from .group import Group
 
 # Inputs beside a prompt's ids that models of images, videos and sound read in its pass, and in no later one.
 MEDIA_INPUTS = {
@@ -80,7 +82,30 @@ def has_content(value: Any) -> bool:
     return value is not None and not (isinstance(value, dict) and not value)
 
 
-def own_prefill(
+def compute_whole(group: Group, mask: Tensor, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Let the model's own pass compute the prompts of a group's rows, when they start.
+
+    Args:
+        group: The rows.
+        mask: Which columns of their prompts are tokens, bool `[rows, length]` on the CPU.
+        generation_config: As `generate` prepared it.
+        kwargs: The model's keyword arguments, as `generate` prepared them.
+    """
+    engine, requests, input_ids = group.engine, group.requests, group.input_ids
+
+    def on_start() -> None:
+        group.stats.forward_seconds += _compute(engine, requests, input_ids, mask, generation_config, kwargs)
+        group.stats.steps += 1
+
+    group.on_start = on_start
+    speculative = engine.config.speculative
+    if engine.speculator is not None and speculative is not None and speculative.effective_method != "suffix":
+        for request in requests:
+            request.most_drafts = None
+        group.stats.undrafted = "who guesses would have to see the prompt's images; method='suffix' needs its ids only"
+
+
+def _compute(
     engine: EngineLoop,
     requests: Sequence[Request],
     input_ids: Tensor,
@@ -88,28 +113,19 @@ def own_prefill(
     generation_config: GenerationConfig,
     kwargs: dict[str, Any],
 ) -> float:
-    """Compute whole prompts by the model's own pass: keys to pages, logits to requests; with the engine's lock held.
-
-    Args:
-        engine: The engine the requests were added to.
-        requests: One per row; they have tables and nothing computed.
-        input_ids: Padded ids `[rows, length]`.
-        mask: Which of them are tokens, bool `[rows, length]` on the CPU.
-        generation_config: As `generate` prepared it.
-        kwargs: The model's keyword arguments, as `generate` prepared them.
-
-    Returns:
-        Seconds that it took.
-    """
+    """Compute prompts: keys to pages, logits to requests. With the engine's lock held; returns seconds."""
+    if any(request.adapter is not None or request.on_prompt is not None for request in requests):
+        raise InvalidRequest(
+            "The model's own forward pass computes this prompt whole, since it holds images or the model keeps "
+            "recurrent states: adapter= and prompt_logprobs= are not known there. Leave them out."
+        )
     model: Any = engine.runner.model
     cache = DynamicCache(config=model.config)
     began = perf_counter()
     with torch.no_grad():
         output = model._prefill(input_ids, generation_config, {**kwargs, "past_key_values": cache, "use_cache": True})
-    copy_in(engine, requests, cache, mask)
-    for row, request in enumerate(requests):
-        request.computed = len(request.tokens)
-        request.logits = output.logits[row, -1]
+    take_in(engine.store, requests, cache, mask, output.logits[:, -1], engine.runner.states)
+    for request in requests:
         if request.group is not None:
             request.group.notice()
     return perf_counter() - began

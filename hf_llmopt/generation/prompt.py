@@ -24,13 +24,20 @@ class Prompt:
         mask: Bool `[rows, past_length + new]`.
         positions: Position ids of the new columns `[rows, new]`.
         media: What the prompts hold beside text, by the model's names.
+        whole: The model's own pass computes them; why, the end of "a row ...", or `None`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, kwargs: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        kwargs: dict[str, Any],
+        states: bool,
     ) -> None:
         rows = input_ids.shape[0]
         self.media = media(model, kwargs)
+        self.whole = "with images" if self.media else "of a model with recurrent states" if states else None
         cache = kwargs.get("past_key_values")
         self.past = cache if getattr(cache, "_is_user_defined", False) else None
         self.past_length = self.past.get_seq_length() if self.past is not None else 0

@@ -13,7 +13,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..engine import PAGED_LAYERS
 from ..errors import UnsupportedModel
-from ..kv_cache import PagedCache
+from ..kv_cache import STATE_LAYERS, PagedCache
 from ..walk import modules
 from .prefill import MEDIA_INPUTS, has_content, media, reads_media
 
@@ -102,7 +102,7 @@ def _cache_reason(cache: Cache | None) -> str | None:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"past_key_values is a {type(cache).__name__}, not a DynamicCache or PagedCache"
     for layer in cache.layers:
-        if type(layer) not in PAGED_LAYERS:
+        if type(layer) not in (*PAGED_LAYERS, *STATE_LAYERS):
             return f"past_key_values has a {type(layer).__name__}"
     return None
 

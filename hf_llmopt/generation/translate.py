@@ -30,8 +30,8 @@ from ..prompt_cache import Prefix
 from .active import Active, handle_of
 from .ahead import AheadGroup, why_not
 from .group import Group
-from .output import export_cache, goes_on, import_cache, keeps_every_key, write_back
-from .prefill import own_prefill
+from .output import export_cache, goes_on, import_cache, keeps_every_key, with_states, write_back
+from .prefill import compute_whole
 from .prompt import Prompt
 from .row import Row
 from .support import reason_against, rope_limit
@@ -85,7 +85,7 @@ def translate(
         if active.config.batch_invariant or active.config.kv_cache.eviction is not None:
             raise  # stock would not keep the promise
         raise NotServed(str(error)) from error
-    prompt = Prompt(model, input_ids, generation_config, kwargs)
+    prompt = Prompt(model, input_ids, generation_config, kwargs, engine.runner.states)
     total = prompt.mask.shape[1] + max_length - input_ids.shape[1]
     _check_cache(engine, prompt)
     _check_lengths(model, engine, prompt, total)
@@ -94,7 +94,7 @@ def translate(
     if active.config.prompt_cache is not None:
         for request in requests:
             request.salt = active.config.prompt_cache.salt
-            whole = prompt.past is not None or prompt.embeds is not None or prompt.media
+            whole = prompt.past is not None or prompt.embeds is not None or prompt.whole
             if not whole and _is_plain(engine, request):
                 request.prefix = Prefix(len(request.tokens), request.salt)
     rows = range(len(requests))
@@ -119,30 +119,15 @@ def translate(
     if active.config.speculative is not None and engine.speculator is None:
         for group in groups:
             group.stats.undrafted = (
-                "whoever guessed failed before, of which a warning told; llmopt.release() starts anew"
+                "a recurrent state cannot take back what it has read"
+                if engine.runner.states
+                else "whoever guessed failed before, of which a warning told; llmopt.release() starts anew"
             )
     for group in groups:
         _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submitted)
-        if prompt.media:
-            _attach_prefill(group, prompt, generation_config, kwargs)
+        if prompt.whole:
+            compute_whole(group, prompt.mask, generation_config, kwargs)
     return groups
-
-
-def _attach_prefill(group: Group, prompt: Prompt, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    """Let the model's own pass compute the rows' prompts when they start."""
-    engine, requests, input_ids = group.engine, group.requests, group.input_ids
-
-    def on_start() -> None:
-        seconds = own_prefill(engine, requests, input_ids, prompt.mask, generation_config, kwargs)
-        group.stats.steps += 1
-        group.stats.forward_seconds += seconds
-
-    group.on_start = on_start
-    speculative = engine.config.speculative
-    if speculative is not None and speculative.effective_method != "suffix":
-        for request in requests:
-            request.most_drafts = None
-        group.stats.undrafted = "who guesses would have to see the prompt's images; method='suffix' needs its ids only"
 
 
 def _ahead(group: Group, generation_config: GenerationConfig) -> Group:
@@ -171,14 +156,14 @@ def _check_rows(groups: Sequence[Group], prompt: Prompt, generation_config: Gene
         raise NotServed("output_scores and output_logits are kept by generate only; logprobs= reports probabilities")
     for group in groups:
         # Keys that the caller's cache holds could not be computed again.
-        group.requests[0].protected = prompt.past is not None or bool(prompt.media)
+        group.requests[0].protected = prompt.past is not None or prompt.whole is not None
     if len(groups) == 1:
         return
     shared = [type(item).__name__ for item in groups[0].users_objects()]
     if prompt.past is not None:
         shared.append("past_key_values")
-    if prompt.media:
-        shared.append("images")
+    if prompt.whole:
+        shared.append(f"a prompt {prompt.whole}")
     if generation_config.guidance_scale not in (None, 1):
         shared.append("guidance_scale")
     if shared:
@@ -198,6 +183,9 @@ def _attach_caches(group: Group, prompt: Prompt, returns: bool, submitted: bool)
     def on_done() -> None:
         generated = group.input_ids.shape[1] - length
         result = export_cache(engine, requests, prompt.mask, prompt.mask.shape[1] + generated - 1)
+        if engine.runner.states:
+            group.cache = with_states(result, requests, engine.runner.model.config)
+            return
         if past is not None:
             write_back(past, result)
         group.cache = result if past is None else past
@@ -214,7 +202,7 @@ def _check_cache(engine: EngineLoop, prompt: Prompt) -> None:
             "Eviction looks at how a prompt attends, and prompts with images are computed by the model's own forward "
             "pass. Leave kv_cache.eviction out for them."
         )
-    past, layers = prompt.past, [spec for spec in engine.store.layers if spec.source is None]
+    past, layers = prompt.past, [spec for spec in engine.store.layers if spec.stores]
     if past is not None and engine.evictor is not None and not isinstance(past, PagedCache):
         raise InvalidRequest(
             f"past_key_values is a {type(past).__name__}, which holds every token, and eviction would take some away. "
@@ -232,7 +220,7 @@ def _check_cache(engine: EngineLoop, prompt: Prompt) -> None:
             "it, on its rows and with their attention_mask, goes on from it. Compute the text again otherwise."
         )
     if isinstance(past, PagedCache):
-        kept = [spec for spec in past.store.layers if spec.source is None]
+        kept = [spec for spec in past.store.layers if spec.stores]
         shapes = [(len(past.rows), spec.kv_heads, spec.key_dim) for spec in kept]
     else:
         stock: Any = past.layers
@@ -258,8 +246,12 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: Prompt, t
             f"a row has masked tokens behind real ones (right padding?), which count in the model's window of "
             f"{min(windows)} tokens; pad on the left"
         )
-    if prompt.media and prompt.gaps():
-        raise NotServed("a row with images has masked tokens behind real ones (right padding?); pad on the left")
+    if prompt.whole and prompt.gaps():
+        raise NotServed(f"a row {prompt.whole} has masked tokens behind real ones (right padding?); pad on the left")
+    if prompt.whole and not engine.store.dense:
+        raise NotServed("a prompt with images would leave compressed keys, which cannot be copied into pages")
+    if prompt.past is not None and engine.runner.states:
+        raise NotServed("past_key_values of a model with recurrent states: its prompts are computed whole")
     if engine.store.reads_columns and prompt.gaps():
         raise NotServed(
             "a row has masked tokens behind real ones (right padding?), and the model counts padded columns"
@@ -313,7 +305,7 @@ def _share_prompts(requests: list[Request], prompt: Prompt, generation_config: G
     first: dict[Any, Request] = {}
     copies = max(1, generation_config.num_return_sequences or 1)
     for row, request in enumerate(requests):
-        if prompt.past is not None or prompt.media:
+        if prompt.past is not None or prompt.whole:
             continue
         same_embeds = row // copies if prompt.embeds is not None else None
         key = (tuple(request.tokens), tuple(request.positions), request.masked_tail, same_embeds)

@@ -32,7 +32,8 @@ class LayerSpec:
     """What one layer stores for a token.
 
     Attributes:
-        kind: `"full"`, `"sliding"` (the last `window` tokens are visible) or `"chunked"` (those of the same chunk).
+        kind: `"full"`, `"sliding"` (the last `window` tokens are visible), `"chunked"` (those of the same chunk), or
+            `"none"` for a layer without attention.
         window: Tokens of the window or chunk, 0 for full attention.
         kv_heads: Key and value heads.
         key_dim: Width of a key.
@@ -54,6 +55,11 @@ class LayerSpec:
     form: PageFormat | None = None
     offloaded: bool = False
     source: int | None = None
+
+    @property
+    def stores(self) -> bool:
+        """Whether it has keys and values of its own."""
+        return self.kind != "none" and self.source is None
 
     @property
     def home(self) -> torch.device:
@@ -132,8 +138,8 @@ class PagedStore:
         self.groups: list[CacheGroup] = []
         self.group_of: list[int] = []
         for index, layer in enumerate(self.layers):
-            if layer.source is not None:
-                self.group_of.append(self.group_of[layer.source])
+            if not layer.stores:
+                self.group_of.append(-1 if layer.source is None else self.group_of[layer.source])
                 continue
             key = (layer.kind, layer.window)
             known = [(group.kind, group.window) for group in self.groups]

@@ -28,7 +28,7 @@ def llama():
 
 
 REASONS = dict.fromkeys(("bloom", "mpt", "xglm"), "attention interface")
-REASONS |= dict.fromkeys(("mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "lfm2"), "recurrent state")
+REASONS["mamba"] = "recurrent state"
 REASONS |= dict.fromkeys(("t5", "bart"), "encoder-decoder")
 
 

@@ -102,7 +102,7 @@ def test_submitted():
         handles = [engine.submit(**given, **KW, **GREEDY) for given in (one, text)]
         for handle, given, whole in zip(handles, (one, text), expected, strict=True):
             assert handle.result() == whole[0, given["input_ids"].shape[1] :].tolist()
-        with pytest.raises(InvalidRequest, match="cannot share images"):
+        with pytest.raises(InvalidRequest, match="cannot share a prompt with images"):
             engine.submit(**one, **KW, **SAMPLED, num_return_sequences=2)
 
 
