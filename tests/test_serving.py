@@ -501,7 +501,7 @@ def test_large_answers_leave_the_event_loop_to_others(pair) -> None:
     """While answers with thousands of figures are written, and echoes of long prompts, other requests get answers."""
     limits = Limits(1024, max_body_bytes=2**23)
     ids = pair[1]("import os\n" * 300)["input_ids"][:900]
-    big = {"prompt": [ids] * 6, "max_tokens": 2, "temperature": 0, "logprobs": 20, "echo": True}
+    big = {"prompt": [ids] * 4, "max_tokens": 2, "temperature": 0, "logprobs": 20, "echo": True}
     garbage.freeze()  # as the command does: else a collection looks at all that the tests have imported
     with (
         running(make(pair, limits=limits, max_waiting=256)) as it,
