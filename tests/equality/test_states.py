@@ -153,3 +153,18 @@ def test_what_is_not_served():
         lambda: {**prompts(9), **KW, "past_key_values": DynamicCache(config=model.config)},
         "recurrent states",
     )
+
+
+def test_the_next_pass_may_begin_before_the_tokens_are_known():
+    """As on a GPU: a pass in vain writes to the states of rows that have ended, and to no others."""
+    model, case = tiny("qwen3_next"), CASES["left padded"]
+    new = stock(model, **case, **KW)[:, 11:]
+    ends = {**KW, "eos_token_id": [int(new[0, 2]), int(new[2, 4])], "max_new_tokens": 12}
+    config = LLMOptConfig(kv_cache={"page_size": 4}, batching={"overlap": True})
+    assert_equal(model, {**case, **ends}, llmopt=config, own_caches=False)
+    assert_equal(model, {**case, **ends, **SAMPLED}, llmopt=config, own_caches=False)
+    ids = prompts(9)["input_ids"]
+    expected = stock(model, input_ids=ids, attention_mask=torch.ones_like(ids), **KW)[0, 9:].tolist()
+    with Engine(model, llmopt=config) as engine:
+        handles = [engine.submit(ids, **{**KW, "max_new_tokens": tokens}) for tokens in (3, NEW)]
+        assert [handle.result() for handle in handles] == [expected[:3], expected]
