@@ -100,7 +100,7 @@ def in_miniature(plan: Plan) -> Plan:
         for case in plan.cases
     )
     return replace(
-        plan, cases=cases, requests=3, shared=32, own=(4, 8), new=(4, 8), repeats=2, tokens=1024, context=256, dtypes=()
+        plan, cases=cases, requests=3, shared=32, own=(4, 8), new=(4, 8), repeats=3, tokens=1024, context=256, dtypes=()
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,11 +44,7 @@ def measure(
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return {"skipped": f"{', '.join(missing)} not installed; pip install llama-cpp-python gguf"}
-    import llama_cpp
-
-    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    begin()
     cases = []
     with TemporaryDirectory() as folder:
         for shape in shapes:
@@ -58,6 +54,17 @@ def measure(
     from importlib.metadata import version
 
     return {"version": version("llama-cpp-python"), "threads": torch.get_num_threads(), "cases": cases}
+
+
+@cache
+def begin() -> object:
+    """Initialize llama.cpp, and tell it to be silent; what is returned has to live as long as that is to hold."""
+    import llama_cpp
+
+    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return silence
 
 
 def runs_of(shapes: Sequence[str], repeats: int) -> int:
@@ -177,19 +184,21 @@ class Peer:
         path: The GGUF file.
         rows: Sequences.
         threads: For products.
+        tokens: Most tokens of a sequence, its prompt included.
     """
 
-    def __init__(self, path: Path, rows: int, threads: int) -> None:
+    def __init__(self, path: Path, rows: int, threads: int, tokens: int = PROMPT + STEPS) -> None:
         import llama_cpp
 
+        begin()
         self._c = llama_cpp
         self.rows = rows
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = rows * 2 * (PROMPT + STEPS)
-        settings.n_batch = settings.n_ubatch = max(64, rows * PROMPT)
+        settings.n_ctx = rows * 2 * tokens
+        settings.n_batch = settings.n_ubatch = max(64, rows * tokens)
         settings.n_seq_max = rows
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
@@ -208,13 +217,26 @@ class Peer:
 
     def ms_per_step(self, ids: np.ndarray[Any, Any]) -> float:
         """Decode greedily behind the prompts `[rows, tokens]`; the mean time of a step, the prompts left out."""
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
-        length = ids.shape[1]
-        following = self._decode(ids, 0)
+        _, seconds, first = self.generate(ids, STEPS + 1)
+        return 1e3 * (seconds - first) / STEPS
+
+    def generate(self, ids: np.ndarray[Any, Any], new_tokens: int) -> tuple[list[list[int]], float, float]:
+        """Decode greedily behind prompts of one length.
+
+        Args:
+            ids: `[rows, tokens]`.
+            new_tokens: For each row.
+
+        Returns:
+            The new tokens of each row, the seconds of the call, and those to the first token.
+        """
         began = perf_counter()
-        for step in range(STEPS):
-            following = self._decode(following, length + step)
-        return 1e3 * (perf_counter() - began) / STEPS
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
+        found = [self._decode(ids, 0)]
+        first = perf_counter() - began
+        for step in range(new_tokens - 1):
+            found.append(self._decode(found[-1], ids.shape[1] + step))
+        return np.concatenate(found, 1).tolist(), perf_counter() - began, first
 
     def _decode(self, ids: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
         """The tokens `[rows, 1]` that come behind `ids`, `[rows, tokens]`, which begin at position `start`."""

@@ -13,6 +13,7 @@ from .figures import figures
 from .flash_attention import flash_attention
 from .hops import hops
 from .kv_cache import kv_cache
+from .peers import peers
 from .prompt_cache import prompt_cache
 from .quantization import quantization
 from .serve import serve
@@ -29,6 +30,7 @@ app.command("speculative", cls=ModelCommand)(speculative)
 app.command("serve", cls=ModelCommand)(serve)
 app.command("hops", cls=ModelCommand)(hops)
 app.command("cpu", cls=ModelCommand)(cpu)
+app.command("peers", cls=ModelCommand)(peers)
 app.command("compare", cls=Command)(compare)
 app.command("figures", cls=Command)(figures)
 
