@@ -27,7 +27,7 @@ class Stats:
         swaps: How often its keys were saved in host memory meanwhile, instead of computed again.
         drafted_tokens: Guesses that were computed.
         accepted_tokens: Those that were right.
-        undrafted: Why nothing was guessed though that was asked for, or `None`.
+        undrafted: Why nothing was guessed, or nothing any more, though that was asked for, or `None`.
         attention: Names of the attention paths that ran.
         fused: Modules that C kernels stood in for, and those that were recognised and stayed eager.
         graph_steps: Steps whose pass was replayed from a CUDA graph.

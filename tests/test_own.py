@@ -136,6 +136,66 @@ def test_one_s_own_parts_go_with_all_others(model) -> None:
     llama.llmopt.release()
 
 
+BAD_DRAFTS = {
+    "beyond": (lambda n: Draft([10**6] * n, ["x"] * n), "guessed 1000000; the model's ids are 0 to"),
+    "negative": (lambda n: Draft([-1] * n, ["x"] * n), "guessed -1"),
+    "no id": (lambda n: Draft([1.5] * n, ["x"] * n), r"guessed 1\.5"),
+    "tensor": (lambda n: Draft(torch.full((n,), 3), ["x"] * n), "list of ids as tokens, got Tensor"),
+    "grounds": (lambda n: Draft([3] * n, ["x"]), "gave 1 grounds for 3 tokens"),
+    "longer": (lambda n: Draft([3] * (n + 1), ["x"] * (n + 1)), "guessed 4 tokens where the limit is 3"),
+    "parents": (lambda n: Draft([3] * n, ["x"] * n, [0] * n), "the place of an earlier token"),
+    "unhashable": (lambda n: Draft([3] * n, [[]] * n), "TypeError: unhashable"),
+    "none": (lambda n: None, "got NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DRAFTS)
+def test_a_bad_draft_costs_guesses_and_no_result(name: str, model) -> None:
+    """One warning tells what is wrong, the stats say so, and all requests get stock's tokens."""
+    make, message = BAD_DRAFTS[name]
+
+    class Bad(AlwaysWrong):
+        def propose(self, texts, limits, odds) -> list[Draft]:
+            return [make(limit) if limit == 3 else Draft([], []) for limit in limits]
+
+    llama = model("llama")
+    hf_llmopt.register("drafter", "bad", lambda given: Bad())
+    keyword = {"speculative": {"method": "bad", "num_tokens": 3}}
+    ids = torch.randint(3, 60, (1, 13))
+    stock = llama.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    with pytest.warns(UserWarning, match=f"nothing is guessed any more: .*{message}"):
+        ours = llama.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, llmopt=keyword)
+    assert torch.equal(stock, ours)
+    assert llama.llmopt.stats.served_by == "llmopt"
+    assert "whoever guessed failed" in llama.llmopt.stats.undrafted
+    llama.llmopt.release()
+
+
+@pytest.mark.filterwarnings("ignore:llmopt. nothing is guessed any more")
+@pytest.mark.parametrize("method", ["propose", "learn", "forget"])
+def test_a_drafter_that_fails_harms_no_request_of_an_engine(method: str, model) -> None:
+    class Bad(AlwaysWrong):
+        def propose(self, texts, limits, odds) -> list[Draft]:
+            return [Draft([10**6 if method == "propose" else 3] * n, ["x"] * n) for n in limits]
+
+        def learn(self, text, start, draft, chosen) -> None:
+            assert method != "learn"
+
+        def forget(self, text) -> None:
+            assert method != "forget"
+
+    llama = model("llama")
+    hf_llmopt.register("drafter", "bad", lambda given: Bad())
+    prompts = [torch.randint(3, 60, (length,)) for length in (5, 9, 13)]
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    stock = [llama.generate(ids[None], **settings)[0, len(ids) :].tolist() for ids in prompts]
+    with hf_llmopt.Engine(llama, {"speculative": {"method": "bad", "num_tokens": 3}}) as engine:
+        handles = [engine.submit(ids, **settings) for ids in prompts]
+        assert [handle.result() for handle in handles] == stock
+    assert any("whoever guessed failed" in (handle.stats.undrafted or "") for handle in handles)
+    llama.llmopt.release()
+
+
 def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
     class KeepsAll(Scored):
         def looks(self, prompt: int) -> range:

@@ -104,11 +104,12 @@ def test_strict_refuses_calls_after_the_drafter_failed(monkeypatch):
         patched.setattr("hf_llmopt.speculative.suffix.SuffixDrafter.propose", lambda *args: 1 / 0)
         with pytest.warns(UserWarning, match="nothing is guessed any more"):
             assert run(model, llmopt=strict) == expected
+        assert "whoever guessed failed (ZeroDivisionError" in model.llmopt.stats.undrafted
     assert run(model, llmopt={"speculative": {"num_tokens": 3}}) == expected
-    assert "failed before" in model.llmopt.stats.undrafted
-    with pytest.raises(NotServed, match=r"nothing would be guessed.*failed before.*release\(\) starts anew"):
+    assert "guessed failed (ZeroDivisionError: division by zero)" in model.llmopt.stats.undrafted
+    with pytest.raises(NotServed, match=r"nothing would be guessed.*guessed failed.*release\(\) starts anew"):
         run(model, llmopt=strict)
-    with Engine(model, strict) as engine, pytest.raises(NotServed, match="failed before"):
+    with Engine(model, strict) as engine, pytest.raises(NotServed, match="guessed failed"):
         engine.submit(inputs()["input_ids"][0], max_new_tokens=4)
     model.llmopt.release()
     assert run(model, llmopt=strict) == expected

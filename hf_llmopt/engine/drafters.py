@@ -14,6 +14,7 @@ from ..config import OWN, LLMOptConfig, SpeculativeConfig
 from ..errors import InvalidOption, UnsupportedModel
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
 from ..speculative.eagle import EagleModel, Follower, Head, check_fits, load_eagle, load_mtp
+from .probe import input_weight
 from .proof import pass_seconds
 from .runner import Runner
 from .second import SecondModel, second_model
@@ -48,7 +49,8 @@ def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> 
     # Where columns stand for positions, tokens beside one another have no place of their own.
     even = runner.graphs is not None
     branches = not even and not runner.store.reads_columns
-    return Speculator(drafter, partial(pass_seconds, runner), asked.num_tokens, branches, even)
+    vocabulary = input_weight(runner.model).shape[0]
+    return Speculator(drafter, vocabulary, partial(pass_seconds, runner), asked.num_tokens, branches, even)
 
 
 def _suffix(*_: Any) -> Drafter:

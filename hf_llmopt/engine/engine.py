@@ -93,6 +93,8 @@ class EngineLoop:
         self.costs = Costs()
         # What a state has read cannot be taken back, so nothing is guessed.
         self.speculator = None if layout.states else make_speculator(self.runner, config, EngineLoop)
+        # Why nothing is guessed, where somebody was asked to guess.
+        self.undrafted = "a recurrent state cannot take back what it has read" if layout.states else None
         overlap = config.batching.overlap
         self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
         self.overlaps &= self.speculator is None  # drafts follow tokens that are known
@@ -199,7 +201,10 @@ class EngineLoop:
         if self.speculator is not None:
             for table in request.tables:
                 table.crop(request.computed)  # nobody writes any more where guesses were wrong
-            self.speculator.forget(request)
+            try:
+                self.speculator.forget(request)
+            except Exception as error:
+                self._stop_drafting(error)
 
     def _abandon(self, request: Request) -> None:
         """A request that failed or was cancelled leaves clean pages."""
@@ -268,11 +273,20 @@ class EngineLoop:
             return
         try:
             speculator.draft([request for request, _ in wanted], [limit for _, limit in wanted])
-        except Exception as error:  # of the draft model, say: whoever generates can do without
-            self.speculator = self.runner.taps = None
+        except Exception as error:
             for request, _ in wanted:
                 request.retract()
-            warnings.warn(f"llmopt: nothing is guessed any more: {type(error).__name__}: {error}", stacklevel=2)
+            self._stop_drafting(error)
+
+    def _stop_drafting(self, error: Exception) -> None:
+        """Who guesses, a draft model, say, or a drafter of the user, failed: whoever generates can do without."""
+        self.speculator = self.runner.taps = None
+        what = f"{type(error).__name__}: {error}"
+        self.undrafted = f"whoever guessed failed ({what}); llmopt.release() starts anew"
+        for group in self.groups:
+            if any(request.most_drafts is not None for request in group.requests):
+                group.stats.undrafted = self.undrafted
+        warnings.warn(f"llmopt: nothing is guessed any more: {what}", stacklevel=3)
 
     def _close_ranks(self, requests: Sequence[Request]) -> None:
         """The keys of drafts that were confirmed move to where their tokens stand now."""

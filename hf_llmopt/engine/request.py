@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kv_cache.pool import BlockTable
 from ..prompt_cache import Prefix
+from ..stats import Stats
 
 if TYPE_CHECKING:
     from ..kv_cache.eviction import Selection
@@ -21,6 +22,7 @@ class Rows(Protocol):
     """What the engine needs of a group: its requests, and a place for figures."""
 
     requests: list[Request]
+    stats: Stats
     thread: int  # who waits for it
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:

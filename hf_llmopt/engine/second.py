@@ -14,6 +14,7 @@ from ..config import SpeculativeConfig
 from ..errors import InvalidOption, PromptTooLong
 from ..prompt_cache import Prefix
 from ..speculative import Reading, Text, Translation
+from ..stats import Stats
 from .probe import input_device, position_limit
 from .request import Request, Share
 
@@ -93,7 +94,7 @@ class _Twin:
     """
 
     def __init__(self, text: Text, translation: Translation | None) -> None:
-        self.thread = get_ident()
+        self.thread, self.stats = get_ident(), Stats()
         self._reading = None if translation is None else Reading(translation)
         self.copy = _Copy([], [], 0, [], keeps_passed=True)  # windows go back too
         self.requests: list[Request] = [self.copy]

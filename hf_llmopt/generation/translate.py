@@ -118,11 +118,7 @@ def translate(
         groups = [_ahead(groups[0], generation_config)]
     if active.config.speculative is not None and engine.speculator is None:
         for group in groups:
-            group.stats.undrafted = (
-                "a recurrent state cannot take back what it has read"
-                if engine.runner.states
-                else "whoever guessed failed before, of which a warning told; llmopt.release() starts anew"
-            )
+            group.stats.undrafted = engine.undrafted
     for group in groups:
         _attach_caches(group, prompt, bool(generation_config.return_dict_in_generate), active.submitted)
         if prompt.whole:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..attention.tree import MOST_NODES
+from ..errors import CallbackFailed
+
 PLACES = 8  # of a draft that are told apart
 
 
@@ -87,6 +90,46 @@ class Drafter(Protocol):
     def forget(self, text: Text) -> None:
         """A request has ended; harmless if nothing was guessed for it."""
         ...
+
+
+def check(drafts: Sequence[Draft], limits: Sequence[int], vocabulary: int, branches: bool) -> None:
+    """See that drafts can be computed.
+
+    Args:
+        drafts: What a drafter proposed, one for each of its texts.
+        limits: The most tokens behind one another, for each.
+        vocabulary: Ids are smaller.
+        branches: Whether several guesses may stand behind one.
+
+    Raises:
+        CallbackFailed: They cannot; the message says why.
+    """
+    if not isinstance(drafts, list) or len(drafts) != len(limits):
+        got = f"{len(drafts)} drafts" if isinstance(drafts, list) else type(drafts).__name__
+        raise CallbackFailed(f"propose() returns a list with a draft for each of {len(limits)} text(s), got {got}.")
+    for draft, limit in zip(drafts, limits, strict=True):
+        if not isinstance(draft, Draft) or not isinstance(draft.tokens, list):
+            got = type(draft.tokens if isinstance(draft, Draft) else draft).__name__
+            raise CallbackFailed(f"propose() gives Draft(tokens, grounds) with a list of ids as tokens, got {got}.")
+        count = len(draft.tokens)
+        for token in draft.tokens:
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise CallbackFailed(f"propose() guessed {token!r}; the model's ids are 0 to {vocabulary - 1}.")
+        if len(draft.grounds) != count:
+            raise CallbackFailed(f"propose() gave {len(draft.grounds)} grounds for {count} tokens; each has its own.")
+        depths: list[int] = []  # how many stand behind one another up to each token
+        parents = range(-1, count - 1) if draft.parents is None else draft.parents
+        for index, parent in enumerate(parents):
+            if not (-1 <= parent < index if branches else parent == index - 1):
+                raise CallbackFailed(
+                    f"propose() gave the parents {draft.parents}: each is the place of an earlier token, or -1"
+                    + ("." if branches else "; nothing may branch here.")
+                )
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        if len(depths) != count:
+            raise CallbackFailed(f"propose() gave {len(depths)} parents for {count} tokens; each has its own.")
+        if max(depths, default=0) > limit or count > max(limit, MOST_NODES):
+            raise CallbackFailed(f"propose() guessed {count} tokens where the limit is {limit}.")
 
 
 def place(index: int) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from itertools import takewhile
 from time import perf_counter
 from typing import Any, Protocol
 
-from .drafter import PLACES, Draft, Drafter, Odds, Text, place
+from .drafter import PLACES, Draft, Drafter, Odds, Text, check, place
 from .length import PassCosts, choose_drafts
 
 LONGEST = 15  # drafts of a request in a step
@@ -50,6 +50,7 @@ class Speculator:
 
     Args:
         drafter: Who guesses.
+        vocabulary: Ids that the model can read are smaller.
         measure: Returns the seconds of one pass over so many tokens.
         num_tokens: Drafts of a request in each step; `None` for as many as pay.
         branches: Whether a pass can compute several drafts behind one token.
@@ -60,6 +61,7 @@ class Speculator:
     def __init__(
         self,
         drafter: Drafter,
+        vocabulary: int,
         measure: Callable[[int], float],
         num_tokens: int | None,
         branches: bool = False,
@@ -70,6 +72,7 @@ class Speculator:
         self.branches = branches
         self.even = even
         self.seconds = 0.0  # that the drafter has taken
+        self._vocabulary = vocabulary
         self._measure = measure
         self._costs: PassCosts | None = None
         self._open: dict[Request, _Open] = {}
@@ -83,6 +86,9 @@ class Speculator:
         Args:
             requests: All that take part in the next step and compute one token.
             limits: The most drafts each can use.
+
+        Raises:
+            CallbackFailed: What the drafter proposed cannot be computed.
         """
         began = perf_counter()
         if self._costs is not None and any(request in self._open for request in requests):  # whom the last step served
@@ -100,7 +106,7 @@ class Speculator:
                 limits = [0] * rows
             more, each = (costs(rows + AHEAD) - costs(rows)) / AHEAD, costs(rows) / rows  # of a draft, and of a token
             odds = Odds(self._chance, lambda seconds: (seconds + more) / each, self.branches)
-            drafts = self.drafter.propose(requests, limits, odds)
+            drafts = self._proposed(requests, limits, odds)
             computed = choose_drafts([self._chances(draft) for draft in drafts], costs)
             if any(computed):
                 self._rest = 0
@@ -108,7 +114,7 @@ class Speculator:
                 self._resting = self._rest = min(REST, 2 * self._rest + 1)
         else:
             odds = Odds(self._chance, lambda seconds: 0.0)
-            drafts = self.drafter.propose(requests, limits, odds)
+            drafts = self._proposed(requests, limits, odds)
             computed = [list(range(len(draft.tokens))) for draft in drafts]
         longest = next((size for size in EVEN if size >= max(map(len, computed))), 0) if self.even else 0
         for request, draft, chosen, limit in zip(requests, drafts, computed, room, strict=True):
@@ -119,6 +125,11 @@ class Speculator:
         now = perf_counter()
         self.seconds += now - began
         self._tokens, self._began = sum(1 + request.drafted for request in requests), now
+
+    def _proposed(self, requests: Sequence[Request], limits: Sequence[int], odds: Odds) -> list[Draft]:
+        drafts = self.drafter.propose(requests, limits, odds)
+        check(drafts, limits, self._vocabulary, self.branches)
+        return drafts
 
     def _chances(self, draft: Draft) -> list[float]:
         """The chance of each guess to count: that it is right, and all it stands behind are."""
