@@ -18,7 +18,7 @@ LLMOptError
 ├── UnsupportedQuantization  a format, or a weight in it, that cannot be handled        (ValueError)
 ├── InvalidLogits        the model produced NaN                                         (ArithmeticError)
 ├── RequestFailed        the model's forward pass raised                                (RuntimeError)
-├── CallbackFailed       a processor, criterion or streamer of the user raised          (RuntimeError)
+├── CallbackFailed       a processor, criterion, eviction method ... of the user raised (RuntimeError)
 ├── RequestCancelled     the request was cancelled before it finished                   (RuntimeError)
 ├── DeadlineExceeded     the request did not finish by its deadline                     (TimeoutError)
 ├── EngineFull           as many requests wait as may wait                              (RuntimeError)
@@ -109,7 +109,7 @@ class RequestFailed(LLMOptError, RuntimeError):
 
 
 class CallbackFailed(LLMOptError, RuntimeError):
-    """A logits processor, stopping criterion or streamer of the user raised; see `__cause__`."""
+    """A logits processor, criterion, streamer, drafter or eviction method of the user raised; see `__cause__`."""
 
 
 class RequestCancelled(LLMOptError, RuntimeError):

@@ -15,7 +15,7 @@ import hf_llmopt
 from hf_llmopt import AttentionConfig, KVCacheConfig, LLMOptConfig, QuantizationConfig, SpeculativeConfig, demo
 from hf_llmopt.attention import Call, StepInputs
 from hf_llmopt.config import OWN
-from hf_llmopt.errors import InvalidCheckpoint, InvalidOption
+from hf_llmopt.errors import CallbackFailed, InvalidCheckpoint, InvalidOption
 from hf_llmopt.kernels import reference
 from hf_llmopt.kv_cache.eviction import Eviction, Scored
 from hf_llmopt.speculative import Draft
@@ -214,6 +214,67 @@ def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
         assert llama.llmopt.stats.served_by == "llmopt"
         assert llama.llmopt.stats.evicted_tokens == evicted
         assert evicted or torch.equal(ours, stock)
+    llama.llmopt.release()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("fold", lambda *args: {}[7], r"fold\(\) raised KeyError: 7"),
+        ("score", lambda *args: {}[7], r"score\(\) raised KeyError: 7"),
+        ("score", lambda seen, read: seen[:, :-1], r"score\(\) returned \[\d+, 89\]; a row for each key head is \["),
+        ("ranked", lambda *args: {}[7], r"choose\(\) raised KeyError: 7"),
+        ("choose", lambda scores, kept: None, r"choose\(\) returned NoneType"),
+        ("excess", lambda slots: {}[7], r"excess\(\) raised KeyError: 7"),
+        ("looks", lambda prompt: range(0), r"looks\(90\) returned range\(0, 0\); .* one at least"),
+        ("looks", lambda prompt: [89], r"looks\(90\) returned \[89\]"),
+    ],
+)
+def test_mistakes_of_an_eviction_method_are_told_by_name(name: str, given, message: str, model) -> None:
+    """And what it raised stands behind the error."""
+
+    class Wrong(Scored):
+        def looks(self, prompt: int) -> range:
+            return range(prompt)
+
+        def fold(self, scores: torch.Tensor, seen: torch.Tensor) -> None:
+            scores += seen.sum(dim=(1, 2))
+
+    setattr(Wrong, name, staticmethod(given))
+    llama = model("llama")
+    hf_llmopt.register("eviction", "wrong", Wrong)
+    ids = torch.randint(3, 60, (1, 90))
+    with pytest.raises(CallbackFailed, match=f"eviction 'wrong': {message}") as failed:
+        llama.generate(ids, max_new_tokens=4, llmopt={"kv_cache": {"eviction": "wrong", "keep_ratio": 0.8}})
+    assert isinstance(failed.value.__cause__, KeyError) == ("KeyError" in message)
+    llama.llmopt.release()
+
+
+def test_who_shares_the_pass_in_which_a_method_fails_learns_why(model) -> None:
+    """Both requests have shown some layers by then; the engine serves whoever comes next."""
+
+    class FailsOnce(Scored):
+        calls = 0
+
+        def looks(self, prompt: int) -> range:
+            return range(prompt - 1, prompt)
+
+        def fold(self, scores: torch.Tensor, seen: torch.Tensor) -> None:
+            FailsOnce.calls += 1
+            scores += seen.sum(dim=(1, 2)) if FailsOnce.calls != 2 else {}["second"]
+
+    llama = model("llama")
+    hf_llmopt.register("eviction", "once", FailsOnce)
+    prompts = [torch.randint(3, 60, (90,)) for _ in range(2)]
+    with hf_llmopt.Engine(llama, {"kv_cache": {"eviction": "once", "keep_ratio": 0.8}}) as engine:
+        with llama.llmopt.engine.lock:  # so that they share a pass
+            handles = [engine.submit(ids, max_new_tokens=4, do_sample=False) for ids in prompts]
+        for handle in handles:
+            with pytest.raises(CallbackFailed, match="'once': fold"):
+                handle.result(60)
+        later = engine.submit(prompts[0], max_new_tokens=4, do_sample=False)
+        assert len(later.result(60)) == 4
+        assert later.stats.evicted_tokens > 0
     llama.llmopt.release()
 
 

@@ -257,6 +257,9 @@ class EngineLoop:
             return
         for group in {request.group: None for request, _ in spans if request.group is not None}:
             own = [span for span in spans if span[0].group is group]
+            if any(request.half_seen for request, _ in own):
+                self._fail(group.requests, failure)
+                continue
             try:
                 self._run(own)
             except Exception as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import count, islice
+from typing import cast
 
 from torch import Tensor
 
 from ..config import KVCacheConfig
-from ..errors import InvalidOption, UnsupportedModel
+from ..errors import CallbackFailed, InvalidOption, UnsupportedModel
 from ..kv_cache import PagedStore
-from ..kv_cache.eviction import Scored, Scores, Selection, compact, method, with_rest
+from ..kv_cache.eviction import Scored, Scores, Selection, called, compact, method, with_rest
 from .request import Request
 from .runner import Runner
 
@@ -103,20 +104,23 @@ class Evictor:
         for request in running:
             if request.masked_tail or (request.computed == request.prompt and request in awaited):
                 continue
-            for index in self.full:
-                table = request.tables[index]
-                first, pages = self.method.excess(request.computed - table.evicted)
-                if pages:
-                    table.drop(first, pages)
-                    request.evicted = table.evicted
             selection = request.selection
-            if selection is None or request.computed < request.prompt:
-                continue
             try:
-                self._compact(request, selection, done, runner, grow)
+                self._drop(request)
+                if selection is not None and request.computed >= request.prompt:
+                    self._compact(request, selection, done, runner, grow)
             except Exception as error:
                 failed.append((request, error))
         return failed
+
+    def _drop(self, request: Request) -> None:
+        """Give the pages back that a method without scores takes away."""
+        for index in self.full:
+            table = request.tables[index]
+            first, pages = called(self.method, "excess", request.computed - table.evicted)
+            if pages:
+                table.drop(first, pages)
+                request.evicted = table.evicted
 
     def _compact(
         self,
@@ -155,10 +159,26 @@ class Evictor:
     def _chosen(self, request: Request, selection: Selection, group: int, layer: int) -> Tensor:
         """The slots that each head of a layer keeps, `[kv_heads, kept]`."""
         assert self.scored is not None
-        seen = selection.scores.layers[layer]
+        name = f"eviction {self.method.config.eviction!r}"
+        seen = selection.scores.layers.get(layer)
+        if seen is None:
+            raise InvalidOption(
+                f"{name} looks at the tokens {selection.looks} alone, and the keys of this prompt's came from "
+                "past_key_values: nobody computes their queries. Leave past_key_values out, or choose 'sink'."
+            )
         places = self.store.slots(request.tables[group], 0, selection.held).to(seen.device)
-        scores = self.scored.score(seen, lambda: self.store.read(layer, lambda slots: slots[places]))
-        return self.scored.choose(scores, selection.kept)
+        read = lambda: self.store.read(layer, lambda slots: slots[places])  # noqa: E731
+        scores = called(self.scored, "score", seen, read)
+        self._check(f"{name}: score()", scores, layer, selection.held)
+        chosen = called(self.scored, "choose", scores, selection.kept)
+        self._check(f"{name}: choose()", chosen, layer, selection.kept)
+        return cast(Tensor, chosen)
+
+    def _check(self, what: str, given: object, layer: int, columns: int) -> None:
+        wanted, got = [self.store.layers[layer].kv_heads, columns], type(given).__name__
+        if not isinstance(given, Tensor) or list(given.shape) != wanted:
+            got = str(list(given.shape)) if isinstance(given, Tensor) else got
+            raise CallbackFailed(f"{what} returned {got}; a row for each key head is {wanted}.")
 
     def _replay(
         self, request: Request, selection: Selection, runner: Runner, grow: Callable[[list[int]], None]

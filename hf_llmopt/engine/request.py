@@ -224,6 +224,11 @@ class Request:
         last = len(self.tokens) - 1
         return last if self.selection is None else min(last, self.selection.findable)
 
+    @property
+    def half_seen(self) -> bool:
+        """A pass that failed has shown how its tokens attend in some layers: scores cannot be completed any more."""
+        return self.selection is not None and self.selection.scores.seen > self.computed
+
     def ends_at(self, computed: int) -> int:
         """How far pages must reach before `computed` tokens can be computed: how the end of a prompt is decided on."""
         decides = self.selection is not None and computed >= self.prompt

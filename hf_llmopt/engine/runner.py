@@ -21,7 +21,7 @@ from ..errors import InvalidOption
 from ..fusion import Fusion, launches
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, states_of, upload
-from ..kv_cache.eviction import Scored
+from ..kv_cache.eviction import Scored, called
 from ..walk import running
 from .fixed import Batch
 from .graphs import Graphs
@@ -217,7 +217,7 @@ class Runner:
         slots = slots_of(self.store, spans)
         watches, attend = watches_of(spans), self.attend
         if watches and self._eviction is not None:
-            attend = Observer(attend, watches, self._eviction.fold, self._eviction.weighs)
+            attend = Observer(attend, watches, partial(called, self._eviction, "fold"), self._eviction.weighs)
         names = [request.adapter for request, length in spans for _ in range(length)]
         if self.states:
             self.cache.layers = states_of([request for request, _ in spans]).layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...config import OWN, KVCacheConfig
 from .compact import compact
-from .contract import Eviction, Scored, Scores, Selection, with_rest
+from .contract import Eviction, Scored, Scores, Selection, called, with_rest
 from .expected import ExpectedAttention
 from .h2o import H2O
 from .kvzip import KVzip
@@ -26,4 +26,4 @@ def method(config: KVCacheConfig) -> Eviction | None:
     return made
 
 
-__all__ = ["METHODS", "Eviction", "Scored", "Scores", "Selection", "compact", "method", "with_rest"]
+__all__ = ["METHODS", "Eviction", "Scored", "Scores", "Selection", "called", "compact", "method", "with_rest"]

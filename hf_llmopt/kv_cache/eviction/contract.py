@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...config import KVCacheConfig
+from ...errors import CallbackFailed
 
 FIRST = 4  # first tokens that every method keeps: heads that have nothing to look for attend to them
 
@@ -121,8 +123,16 @@ class Scored(Eviction, ABC):
     def selection(self, prompt: int, held: int) -> Selection | None:
         """As many as are above `kept`."""
         kept = self.kept(prompt)
-        spare = min(prompt, self.replayed)
-        return Selection(prompt, held, kept, self.looks(prompt), spare) if kept < held else None
+        if kept >= held:
+            return None
+        looks = called(self, "looks", prompt)
+        within = isinstance(looks, range) and looks.step == 1 and looks.start >= 0 and looks.stop <= prompt
+        if not within or not (looks or self.replayed):
+            raise CallbackFailed(
+                f"eviction {self.config.eviction!r}: looks({prompt}) returned {looks!r}; it is a range of the prompt's "
+                f"tokens, one at least: range({prompt - 1}, {prompt}), say, for the last one."
+            )
+        return Selection(prompt, held, kept, looks, min(prompt, self.replayed))
 
     @abstractmethod
     def looks(self, prompt: int) -> range:
@@ -160,6 +170,19 @@ class Scored(Eviction, ABC):
         """The slots that each head keeps, in their order, `[kv_heads, kept]`."""
         found: Tensor = self.ranked(scores, kept).topk(kept, dim=1).indices.sort(dim=1).values
         return found
+
+
+def called(method: Eviction, name: str, *args: Any) -> Any:
+    """What a function of a method returns; where it raises, the error says whose it is.
+
+    Raises:
+        CallbackFailed: It raised.
+    """
+    try:
+        return getattr(method, name)(*args)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CallbackFailed(f"eviction {method.config.eviction!r}: {name}() raised {what}") from error
 
 
 def with_rest(chosen: Tensor, held: int, rest: int) -> Tensor:
