@@ -19,6 +19,7 @@ import hf_llmopt
 from hf_llmopt import errors
 from hf_llmopt.bench import pages
 from hf_llmopt.cli import app
+from hf_llmopt.config.llmopt import SECTIONS as SECTIONS_OF_KEYWORD
 from hf_llmopt.errors import InvalidOption
 
 ROOT = Path(__file__).parent.parent
@@ -292,3 +293,30 @@ def test_marks_ask_for_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "hops.json").write_text('{"bench": "hopps"}', "utf-8")
     with pytest.raises(InvalidOption, match="Did you mean 'hops'"):
         pages.filled(mark, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- what options exist
+
+
+def test_the_quickstart_lists_all_options_and_backends() -> None:
+    """Options of calibration and of files stand on the page of their part, to which the quickstart points."""
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (DOCS / "quickstart.md").read_text("utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    listed: dict[str, set[str]] = {}
+    for row in rows:
+        if len(row) == 4:
+            section = row[0].strip("`") or section
+            listed.setdefault(section, set()).update(re.findall(r"`(\w+)`", row[1]))
+    for section, kind in SECTIONS_OF_KEYWORD.items():
+        names = {field.name for field in dataclasses.fields(kind)}
+        if section == "quantization":
+            assert listed[section] < names
+        else:
+            assert listed[section] == names, section
+    top = {field.name for field in dataclasses.fields(hf_llmopt.LLMOptConfig)} - set(SECTIONS_OF_KEYWORD)
+    assert listed["top level"] == top
+    backends = {row[0].strip('`"') for row in rows if len(row) == 2 and row[0].startswith('`"')}
+    assert backends == set(hf_llmopt.AttentionConfig.__dataclass_fields__["backend"].metadata["choices"])

@@ -55,6 +55,7 @@ def test_parts_beside_a_preset() -> None:
         (["memroy"], "Did you mean 'memory'"),
         ("latency,throughput", "'latency' and 'throughput', which are for different ends"),
         (["memory", "int5"], "Did you mean 'int8'|Did you mean 'int4'"),
+        (["kv_cache", {"attention": "sdpa"}], "Use one dict for sections"),
     ],
 )
 def test_near_misses(value: object, match: str) -> None:

@@ -149,6 +149,11 @@ class LLMOptConfig:
         if not names:
             raise InvalidOption(f"llmopt= got no name. Allowed: {', '.join(map(repr, allowed))}, True or False.")
         for name in names:
+            if isinstance(name, (Mapping, Section)):
+                raise InvalidOption(
+                    f"llmopt= got {name!r} in a list, which takes names. Use one dict for sections: "
+                    '{"kv_cache": True, "attention": "sdpa"}, say.'
+                )
             if isinstance(name, str) and name in SECTIONS and name not in PARTS:
                 raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
             if not isinstance(name, str) or name not in allowed:

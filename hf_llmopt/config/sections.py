@@ -89,8 +89,8 @@ class AttentionConfig(Section):
     Args:
         backend: `"cpu"` reads pages where they lie, in C; `"triton"` likewise on a GPU; `"sdpa"` through torch's scaled
             dot product attention; `"reference"` is the plain-torch definition of what correct means, and slow. `"auto"`
-            takes the first that can run; on a GPU the fastest for each kind of pass, other packages included, measured
-            once and remembered.
+            takes "cpu" on the CPU, where the kernels were built; on a GPU the fastest for each kind of pass, other
+            packages included, measured once and remembered; else "sdpa".
 
     Example:
         >>> from hf_llmopt import AttentionConfig
