@@ -306,6 +306,7 @@ def test_the_quickstart_lists_all_options_and_backends() -> None:
         if line.startswith("|")
     ]
     listed: dict[str, set[str]] = {}
+    section = ""
     for row in rows:
         if len(row) == 4:
             section = row[0].strip("`") or section
