@@ -163,6 +163,19 @@ def test_what_is_wrong_is_found(monkeypatch, measured) -> None:
     assert all(cell["ratio"] is None for cell in unit["cells"] if not cell["passed"])
 
 
+def test_figures_of_quick_have_no_interval_and_no_verdict(measured) -> None:
+    whole = copy.deepcopy(measured[0])
+    for case in whole["cases"]:
+        case["ratios"]["True"] |= {"ratio": 2.0, "low": 1.875, "high": 2.125, "not_slower": True}
+    quick = {**whole, "quick": True}
+    for report, said in ((whole, True), (quick, False)):
+        text = all_tables.page(report) + slide.slide(report, "light")
+        for words in ("[1.88, 2.12]", "not slower than stock in 3 of 3", "95 % interval"):
+            assert (words in text) == said
+        assert "2.00" in text
+        assert all_tables.tables(report)[0].rows[0][-1] == ("yes" if said else "")
+
+
 def test_quality_beyond_its_bound_fails(monkeypatch) -> None:
     monkeypatch.setitem(all_matrix.LOGITS, "int4", 0.001)
     model = build("llama")
@@ -227,6 +240,8 @@ def test_command(tmp_path: Path, measured) -> None:
     done = run("--report", str(saved), "--markdown", "--plots", str(tmp_path))
     assert done.exit_code == 0, done.output
     assert "48 of 48 combinations" in done.stdout
+    assert "not slower than stock in" not in done.stdout  # nothing is claimed of so few tokens
+    assert "interval" not in done.stdout.replace("the interval begins at 0.97", "")
     assert {path.name for path in tmp_path.iterdir()} == {"all.json", "all.svg", "all-dark.svg"}
     for name in ("all", "all-dark"):
         assert (tmp_path / f"{name}.svg").read_text() == pages.drawn(tmp_path / f"{name}.svg")

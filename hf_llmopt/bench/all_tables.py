@@ -18,11 +18,23 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     Args:
         report: As `bench` returned it, or as read back from JSON.
     """
+    report = shown(report)
     made = [_cases(report), _ways(report), _alone(report), _quality(report), _matrix(report)]
     found = [table for table in made if table.rows]
     if found:
         found[-1] = replace(found[-1], caption="; ".join(filter(None, [found[-1].caption, _caption(report)])))
     return found
+
+
+def shown(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A report as it is shown: of one of --quick, whose figures do not count, no interval."""
+    return {name: _without_intervals(value) for name, value in report.items()} if report.get("quick") else report
+
+
+def _without_intervals(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: None if key in ("low", "high") else _without_intervals(inner) for key, inner in value.items()}
+    return [_without_intervals(inner) for inner in value] if isinstance(value, list) else value
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -34,7 +46,7 @@ def page(report: Mapping[str, Any]) -> str:
 def verdicts(report: Mapping[str, Any]) -> list[str]:
     """What the report says, a sentence each."""
     said = []
-    if report["cases"]:
+    if report["cases"] and not report.get("quick"):
         behind, number = slower(report), len(report["cases"])
         said.append(
             f"llmopt=True: not slower than stock in {number - len(behind)} of {number} cases"
@@ -62,7 +74,7 @@ def _caption(report: Mapping[str, Any]) -> str:
             f"{report['environment']['threads']} threads",
             f"prompts: {report['prompts']}",
             f"medians of {report['repeats']} interleaved rounds, each with prompts of its own",
-            "× is the geometric mean of paired ratios with its 95 % interval",
+            "× is the geometric mean of paired ratios" + ("" if report.get("quick") else " with its 95 % interval"),
         ]
     )
 
@@ -81,7 +93,7 @@ def _cases(report: Mapping[str, Any]) -> Table:
                 *(f"{way['kv_bytes'] / 2**20:.2f}" for way in (stock, ours)),
                 same_text(case["equality"][AUTOMATIC]),
                 "FAILED" if ratio is None else ratio_text(ratio),
-                "" if ratio is None else "yes" if ratio["not_slower"] else "not shown",
+                "" if ratio is None or report.get("quick") else "yes" if ratio["not_slower"] else "not shown",
             ]
         )
     columns = [

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from .all_cases import AUTOMATIC
 from .all_plan import PARTS
-from .all_tables import verdicts
+from .all_tables import shown, verdicts
 from .report import machine_text, model_text
 
 WIDTH, HEIGHT = 1280, 720
@@ -43,14 +43,14 @@ def slide(report: Mapping[str, Any], theme: str = "light") -> str:
         report: Of `bench all`; of one that was not finished, what is there.
         theme: A name in `THEMES`.
     """
-    colors = THEMES[theme]
+    colors, report = THEMES[theme], shown(report)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="14" '
         'font-family="Inter, Segoe UI, Helvetica, Arial, sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{colors.back}"/>',
         _text(LEFT, 62, "The same tokens, sooner", colors.ink, size=34, weight=700),
         _text(LEFT, 94, f"times as fast as stock transformers: {model_text(report['model'])}", colors.faint, size=17),
-        *_bars(report["cases"], colors),
+        *_bars(report["cases"], colors, bool(report.get("quick"))),
         *_heat(report["matrix"], colors),
     ]
     for number, line in enumerate(verdicts(report)[:3]):
@@ -62,8 +62,10 @@ def slide(report: Mapping[str, Any], theme: str = "light") -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _bars(cases: Sequence[Mapping[str, Any]], theme: Theme) -> Iterator[str]:
-    yield _text(LEFT, TOP - 18, "llmopt=True, with 95 % intervals", theme.ink, size=16, weight=600)
+def _bars(cases: Sequence[Mapping[str, Any]], theme: Theme, quick: bool) -> Iterator[str]:
+    yield _text(
+        LEFT, TOP - 18, "llmopt=True" + ("" if quick else ", with 95 % intervals"), theme.ink, size=16, weight=600
+    )
     found = [(case, case["ratios"].get(AUTOMATIC)) for case in cases]
     # An interval that is many times as wide as its bar would leave no room for the bars.
     top = max([min(ratio["high"] or 0.0, 1.5 * ratio["ratio"]) for _, ratio in found if ratio] or [1.0]) or 1.0
@@ -80,7 +82,7 @@ def _bars(cases: Sequence[Mapping[str, Any]], theme: Theme) -> Iterator[str]:
         if ratio is None:
             yield _text(start + 6, middle + 5, "other tokens", theme.bad, size=13)
             continue
-        color = theme.bar if ratio["not_slower"] else theme.bad
+        color = theme.bar if quick or ratio["not_slower"] else theme.bad
         yield _box(start, y + (height - thick) / 2, x(ratio["ratio"]) - start, thick, color, radius=2)
         if ratio["low"] is not None:
             yield _line(x(ratio["low"]), middle, x(ratio["high"]), middle, theme.ink, 1.5)
