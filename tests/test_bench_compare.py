@@ -33,13 +33,19 @@ def test_figures_are_found_by_name_not_by_place() -> None:
     assert found["missing"] == ["cases, z, ms"]
 
 
+def test_a_ratio_is_called_by_what_is_over_what() -> None:
+    ends = {"way": "llmopt", "over": "stock", "ratio": 2.0, "low": 1.9, "high": 2.1}
+    saved = {"bench": "kv_cache", "workloads": [{"name": "long", "ratios": [ends]}]}
+    assert [entry["what"] for entry in comparison.compare(saved, saved)["ratios"]] == ["long: llmopt × stock"]
+
+
 def test_ratios_of_ratios() -> None:
     found = comparison.compare(report([1.0], (2.0, 1.8, 2.2)), report([1.0], (1.0, 0.9, 1.1)))
     (entry,) = found["ratios"]
-    assert entry["what"] == "cases, one float32, ratios, True"
+    assert entry["what"] == "one float32: True"
     assert entry["times"] == pytest.approx(0.5)
     assert 0.5 * (1.8 / 2.2) < entry["low"] < 0.45 < 0.55 < entry["high"] < 0.5 * (2.2 / 1.8)
-    assert comparison.below(found, 0.6) == ["cases, one float32, ratios, True: 1.00, was 2.00"]
+    assert comparison.below(found, 0.6) == ["one float32: True: 1.00, was 2.00"]
     assert comparison.below(found, 0.4) == []
     without = comparison.compare(report([1.0], (2.0, None, None)), report([1.0], (1.0, 0.9, 1.1)))["ratios"][0]
     assert (without["low"], without["high"]) == (None, None)
@@ -99,7 +105,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0  # whatever the figures say
     assert "lower" in done.stdout
     assert "higher" in done.stdout
-    assert "below 0.5 of what it was: cases, one float32, ratios, True: 0.50, was 2.00" in done.stderr
+    assert "below 0.5 of what it was: one float32: True: 0.50, was 2.00" in done.stderr
     assert "seconds" not in run(first, second).stdout
     assert json.loads(run(first, second, "--json").stdout)["ratios"][0]["times"] == 0.25
     assert run(first, second, "--markdown").stdout.startswith("**compare: ratios of all**")
@@ -118,7 +124,7 @@ def test_the_baseline_is_of_what_ci_measures() -> None:
     assert baseline["passed"]
     assert baseline["complete"]
     found = comparison.compare(baseline, baseline)
-    assert {entry["what"].rpartition(", ")[2] for entry in found["ratios"]} == set(WAYS) - {"stock"}
-    assert [entry["what"].split(",")[1].strip() for entry in found["ratios"] if entry["what"].endswith(" True")] == [
+    assert {entry["what"].rpartition(": ")[2] for entry in found["ratios"]} == set(WAYS) - {"stock"}
+    assert [entry["what"].rpartition(": ")[0] for entry in found["ratios"] if entry["what"].endswith(": True")] == [
         f"{case.name} bfloat16" for case in Plan().cases if not case.sampled
     ]

@@ -15,7 +15,7 @@ from .report import Table
 
 Path = tuple[str, ...]
 SETTINGS = ("environment", "plan", "model")  # what a report was made with is no figure
-NAMED = ("name", "dtype", "way", "over")  # what tells the entries of a list apart
+NAMED = ("name", "dtype", "way")  # what tells the entries of a list apart
 COLUMNS = ["what", "first", "second", "second / first", ""]
 MACHINE = ("hardware", "threads", "cpu_capability")
 
@@ -50,7 +50,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         kind = "ratios" if "ratio" in ours[path] else "figures"
         entry = (_of_ratios if kind == "ratios" else _of_samples)(ours[path], theirs[path])
         if entry is not None:
-            found[kind].append({"what": ", ".join(path), **entry})
+            found[kind].append({"what": _called(path), **entry})
     return {
         "bench": "compare",
         "schema": 1,
@@ -59,7 +59,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         "machines": _differences(first, second),
         "quick": bool(first.get("quick") or second.get("quick")),
         **found,
-        "missing": [", ".join(path) for path in [*ours, *theirs] if path not in both],
+        "missing": [_called(path) for path in [*ours, *theirs] if path not in both],
     }
 
 
@@ -82,7 +82,16 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any
         for number, inner in enumerate(value):
             if isinstance(inner, Mapping):
                 name = " ".join(str(inner[key]) for key in NAMED if isinstance(inner.get(key), str))
+                name += f" × {inner['over']}" if isinstance(inner.get("over"), str) else ""
                 yield from leaves(inner, (*path, name or str(number)))
+
+
+def _called(path: Path) -> str:
+    """A figure's name: where it stands; of a ratio, of which case and of what over what."""
+    if "ratios" not in path:
+        return ", ".join(path)
+    place = path.index("ratios")
+    return f"{', '.join(path[1:place])}: {', '.join(path[place + 1 :])}"
 
 
 def below(report: Mapping[str, Any], bound: float) -> list[str]:
