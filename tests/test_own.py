@@ -171,6 +171,19 @@ def test_a_bad_draft_costs_guesses_and_no_result(name: str, model) -> None:
     llama.llmopt.release()
 
 
+def test_a_name_that_is_given_again_counts_from_release_on(model) -> None:
+    llama, first, second = model("llama"), AlwaysWrong(), AlwaysWrong()
+    keyword = {"speculative": {"method": "wrong", "num_tokens": 3}}
+    for drafter, release, used in ((first, False, False), (second, False, False), (second, True, True)):
+        hf_llmopt.register("drafter", "wrong", lambda given, drafter=drafter: drafter)
+        if release:
+            llama.llmopt.release()
+        llama.generate(torch.arange(3, 9)[None], max_new_tokens=3, min_new_tokens=3, llmopt=keyword)
+        assert first.ended > 0
+        assert (second.ended > 0) == used
+    llama.llmopt.release()
+
+
 @pytest.mark.filterwarnings("ignore:llmopt. nothing is guessed any more")
 @pytest.mark.parametrize("method", ["propose", "learn", "forget"])
 def test_a_drafter_that_fails_harms_no_request_of_an_engine(method: str, model) -> None:

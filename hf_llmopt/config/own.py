@@ -32,7 +32,7 @@ def register(kind: str, name: str, made: Any) -> None:
     """Give a name to a drafter, an eviction method, an attention kernel or a file format of your own.
 
     From then on, in this process, configs take the name. A name of yours may be given again, to something else; engines
-    that run keep what they have. The guides have a template for each kind.
+    that run keep what they have until `model.llmopt.release()`. The guides have a template for each kind.
 
     Args:
         kind: `"eviction"`: a subclass of `hf_llmopt.kv_cache.eviction.Eviction`, for `KVCacheConfig(eviction=name)`.
