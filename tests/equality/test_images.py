@@ -33,6 +33,8 @@ def tiny(name: str):
 def test_equal(name, sampling):
     """Rows of different lengths, padded on the left; logits within rounding."""
     model, inputs = tiny(name)
+    if "image" not in model.input_modalities:
+        pytest.skip("this transformers does not say that the model reads images")
     ours = assert_equal(model, {**inputs, **KW, **LOGITS, **sampling}, llmopt=SMALL_PAGES, own_caches=False)
     assert model.llmopt.stats.steps == NEW  # the first of them is the model's own
     assert len(ours.logits) == NEW
@@ -102,8 +104,10 @@ def test_submitted():
         handles = [engine.submit(**given, **KW, **GREEDY) for given in (one, text)]
         for handle, given, whole in zip(handles, (one, text), expected, strict=True):
             assert handle.result() == whole[0, given["input_ids"].shape[1] :].tolist()
-        with pytest.raises(InvalidRequest, match="cannot share a prompt with images"):
-            engine.submit(**one, **KW, **SAMPLED, num_return_sequences=2)
+    model, inputs = tiny("llava")
+    one = {name: value[:1] for name, value in inputs.items()}
+    with Engine(model) as engine, pytest.raises(InvalidRequest, match="cannot share a prompt with images"):
+        engine.submit(**one, **KW, **SAMPLED, num_return_sequences=2)
 
 
 def test_what_is_not_served():
