@@ -139,9 +139,11 @@ def _rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _of_ratios(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any] | None:
     """How many times as large a ratio is; their logarithms' intervals add up as those of independent errors."""
+    if not _positive(first["ratio"], second["ratio"]):
+        return None
     times = second["ratio"] / first["ratio"]
     low = high = None
-    if None not in (first["low"], second["low"], first["high"], second["high"]):
+    if _positive(first["low"], second["low"], first["high"], second["high"]):
         halves = [math.log(each["high"] / each["low"]) / 2 for each in (first, second)]
         width = math.exp(min(math.hypot(*halves), 700.0))
         low, high = times / width, times * width
@@ -150,8 +152,10 @@ def _of_ratios(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 def _of_samples(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any] | None:
     """How many times as large a figure is: Welch's t on the logarithms; `None` where one is not positive."""
+    if not all(isinstance(each["samples"], list) and _positive(*each["samples"]) for each in (first, second)):
+        return None
     samples = [np.asarray(each["samples"], dtype=float) for each in (first, second)]
-    if any(not len(each) or (each <= 0).any() for each in samples):
+    if not all(map(len, samples)):
         return None
     logs = [np.log(each) for each in samples]
     times = float(np.exp(logs[1].mean() - logs[0].mean()))
@@ -167,8 +171,13 @@ def _of_samples(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
     return {"first": medians[0], "second": medians[1], "times": times, "low": low, "high": high}
 
 
+def _positive(*values: Any) -> bool:
+    """Whether all are numbers that have a logarithm."""
+    return all(isinstance(value, int | float) and value > 0 for value in values)
+
+
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    one, other = (report.get("environment", {}) for report in (first, second))
+    one, other = (report.get("environment") or {} for report in (first, second))
     differ = [name for name in MACHINE if one.get(name) != other.get(name)]
-    versions = [each.get("versions", {}) for each in (one, other)]
+    versions = [each.get("versions") or {} for each in (one, other)]
     return differ + [name for name in versions[0] if versions[0][name] != versions[1].get(name)]

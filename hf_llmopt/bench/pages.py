@@ -13,9 +13,8 @@ contains "overhead". A picture `results/kv_cache.svg` is drawn from the report b
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,18 +81,42 @@ FIGURES = re.compile(
 )
 
 
-def load(path: Path) -> Report:
-    """A report that was saved.
+def readable(text: str, path: Path, benches: Iterable[str] = TABLES) -> Report:
+    """A report from its text, whose tables can be made.
+
+    Args:
+        text: JSON.
+        path: Where it stood, for messages.
+        benches: The benchmarks whose reports are wanted.
 
     Raises:
-        InvalidOption: It did not pass, or there is no benchmark of its name.
+        InvalidOption: It is no report, one of another benchmark, or one that lacks what the tables show.
     """
-    found: Report = json.loads(path.read_text("utf-8"))
-    if found.get("bench") not in TABLES:
-        raise unknown(f"{path}: the benchmark", found.get("bench"), TABLES)
-    if not found.get("passed", True):
-        raise InvalidOption(f"{path}: its results were wrong, so its figures are not shown; measure it again")
+    found, wanted = report.parsed(text, path), list(benches)
+    name = found["bench"]
+    if name not in wanted:
+        raise unknown(f"{path}: the benchmark", name, wanted)
+    try:
+        for view in TABLES[name](found):
+            markdown(view)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InvalidOption(
+            f"{path} has not what a report of {name!r} has ({type(error).__name__}: {error}): another version wrote "
+            "it, or it was changed. Measure again."
+        ) from error
     return found
+
+
+def load(path: Path) -> Report:
+    """A report that was saved and passed.
+
+    Raises:
+        InvalidOption: It did not pass, or as `readable`.
+    """
+    text = _text(path)
+    if not report.parsed(text, path).get("passed", True):
+        raise InvalidOption(f"{path}: its results were wrong, so its figures are not shown; measure it again")
+    return readable(text, path)
 
 
 def tables(found: Report, title: str | None = None) -> list[Table]:
@@ -149,7 +172,7 @@ def refresh(path: Path) -> Iterator[Path]:
     """
     pages = [path] if path.is_file() else sorted(path.rglob("*.md"))
     for page in pages:
-        yield from _write(page, filled(page.read_text("utf-8"), page.parent))
+        yield from _write(page, filled(_text(page), page.parent))
     for picture in sorted(path.glob("results/*.svg")):
         yield from _write(picture, drawn(picture))
 
@@ -169,6 +192,13 @@ def drawn(picture: Path) -> str:
 
 
 def _write(path: Path, text: str) -> Iterator[Path]:
-    if path.read_text("utf-8") != text:
+    if _text(path) != text:
         path.write_text(text, "utf-8")
         yield path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidOption(f"{path} is no text: {error}.") from error

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from hf_llmopt.errors import InvalidOption
 
 from .equality import Equality
 from .measure import Ratio
+
+
+def parsed(text: str, path: Path) -> dict[str, Any]:
+    """A report of any benchmark from its text.
+
+    Args:
+        text: JSON.
+        path: Where it stood, for messages.
+
+    Raises:
+        InvalidOption: It is no report.
+
+    Example:
+        >>> from pathlib import Path
+        >>> parsed('{"bench": "all"}', Path("all.json"))
+        {'bench': 'all'}
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidOption(f"{path} is no report: it is no JSON ({error}). Was it cut?") from error
+    if not isinstance(found, dict) or "bench" not in found:
+        raise InvalidOption(f'{path} is no report of `hf-llmopt bench`: it has no "bench".')
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from json import loads
 from typing import Annotated, Any
 
 import typer
 
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
-from ..texts import read_text
 from .options import (
     Markdown,
     Model,
@@ -22,6 +20,7 @@ from .options import (
     Shape,
     load_or_build,
     parent,
+    read_report,
     require_folders,
     require_known,
 )
@@ -66,8 +65,9 @@ def every(
     if resume and output is None:
         raise UserError("--resume goes on with the report in a file: give --output FILE too")
     if saved is not None:
-        report = loads(read_text(saved))
+        report = read_report(saved, "all")
     else:
+        former = read_report(output, "all") if resume and output is not None and output.exists() else None
         loaded, texts, name = load_or_build(model, shape, dtype, device, seed)
         own = str(loaded.dtype).removeprefix("torch.")
         first: dict[str, Any] = {own: loaded}
@@ -80,7 +80,6 @@ def every(
         plan = all_plan.Plan() if name == "demo" else all_plan.in_small(all_plan.Plan())
         plan = all_plan.in_miniature(plan) if quick else plan
         plan = replace(plan, repeats=repeat) if repeat is not None else plan
-        former = loads(read_text(output)) if resume and output is not None and output.exists() else None
 
         def keep(report: dict[str, Any]) -> None:
             if output is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from json import JSONDecodeError, loads
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,7 +35,7 @@ def compare(
     from hf_llmopt.bench import report as reports
 
     require_folders(parent(output))
-    found = bench.compare(_read(first), _read(second))
+    found = bench.compare(*(reports.parsed(read_text(path), path) for path in (first, second)))
     if only is not None:
         for kind in ("ratios", "figures"):
             found[kind] = [entry for entry in found[kind] if only in entry["what"]]
@@ -54,13 +53,3 @@ def compare(
             ui.table(view.title, view.columns, view.rows, view.names, view.caption)
     for line in bench.below(found, bound):
         ui.warn(f"below {bound:g} of what it was: {line}")
-
-
-def _read(path: Path) -> Any:
-    try:
-        found = loads(read_text(path))
-    except JSONDecodeError as error:
-        raise UserError(f"{path} is no report: it is no JSON ({error})") from error
-    if not isinstance(found, dict) or "bench" not in found:
-        raise UserError(f'{path} is no report of `hf-llmopt bench`: it has no "bench"')
-    return found

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from json import loads
 from typing import Annotated, Any
 
 import typer
 
 from .. import ui
 from ..command import Json, UserError
-from ..texts import read_text
-from .options import Markdown, Output, Plots, Quick, Repeat, Saved, Seed, parent, require_folders, require_known
+from .options import (
+    Markdown,
+    Output,
+    Plots,
+    Quick,
+    Repeat,
+    Saved,
+    Seed,
+    parent,
+    read_report,
+    require_folders,
+    require_known,
+)
 from .shown import record, show
 
 
@@ -49,7 +59,7 @@ def flash_attention(
     device = device or ("cuda" if torch.cuda.is_available() and not only else "cpu")
     report: dict[str, Any]
     if saved is not None:
-        report = loads(read_text(saved))
+        report = read_report(saved, "flash attention", "flash attention on a CPU")
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("found no CUDA device; --device cpu measures the CPU, --report FILE shows a saved report")
     elif device == "cuda":

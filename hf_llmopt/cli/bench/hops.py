@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import loads
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -11,8 +10,7 @@ import typer
 
 from .. import ui
 from ..command import Dtype, Json, UserError
-from ..texts import read_text
-from .options import Markdown, Model, Output, Quick, Repeat, Saved, parent, require_folders
+from .options import Markdown, Model, Output, Quick, Repeat, Saved, parent, read_report, require_folders
 from .shown import record, show
 
 
@@ -37,7 +35,7 @@ def hops(
 
     require_folders(parent(output))
     if saved is not None:
-        report = loads(read_text(saved))
+        report = read_report(saved, "hops")
     else:
         from hf_llmopt import Engine
         from hf_llmopt.bench import serve_process
@@ -55,4 +53,4 @@ def hops(
             except serve_process.NoServer as error:
                 raise UserError(f"a server did not start: {error}") from error
         record(report, output, quick)
-    show(report, hops_tables.tables(report), report["reasons"], json, markdown)
+    show(report, hops_tables.tables(report), report.get("reasons", ()), json, markdown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..command import UserError
+from ..texts import read_text
 
 Model = Annotated[
     str | None, typer.Option(help="A folder, a name on the hub, or `demo`, the embedded model, which is the default.")
@@ -31,16 +33,39 @@ def require_folders(*folders: Path | None) -> None:
     """Refuse to measure for nothing.
 
     Raises:
-        UserError: A folder that is to be written to does not exist.
+        UserError: A folder that is to be written to does not exist, or may not be written to.
     """
     for folder in folders:
         if folder is not None and not folder.is_dir():
             raise UserError(f"there is no folder {str(folder)!r} to write to")
+        if folder is not None and not os.access(folder, os.W_OK):
+            raise UserError(f"the folder {str(folder)!r} may not be written to")
 
 
 def parent(path: Path | None) -> Path | None:
-    """The folder of a file, if there is to be one."""
+    """The folder of a file, if there is to be one.
+
+    Raises:
+        UserError: It is a folder itself.
+    """
+    if path is not None and path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; name a file in it")
     return None if path is None else path.parent
+
+
+def read_report(path: Path, *benches: str) -> dict[str, Any]:
+    """A report of one of these benchmarks, which can be shown.
+
+    Raises:
+        InvalidOption: It is none, or lacks what is shown.
+        UserError: There is no such file, or no text in it.
+    """
+    from hf_llmopt.bench import pages
+
+    report = pages.readable(read_text(path), path, benches)
+    if not isinstance(report.get("passed"), bool):
+        raise UserError(f'{path} does not say whether it "passed": it is not what --output wrote')
+    return report
 
 
 def require_known(what: str, names: Iterable[str] | None, known: Iterable[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import loads
 from typing import Annotated, Any
 
 import typer
@@ -10,8 +9,19 @@ import typer
 from .. import ui
 from ..command import Json, UserError
 from ..models import usable
-from ..texts import read_text
-from .options import Markdown, Output, Plots, Quick, Repeat, Saved, Seed, parent, require_folders, require_known
+from .options import (
+    Markdown,
+    Output,
+    Plots,
+    Quick,
+    Repeat,
+    Saved,
+    Seed,
+    parent,
+    read_report,
+    require_folders,
+    require_known,
+)
 from .shown import record, show
 
 
@@ -63,7 +73,7 @@ def quantization(
     counts = _rows(rows)
     usable(device)
     if saved is not None:
-        report = loads(read_text(saved))
+        report = read_report(saved, "quantization")
     else:
         if not ui.talks():
             logging.disable_progress_bar()

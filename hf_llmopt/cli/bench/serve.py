@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import loads
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,6 @@ import typer
 
 from .. import ui
 from ..command import Device, Dtype, Json, Llmopt, UserError, keyword
-from ..texts import read_text
 from .options import (
     Markdown,
     Model,
@@ -25,6 +23,7 @@ from .options import (
     chosen,
     load_or_build,
     parent,
+    read_report,
     require_folders,
 )
 from .shown import record, show
@@ -73,7 +72,7 @@ def serve(
 
     require_folders(parent(output), plots)
     if saved is not None:
-        report = loads(read_text(saved))
+        report = read_report(saved, "serve")
     else:
         plan = bench.Plan(
             serve_load.QUICK if quick else serve_load.Load(requests, groups),
@@ -88,7 +87,7 @@ def serve(
         record(report, output, quick)
     if plots is not None and report["points"]:
         (plots / "serve.svg").write_text(drawings.served(report["points"]), "utf-8")
-    show(report, serve_tables.tables(report), report["reasons"], json, markdown)
+    show(report, serve_tables.tables(report), report.get("reasons", ()), json, markdown)
 
 
 def _measure(
