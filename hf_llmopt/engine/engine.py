@@ -139,6 +139,8 @@ class EngineLoop:
         """Set the pages aside that the group's rows may ever need; `False` if that is not possible yet."""
         self.budget.check_fits(group)
         members = group.requests
+        if group.submitted and len(self.scheduler.running) >= self.config.batching.max_requests:
+            return False
         wanted = self.budget.outstanding(members)
         others = self.budget.outstanding([request for request in self.scheduler.running if request.protected])
         # Rows of one group get equal room, so that their runs of pages lie at equal distances.
@@ -146,7 +148,8 @@ class EngineLoop:
         self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
         if any(a + b > c for a, b, c in zip(wanted, others, self.budget.capacity(), strict=True)):
             # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
-            if all(other.thread == group.thread for other in self.groups):
+            nested = not group.submitted and all(other.thread == group.thread for other in self.groups)
+            if nested or not self.groups:
                 raise self.budget.does_not_fit(members)
             return False
         for request in members:

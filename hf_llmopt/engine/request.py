@@ -24,6 +24,7 @@ class Rows(Protocol):
     requests: list[Request]
     stats: Stats
     thread: int  # who waits for it
+    submitted: bool  # to an `Engine`, whose other requests end without this one
 
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""

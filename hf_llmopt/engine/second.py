@@ -94,7 +94,7 @@ class _Twin:
     """
 
     def __init__(self, text: Text, translation: Translation | None) -> None:
-        self.thread, self.stats = get_ident(), Stats()
+        self.thread, self.submitted, self.stats = get_ident(), False, Stats()
         self._reading = None if translation is None else Reading(translation)
         self.copy = _Copy([], [], 0, [], keeps_passed=True)  # windows go back too
         self.requests: list[Request] = [self.copy]

@@ -74,7 +74,7 @@ class Group:
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.unfinished = torch.ones(len(requests), dtype=torch.long, device=input_ids.device)
         self.live = list(requests)
-        self.thread = get_ident()
+        self.thread, self.submitted = get_ident(), False
         self._active = len(requests)
         self.done = False
         # Run with the engine's lock held: once the rows have tables, and before their pages go back.

@@ -74,6 +74,8 @@ class Prompt:
             positions = _one_axis(positions, bool(self.media))
         if positions.dim() != 2:
             raise NotServed(f"position_ids have {positions.dim()} dimensions, not 2")
+        if positions.shape[1] < new and covered < length:
+            raise InvalidRequest(f"attention_mask has {covered} columns, cache and inputs together {length}.")
         if positions.shape[1] < new or positions.shape[0] not in (1, rows):
             raise InvalidRequest(f"position_ids has shape {list(positions.shape)}, {new} new tokens need one each.")
         self.positions = positions[:, -new:].expand(rows, -1).cpu()

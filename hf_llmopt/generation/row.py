@@ -110,6 +110,7 @@ class Row(Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         (self.request,) = self.requests
+        self.submitted = True
         self.tokens: list[int] = []
         self.wishes = Wishes()
         self.tape = Tape(1)

@@ -199,6 +199,8 @@ def _check_cache(engine: EngineLoop, prompt: Prompt) -> None:
             "pass. Leave kv_cache.eviction out for them."
         )
     past, layers = prompt.past, [spec for spec in engine.store.layers if spec.stores]
+    if past is not None and engine.runner.states:
+        raise NotServed("past_key_values of a model with recurrent states: its prompts are computed whole")
     if past is not None and engine.evictor is not None and not isinstance(past, PagedCache):
         raise InvalidRequest(
             f"past_key_values is a {type(past).__name__}, which holds every token, and eviction would take some away. "
@@ -246,8 +248,6 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: Prompt, t
         raise NotServed(f"a row {prompt.whole} has masked tokens behind real ones (right padding?); pad on the left")
     if prompt.whole and not engine.store.dense:
         raise NotServed("a prompt with images would leave compressed keys, which cannot be copied into pages")
-    if prompt.past is not None and engine.runner.states:
-        raise NotServed("past_key_values of a model with recurrent states: its prompts are computed whole")
     if engine.store.reads_columns and prompt.gaps():
         raise NotServed(
             "a row has masked tokens behind real ones (right padding?), and the model counts padded columns"

@@ -1,6 +1,7 @@
 """Models that keep recurrent states beside keys: prompts are computed whole, and rows of states go on from there."""
 
 import threading
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -93,6 +94,22 @@ def test_requests_come_and_go():
             engine.submit(given[0], **KW, prompt_logprobs=1).result()
 
 
+@pytest.mark.parametrize(
+    "config", [{"kv_cache": {"page_size": 4, "max_tokens": 44}}, {"batching": {"max_requests": 2}}]
+)
+def test_who_finds_no_room_waits(config):
+    """For pages that others hold, or for a place: nobody fails who would fit later."""
+    model, most = tiny("lfm2"), []
+    cases = [prompts(length, seed=length) for length in (5, 20, 9, 3)]
+    expected = [stock(model, **case, **KW)[0, -NEW:].tolist() for case in cases]
+    with Engine(model, llmopt=config) as engine:
+        engine.loop.on_step = lambda plan, began: most.append(len(engine.loop.scheduler.running))
+        with engine.loop.lock:  # so that all of them come at once
+            handles = [engine.submit(**case, **KW) for case in cases]
+        assert [handle.result(60) for handle in handles] == expected
+    assert max(most) == 2
+
+
 def test_a_failed_pass_fails_all_it_ran():
     """Some states may have been written to, so that nobody can go on; the next call can."""
     model, steps = build("qwen3_next"), []
@@ -152,6 +169,11 @@ def test_what_is_not_served():
         model,
         lambda: {**prompts(9), **KW, "past_key_values": DynamicCache(config=model.config)},
         "recurrent states",
+    )
+    first = stock(model, **prompts(9), **KW, return_dict_in_generate=True)
+    ids = first.sequences
+    assert_falls_through(
+        model, lambda: {**more, "past_key_values": deepcopy(first.past_key_values)}, "recurrent states"
     )
 
 
