@@ -191,7 +191,7 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"{asked!r} changes weights, which generate() leaves as they are. Give it to "
                 "from_pretrained(..., llmopt=...) or hf_llmopt.optimize(model, llmopt=...)."
             )
-        with _active(Active(self, config)) as active:
+        with _active(Active(self, config, named=llmopt is not None)) as active:
             if kwargs.get("custom_generate") is not None:
                 _fall_through(active, "custom_generate= replaces the loop that llmopt= would serve")
             elif kwargs.get("cache_implementation") == "paged":
@@ -272,12 +272,26 @@ def _assisted(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: A
         who |= {"method": "draft_model", "draft_model": assistant}
         if call.get("assistant_tokenizer") is not None:
             who |= {"tokenizer": call.get("tokenizer"), "draft_tokenizer": call["assistant_tokenizer"]}
-    asked = replace(active.config.speculative or SpeculativeConfig(), **who)
-    active.config = replace(active.config, speculative=asked)
+    section = active.config.speculative or SpeculativeConfig()
+    others = section.method not in ("auto", who["method"]) or section.draft_model not in (None, who["draft_model"])
+    if active.named and others:
+        raise InvalidOption(
+            f"llmopt= names the drafter {section.effective_method!r}, and {_NAMES[who['method']]}= of the same call "
+            f"another, {who['method']!r}. Leave one of them out."
+        )
+    active.config = replace(active.config, speculative=replace(section, **who))
     inputs["tokenizer"] = call.get("tokenizer")
     plain = {name: call[name] for name in _SAMPLED if name in call}
     return _serve(active, lambda **_: stock(*args, **kwargs), **plain, **inputs)
 
+
+# What names each drafter in transformers' own terms.
+_NAMES = {
+    "mtp": "use_mtp",
+    "layer_skip": "assistant_early_exit",
+    "suffix": "prompt_lookup_num_tokens",
+    "draft_model": "assistant_model",
+}
 
 # What the sampling loop takes by name; the rest are the model's inputs.
 _SAMPLED = (

@@ -13,12 +13,14 @@ class Stats:
     Attributes:
         served_by: `"llmopt"` or `"transformers"`.
         reason: Why transformers served the call, if it did.
+        unfinished: Whether tokens are still to come, or never came since the call failed or was cancelled: the figures
+            are those so far.
         prompt_tokens: Unmasked prompt tokens of all rows, cached ones included.
         cached_tokens: Prompt tokens whose keys and values were found instead of computed.
         evicted_tokens: Tokens whose keys and values the rows had lost to eviction in the end.
         generated_tokens: Tokens sampled for unfinished rows.
         steps: Forward passes this call took part in.
-        seconds: Wall time from the call's start to its last token.
+        seconds: Wall time from the call's start to its last token, or to now where that has not come.
         forward_seconds: Part of `seconds` spent inside the model's forward pass.
         time_to_first_token: Seconds from the call's start to its first sampled token.
         pages: Most pages the call held at one time, all cache groups together.
@@ -41,6 +43,7 @@ class Stats:
 
     served_by: str = "llmopt"
     reason: str | None = None
+    unfinished: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     evicted_tokens: int = 0
@@ -99,8 +102,9 @@ class Stats:
         if self.served_by != "llmopt":
             return f"served by transformers: {self.reason}"
         return (
-            f"served by llmopt: {self.generated_tokens} tokens in {self.seconds:.3f} s "
-            f"({self.tokens_per_second:.1f} tokens/s), first after {self.time_to_first_token * 1e3:.1f} ms; "
+            f"served by llmopt{', unfinished' * self.unfinished}: "
+            f"{self.generated_tokens} tokens in {self.seconds:.3f} s ({self.tokens_per_second:.1f} tokens/s), "
+            f"first after {self.time_to_first_token * 1e3:.1f} ms; "
             f"{self.steps} steps, {self.overhead_ms_per_step:.2f} ms each outside the model; "
             f"{self.cached_tokens} of {self.prompt_tokens} prompt tokens reused; "
             + (f"{self.evicted_tokens} tokens evicted; " if self.evicted_tokens else "")

@@ -10,6 +10,12 @@ HOLDERS = frozenset(
     {dict, type(None), set, list, tuple, type(nn.Module()._parameters), type(nn.Module()._forward_hooks)}
 )
 
+# How transformers records hidden states and attentions: the first call that asks for them hooks the layers for good,
+# and outside such calls the hooks do nothing.
+RECORDS = "transformers.utils.output_capturing"
+RECORDED = "_output_capturing_hooks_installed"
+SWITCHED = frozenset({RECORDED, "_active_adapter", "_disable_adapters"})
+
 
 def modules(model: nn.Module) -> list[nn.Module]:
     """Every module once, parents before their children.
@@ -49,10 +55,24 @@ def running(model: nn.Module) -> tuple[object, ...]:
 def _mark(module: nn.Module) -> tuple[object, ...]:
     named, kind = vars(module), type(module)
     own = named.get("forward")
-    if is_adapted(module):  # which adapters are active is named by `prompt_cache.epoch.settings`
-        named = {name: value for name, value in named.items() if name not in ("_active_adapter", "_disable_adapters")}
+    if is_adapted(module) or RECORDED in named:  # active adapters are named by `prompt_cache.epoch.settings`
+        named = {name: value for name, value in named.items() if name not in SWITCHED}
     plain = [v for v in named.values() if type(v) not in HOLDERS and isinstance(v, (int, float, str))]
-    return id(module), kind, kind.forward, own, *module._forward_hooks, 0, *module._forward_pre_hooks, *plain
+    return id(module), kind, kind.forward, own, *forward_hooks(module), 0, *module._forward_pre_hooks, *plain
+
+
+def forward_hooks(module: nn.Module) -> list[int]:
+    """Keys of the hooks behind a module's forward, but for those by which transformers records outputs.
+
+    Example:
+        >>> from torch import nn
+        >>> module = nn.ReLU()
+        >>> handle = module.register_forward_hook(print)
+        >>> forward_hooks(module) == [handle.id]
+        True
+    """
+    found = module._forward_hooks
+    return [key for key, hook in found.items() if getattr(hook, "__module__", None) != RECORDS] if found else []
 
 
 def is_adapted(module: nn.Module) -> bool:

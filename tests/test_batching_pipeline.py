@@ -386,6 +386,7 @@ def test_generate_batch_gives_handles() -> None:
     model = build("llama")
     arguments = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
     handles = hf_llmopt.generate_batch(model, [[5, 6], [7, 8, 9]], return_handles=True, logprobs=1, **arguments)
+    assert model.llmopt.stats is handles[-1].stats
     assert [handle.result() for handle in handles] == hf_llmopt.generate_batch(model, [[5, 6], [7, 8, 9]], **arguments)
     assert [handle.stats.usage["total_tokens"] for handle in handles] == [6, 7]
     assert [[entry.token for entry in handle.logprobs] for handle in handles] == [h.result() for h in handles]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,7 +247,18 @@ def test_sequences_of_one_request(model) -> None:
     with Engine(served, {"kv_cache": {"page_size": 4}}) as engine:
         handle = engine.submit(ids, num_return_sequences=4, seed=7, max_new_tokens=9, **KW, **SAMPLED)
         results = [choice.result(60) for choice in handle.choices]
-        assert handle.choices[0] is handle
+        assert handle.done
+        assert handle.error is None
+        for ask in ("result", "sequence"):
+            with pytest.raises(errors.InvalidRequest, match=r"has 4 sequences .*handle\.choices"):
+                getattr(handle, ask)()
+        for ask in ("stats", "logprobs", "prompt_logprobs", "pad"):
+            with pytest.raises(errors.InvalidRequest, match="4 sequences"):
+                getattr(handle, ask)
+        with pytest.raises(errors.InvalidRequest, match="4 sequences"):
+            list(handle)
+        with pytest.raises(errors.InvalidRequest, match="4 sequences"):
+            handle.__await__().send(None)
         assert results == [stock(served, ids, 7 + index, max_new_tokens=9, **SAMPLED) for index in range(4)]
         assert [choice.stats.cached_tokens for choice in handle.choices] == [0, 32, 32, 32]
         assert engine.loop.store.pages_used == 0
@@ -266,9 +278,61 @@ def test_a_cancelled_first_sequence_takes_nobody_with_it(model) -> None:
     served, ids = model("llama"), prompt(40)
     with Engine(served, {"batching": {"max_batch_tokens": 4}}) as engine:
         handle = engine.submit(ids, num_return_sequences=3, seed=1, max_new_tokens=5, **KW, **SAMPLED)
-        handle.cancel()
+        handle.choices[0].cancel()
         results = [choice.result(60) for choice in handle.choices[1:]]
         assert results == [stock(served, ids, 1 + index, max_new_tokens=5, **SAMPLED) for index in (1, 2)]
+        assert isinstance(handle.error, errors.RequestCancelled)
+
+
+def test_cancelling_a_request_ends_all_of_its_sequences(model) -> None:
+    with Engine(model("llama"), "continuous_batching") as engine:
+        handle = engine.submit(prompt(40), num_return_sequences=3, max_new_tokens=500, **KW, **SAMPLED)
+        handle.cancel()
+        assert handle.done
+        assert all(isinstance(choice.error, errors.RequestCancelled) for choice in handle.choices)
+
+
+def test_figures_say_whether_they_are_final(model) -> None:
+    """Of a running request they are those so far, of a cancelled one those until then."""
+    with Engine(model("llama"), "continuous_batching") as engine:
+        handle = engine.submit(prompt(20), max_new_tokens=400, **KW)
+        tokens = iter(handle)
+        for _ in range(3):
+            next(tokens)
+        running = replace(handle.stats)
+        assert running.unfinished
+        assert running.generated_tokens >= 3
+        assert running.seconds > running.time_to_first_token > 0
+        assert running.attention
+        assert str(running).startswith("served by llmopt, unfinished: ")
+        handle.cancel()
+        cancelled = replace(handle.stats)
+        assert cancelled.unfinished
+        assert running.seconds < cancelled.seconds
+        assert handle.stats == cancelled
+        whole = engine.submit(prompt(20), max_new_tokens=3, **KW)
+        whole.result(60)
+        assert not whole.stats.unfinished
+        assert "unfinished" not in str(whole.stats)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_figures_of_a_failed_call(model, rows: int) -> None:
+    served, calls = model("llama"), []
+
+    def breaks(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(ids)
+        if len(calls) == 3:
+            raise ValueError("enough")
+        return scores
+
+    ids = torch.tensor([prompt(9)] * rows)
+    with pytest.raises(errors.CallbackFailed):
+        served.generate(ids, max_new_tokens=9, logits_processor=[breaks], llmopt=True, **KW)
+    stats = served.llmopt.stats
+    assert stats.unfinished
+    assert stats.generated_tokens == 2 * rows
+    assert stats.seconds > 0
 
 
 def test_logprobs(model) -> None:

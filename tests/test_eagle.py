@@ -599,12 +599,16 @@ def options(**changes):
     [
         (without("fc.weight"), InvalidCheckpoint, "no fc.weight"),
         (without("norm.weight"), InvalidCheckpoint, "missing are norm.weight"),
-        (without("midlayer.mlp.up_proj.weight"), InvalidCheckpoint, "missing are layers.0.mlp.up_proj.weight"),
+        (without("midlayer.mlp.up_proj.weight"), InvalidCheckpoint, "missing are midlayer.mlp.up_proj.weight"),
         (without("lm_head.weight"), InvalidCheckpoint, "no lm_head.weight"),
         (without("d2t"), InvalidCheckpoint, "knows 80 of the model's 112 tokens"),
         (renamed("norm.weight", "norm.gain"), InvalidCheckpoint, "missing are norm.weight; unknown are norm.gain"),
         (lambda config, tensors: tensors["d2t"].add_(1), InvalidCheckpoint, "do not name the same 80 of 112"),
-        (options(intermediate_size=50), InvalidCheckpoint, r"is \(64, 48\), expected \(64, 50\)"),
+        (
+            options(intermediate_size=50),
+            InvalidCheckpoint,
+            r"midlayer.mlp.down_proj.weight is \(64, 48\), expected \(64, 50\)",
+        ),
         (options(hidden_size=32), InvalidCheckpoint, "does not fit"),
         (options(vocab_size=50), InvalidOption, "made for a model of 50 tokens; this one has 112"),
         (options(model_type="gemma3_text"), InvalidCheckpoint, "layers of 'gemma3_text'; known are llama"),

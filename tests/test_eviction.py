@@ -11,7 +11,7 @@ from hf_llmopt import Engine, LLMOptConfig
 from hf_llmopt.attention import gpu
 from hf_llmopt.config import KVCacheConfig
 from hf_llmopt.engine.budget import Costs
-from hf_llmopt.errors import InvalidOption, InvalidRequest, UnsupportedModel
+from hf_llmopt.errors import InvalidOption, InvalidRequest, OutOfPages, UnsupportedModel
 from hf_llmopt.kernels import cpu
 from hf_llmopt.kv_cache import BlockTable, PagePool
 from hf_llmopt.kv_cache.eviction import METHODS, Scored
@@ -263,6 +263,29 @@ def test_sink_sets_few_pages_aside(model):
     served.generate(**prompt(20), **{**GREEDY, "max_new_tokens": 150}, llmopt=config)
     assert served.llmopt.stats.served_by == "llmopt"
     assert served.llmopt.stats.pages <= 96 // PAGE
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        (
+            "sink",
+            r"1 row\(s\) of 88 tokens, as many as are held at one time. .*'sink' .*lower KVCacheConfig\(keep_tokens=",
+        ),
+        (
+            "snapkv",
+            r"holds all of a prompt until its end: shorten it, or lower max_new_tokens, keep_tokens, keep_ratio or",
+        ),
+    ],
+)
+def test_what_to_lower_where_pages_are_too_few(model, method, advice):
+    served, config = model("llama"), evicting(method, max_tokens=88)
+    with pytest.raises(OutOfPages, match=advice):
+        served.generate(**prompt(120), **{**GREEDY, "max_new_tokens": 20}, llmopt=config)
+    if method == "sink":  # as it says
+        config = {**evicting(method, max_tokens=88), "batching": {"max_batch_tokens": 20}}
+        served.generate(**prompt(120), **{**GREEDY, "max_new_tokens": 20}, llmopt=config)
+        assert served.llmopt.stats.served_by == "llmopt"
 
 
 # ---------------------------------------------------------------------------------------------- together with the rest

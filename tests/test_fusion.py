@@ -462,6 +462,17 @@ def test_hook_removed() -> None:
     assert check(model)["linear"] > fewer
 
 
+def test_recorded_outputs_leave_no_trace() -> None:
+    """transformers hooks every layer for good when a forward pass is first asked for hidden states or attentions."""
+    model, ids = build("llama"), torch.randint(3, 90, (1, 7))
+    check(model)  # the first call also looks at the model
+    before = check(model)
+    model(ids, output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks, "else this test is of no use"
+    assert check(model) == before
+    assert len(model(ids, output_hidden_states=True).hidden_states) == len(model.model.layers) + 1
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 
 

@@ -460,6 +460,15 @@ def test_new_weights_find_nothing(write_weights) -> None:
     assert model.llmopt.prompt_cache.invalidations == 1 or model.llmopt.engine is not engine
 
 
+def test_recorded_hidden_states_change_nothing() -> None:
+    """transformers hooks the layers for good, and notes that on the model, when a pass is first asked for them."""
+    model = build("llama")
+    run(model, text(20))
+    model(text(20), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks, "else this test is of no use"
+    assert run(model, text(20))[1] == 19
+
+
 def test_weights_of_other_models_change_nothing() -> None:
     model, other = build("llama"), build("llama", seed=1)
     run(model, text(20))

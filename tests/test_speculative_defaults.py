@@ -127,6 +127,22 @@ def test_the_model_as_its_own_assistant_is_always_right(arguments):
     assert stats.accepted_tokens == stats.drafted_tokens > 0
 
 
+def test_a_call_names_one_drafter():
+    """Its arguments go before the model's default, and contradict nothing that the same call says."""
+    model, draft = build("llama"), build("llama", seed=5)
+    for section in ("suffix", {"method": "layer_skip"}, {"draft_model": build("llama", seed=6)}):
+        with pytest.raises(
+            InvalidOption, match=r"llmopt= names the drafter .*assistant_model= of the same call another"
+        ):
+            run(model, llmopt={"speculative": section}, assistant_model=draft)
+    with pytest.raises(InvalidOption, match=r"'draft_model', and prompt_lookup_num_tokens= .* 'suffix'"):
+        run(model, llmopt={"speculative": {"draft_model": draft}}, prompt_lookup_num_tokens=3)
+    assert run(model, llmopt={"speculative": {"draft_model": draft}}, assistant_model=draft) == run(model)
+    hf_llmopt.optimize(model, {"speculative": {"method": "suffix"}})
+    assert run(model, assistant_model=draft) == run(model, llmopt=False)
+    assert model.llmopt.engine.config.speculative.method == "draft_model"
+
+
 def test_draft_models_that_do_not_fit_are_refused():
     model = build("llama")
 

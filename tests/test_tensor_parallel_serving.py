@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,7 +67,7 @@ LONG = {"prompt": "import os\n", "max_tokens": 700, "min_tokens": 700, "temperat
 
 
 def refusal(*args: str) -> str:
-    result = CliRunner().invoke(app, ["serve", "--port", "0", *args])
+    result = CliRunner().invoke(app, [*args])
     assert result.exit_code == 1
     return result.stderr
 
@@ -83,7 +86,24 @@ def refusal(*args: str) -> str:
 )
 def test_what_cannot_be_sharded_is_refused_before_anything_starts(monkeypatch, args, says) -> None:
     monkeypatch.setattr("hf_llmopt.batching.sharded.Followers", None)
-    assert says in refusal(*args)
+    assert says in refusal("serve", "--port", "0", *args)
+
+
+def test_a_batch_refuses_the_same(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("hf_llmopt.batching.sharded.Followers", None)
+    source = requests_in(tmp_path)
+    assert "cannot be shared evenly" in refusal("batch", str(source), str(tmp_path / "out"), "--tensor-parallel", "3")
+
+
+def requests_in(folder: Path) -> Path:
+    """A file with a request of each kind of completion, and a long one."""
+    lines = [
+        {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": {"model": "demo", **one}}
+        for number, one in enumerate([*COMPLETIONS, LONG])
+    ]
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return source
 
 
 @contextmanager
@@ -157,6 +177,34 @@ def test_a_rank_that_dies_ends_the_server(tmp_path, busy: bool) -> None:
             assert running_one.result().json()["error"]["type"] == "server_error"
     assert psutil.wait_procs(ranks, timeout=5)[1] == []
     assert "error: Rank 1 of 2 has ended with exit code -9" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_after_a_rank_has_died(tmp_path) -> None:
+    """Its answers are those of one process."""
+    root = str(Path(hf_llmopt.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    source, target = requests_in(tmp_path), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "hf_llmopt", "batch", "--dtype", "float32", str(source)]
+    sharded = [*command, str(target), "--tensor-parallel", "2"]
+    with subprocess.Popen(sharded, env=environment, stderr=subprocess.PIPE, text=True) as batch:
+        while not (target.exists() and target.read_text()):
+            time.sleep(0.01)
+        (rank,) = [
+            one for one in psutil.Process(batch.pid).children(recursive=True) if "spawn_main" in " ".join(one.cmdline())
+        ]
+        rank.kill()
+        said = batch.communicate(timeout=60)[1]
+        assert batch.returncode == 1
+        assert "Rank 1 of 2 has ended with exit code -9" in said
+    subprocess.run([*sharded, "--retry-failed"], env=environment, check=True, timeout=120)
+    subprocess.run([*command, str(tmp_path / "whole.jsonl")], env=environment, check=True, timeout=120)
+    assert texts(target) == texts(tmp_path / "whole.jsonl")
+
+
+def texts(results: Path) -> dict[str, list[object]]:
+    found = map(json.loads, results.read_text().splitlines())
+    return {one["custom_id"]: [choice["text"] for choice in one["response"]["body"]["choices"]] for one in found}
 
 
 @pytest.mark.slow

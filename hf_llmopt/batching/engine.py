@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..generation import ACTIVE, Active, Constraint, Prepared, Row, Wishes, require_model
 from ..kernels import cpu
-from .handle import RequestHandle
+from .handle import Choices, RequestHandle
 from .lockstep import pack, settled
 from .turns import Turns, disown, nothing
 
@@ -105,7 +105,7 @@ class Engine(Turns):
         constraint: Callable[[], Constraint] | None = None,
         **kwargs: Any,
     ) -> RequestHandle:
-        """Hand in a request; returns at once.
+        """Hand in a request; returns at once. With `num_return_sequences`, read the handles in `RequestHandle.choices`.
 
         Args:
             input_ids: Prompt ids, `[tokens]` or `[1, tokens]`.
@@ -181,7 +181,7 @@ class Engine(Turns):
         with self._gate:
             self._enqueue(handles, packed)
         cpu.rest()  # from here on the engine's thread computes, not this one
-        return handles[0]
+        return handles[0] if len(handles) == 1 else Choices(handles)
 
     def _make(self, call: Callable[[], Any], wishes: Wishes) -> tuple[RequestHandle, ...]:
         if wishes.logit_bias and max(wishes.logit_bias) >= (size := self.model.config.get_text_config().vocab_size):
@@ -197,10 +197,7 @@ class Engine(Turns):
                 generator.manual_seed(wishes.seed + index)
             row.wish(wishes, generator)
         end = weakref.WeakMethod(self._cancel)
-        handles = tuple(RequestHandle(row, lambda handle: (end() or nothing)(handle)) for row in rows)
-        for handle in handles:
-            handle.choices = handles
-        return handles
+        return tuple(RequestHandle(row, lambda handle: (end() or nothing)(handle)) for row in rows)
 
     def _ids(self, input_ids: Tensor | list[int], has_embeds: bool) -> Tensor:
         try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import EngineFull, LLMOptError, ObjectInUse
+from ..generation import handle_of
 from .engine import Engine
 from .handle import RequestHandle
 
@@ -70,6 +71,7 @@ def generate_batch(
                 outcomes = [ended] * _sequences(model, kwargs)
             else:
                 outcomes = [c.error or (c if return_handles else c.result()) for c in ended.choices]
+                handle_of(model).stats = ended.choices[0].stats
             for outcome in outcomes:
                 if isinstance(outcome, Exception):
                     name_input(outcome, number)

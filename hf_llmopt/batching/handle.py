@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import LLMOptError
+from ..errors import InvalidRequest, LLMOptError
 from ..generation import Row, TokenLogprob
 from ..stats import Stats
 
@@ -18,10 +18,12 @@ from ..stats import Stats
 class RequestHandle:
     """A submitted request: iterate over its tokens, wait for its result, or cancel it.
 
-    `for`, `async for`, `result()` and `await` may be used together, and as often as one likes.
+    `for`, `async for`, `result()` and `await` may be used together, and as often as one likes. With
+    `num_return_sequences` above 1, only the handles in `choices` have tokens and figures; this one cancels them all,
+    and says `InvalidRequest` to everything that would be true of one of them.
 
     Attributes:
-        choices: The handles of all sequences of the request: more than this one with `num_return_sequences`.
+        choices: A handle for each sequence of the request: this one, where there is but one.
 
     Example:
         >>> from hf_llmopt import Engine, demo
@@ -45,7 +47,9 @@ class RequestHandle:
 
     @property
     def stats(self) -> Stats:
-        """Figures of this sequence."""
+        """Figures of this sequence, up to now while it is `unfinished`."""
+        if not self._done:
+            self._row.count()
         return self._row.stats
 
     @property
@@ -199,11 +203,50 @@ class RequestHandle:
         with self._news:
             if self._done:
                 return False
+            self._row.count()
             self._error, self._done = error, True
         self._tell()
         for ender in self._enders:
             ender()
         return True
+
+
+class Choices(RequestHandle):
+    """The handle of a request with several sequences.
+
+    Args:
+        choices: Theirs.
+    """
+
+    def __init__(self, choices: tuple[RequestHandle, ...]) -> None:
+        self.choices = choices
+
+    @property
+    def done(self) -> bool:
+        """Whether all of them have ended."""
+        return all(choice.done for choice in self.choices)
+
+    @property
+    def error(self) -> LLMOptError | None:
+        """Why one of them failed, or `None`."""
+        return next((choice.error for choice in self.choices if choice.error is not None), None)
+
+    def cancel(self) -> None:
+        """End all of them now; harmless if they have ended."""
+        for choice in self.choices:
+            choice.cancel()
+
+    def __repr__(self) -> str:
+        return f"Choices{self.choices!r}"
+
+    def _one(self) -> Any:
+        raise InvalidRequest(
+            f"This request has {len(self.choices)} sequences (num_return_sequences), each with a handle of its own: "
+            "[choice.result() for choice in handle.choices], for example."
+        )
+
+    # All that the rest of a handle reads.
+    _row = _news = _done = property(_one)
 
 
 def _wake(future: asyncio.Future[None]) -> None:

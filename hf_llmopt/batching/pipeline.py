@@ -181,7 +181,7 @@ class BatchingPipeline(TextGenerationPipeline):
     ) -> None:
         """Add what was asked for to the output of each sequence, and note the figures on the model."""
         if handle is not None:
-            handle_of(self.model).stats = handle.stats
+            handle_of(self.model).stats = handle.choices[0].stats
         for place, output in enumerate(outputs):
             choice = None if handle is None else handle.choices[place]
             if stats:
@@ -197,7 +197,7 @@ class BatchingPipeline(TextGenerationPipeline):
             return served
         rows = [choice.sequence() for choice in handle.choices]
         longest = max(len(row) for row in rows)
-        padded = torch.full((1, len(rows), longest), handle.pad, device="cpu")
+        padded = torch.full((1, len(rows), longest), handle.choices[0].pad, device="cpu")
         for place, row in enumerate(rows):
             padded[0, place, : len(row)] = row
         ids: Tensor = inputs["input_ids"]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import ui
-from .command import Device, Dtype, ServedLlmopt, UserError, keyword
-from .service import room
+from .command import Device, Dtype, ServedLlmopt, TensorParallel, UserError, keyword
+from .service import end_if_lost, room
+
+if TYPE_CHECKING:
+    from hf_llmopt.serving.batch import Work
+    from hf_llmopt.serving.recipe import Recipe
 
 INTERRUPTED = 130  # as shells have it
 
@@ -38,6 +42,7 @@ def batch(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Drop results that are errors, and run their requests again.")
     ] = False,
+    tensor_parallel: TensorParallel = 1,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -54,10 +59,7 @@ def batch(
     if not source.is_file():
         raise UserError(f"there is no file {str(source)!r}")
 
-    import asyncio
-
     room()
-    from hf_llmopt.batching.generate_batch import room as places
     from hf_llmopt.serving import batch as batches
     from hf_llmopt.serving.recipe import Recipe
     from hf_llmopt.serving.service import check_parser
@@ -71,17 +73,13 @@ def batch(
         served_name=served_name,
         max_model_len=max_model_len,
         tool_parser=tool_parser,
+        tensor_parallel=tensor_parallel,
     )
     try:
         with batches.begun(source, target, recipe.setting, retry_failed) as work:
             counts = work.counts
             if counts.before < counts.total:
-                with closing(recipe.service()) as service, ui.progress("requests", counts.total) as tick:
-
-                    def tell(counts: batches.Counts, new: int) -> None:
-                        tick(f"{counts.failed} failed", new)
-
-                    asyncio.run(batches.run(work, batches.answerer(service), places(service.engine), tell))
+                _answer(recipe, work)
     except KeyboardInterrupt:
         ui.talk("stopped; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
@@ -90,3 +88,22 @@ def batch(
     ui.talk(f"{counts.answered} of {counts.total} requests answered{kept}; {counts.failed} of all have an error{again}")
     if counts.failed:
         raise typer.Exit(1)
+
+
+def _answer(recipe: Recipe, work: Work) -> None:
+    """Answer the requests that have no result yet."""
+    import asyncio
+
+    from hf_llmopt.batching.generate_batch import room as places
+    from hf_llmopt.serving import batch as batches
+
+    service = recipe.service()
+    try:
+        with closing(service), ui.progress("requests", work.counts.total) as tick:
+
+            def tell(counts: batches.Counts, new: int) -> None:
+                tick(f"{counts.failed} failed", new)
+
+            asyncio.run(batches.run(work, batches.answerer(service), places(service.engine), tell))
+    finally:
+        end_if_lost(service)

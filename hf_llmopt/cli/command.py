@@ -112,6 +112,10 @@ Temperature = Annotated[
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")]
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens of this mass.")]
 Seed = Annotated[int | None, typer.Option(help="Of the noise; the same seed gives the same tokens.")]
+TensorParallel = Annotated[
+    int,
+    typer.Option(min=1, help="Shard the model over so many processes of this machine, each on a GPU if it has any."),
+]
 Dtype = Annotated[
     str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the weights; auto: as they are stored.")
 ]

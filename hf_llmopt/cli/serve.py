@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import ui
-from .command import Device, Dtype, ServedLlmopt, UserError, keyword
+from .command import Device, Dtype, ServedLlmopt, TensorParallel, UserError, keyword
 from .replicas import serve_replicas
-from .service import MAX_BODY_BYTES, MAX_WAITING, bound, keys_of, make, room
+from .service import MAX_BODY_BYTES, MAX_WAITING, bound, end_if_lost, keys_of, make, room
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -61,12 +60,7 @@ def serve(
             help="How the model writes tool calls, if not as its template tells.",
         ),
     ] = None,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Shard the model over so many processes of this machine, each on a GPU if it has any."
-        ),
-    ] = 1,
+    tensor_parallel: TensorParallel = 1,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="So many engines behind one address, on this machine or Ray's cluster.")
     ] = None,
@@ -151,6 +145,4 @@ def serve(
         ui.talk(f"serving {service.name} on {address}/v1")
         logs.LOGGER.info("serving", extra={"fields": {**service.summary, "page": f"{address}/"}})
         server.run(sockets=[listening])
-        if service.engine.lost is not None:
-            ui.fail(service.engine.lost)
-            os._exit(1)  # the engine's thread may wait for the lost rank for ever
+        end_if_lost(service)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import ui
 from .command import UserError
 from .models import check_shards, load, load_shard, tokenizer
 
@@ -145,6 +147,13 @@ def make(
         engine.close()
         raise
     return service
+
+
+def end_if_lost(service: Service) -> None:
+    """End this process where another one of a sharded model has ended by itself."""
+    if service.engine.lost is not None:
+        ui.fail(service.engine.lost)
+        os._exit(1)  # the engine's thread may wait for the lost rank for ever
 
 
 def _whole(model: str, config: LLMOptConfig, dtype: str, device: str | None, wanted: Any) -> tuple[Engine, Any]:

@@ -74,11 +74,12 @@ class Budget:
         span = total if keeps_passed else min(total, self._config.batching.max_batch_tokens)
         rooms = [group.pages_for(total, size, span) for group in self._store.groups]
         if self._evictor is not None:
-            method = self._evictor.method
-            held = method.room(prompt, total, min(total, self._config.batching.max_batch_tokens))
+            held = self._evictor.room(prompt, total, min(total, self._config.batching.max_batch_tokens))
+            replayed = min(prompt, self._evictor.method.replayed)
             for index in range(len(rooms)):
-                full = index in self._evictor.full
-                rooms[index] = 1 + (-(-held // size) if full else rooms[index] + min(prompt, method.replayed) // size)
+                rooms[index] = 1 + (
+                    -(-held // size) if index in self._evictor.full else rooms[index] + replayed // size
+                )
         return rooms
 
     def check_fits(self, group: Rows) -> None:
@@ -131,10 +132,26 @@ class Budget:
             f"max_tokens={budget.max_tokens}" if budget.max_tokens else f"memory_fraction={budget.memory_fraction}"
         )
         fits = [f"{free // longest} row(s) of this length"] if free >= longest else []
-        each = max(1, free // rows)
-        fits += [f"{min(rows, free)} row(s) of {each * size} tokens, prompt and new tokens together"] if free else []
+        each = max(1, free // rows) * size
+        what = "prompt and new tokens together" if self._evictor is None else "as many as are held at one time"
+        fits += [f"{min(rows, free)} row(s) of {each} tokens, {what}"] if free else []
         return OutOfPages(
             f"{rows} row(s) need {wanted[worst]} pages of {size} tokens, the KV cache's budget ({allowed}) has "
-            f"{free} left. What fits: {', or '.join(fits) or 'nothing'}. Lower max_new_tokens or the number of "
-            "rows, or raise KVCacheConfig(max_tokens=..., memory_fraction=...)."
+            f"{free} left. What fits: {', or '.join(fits) or 'nothing'}. {self._advice()}, or raise "
+            "KVCacheConfig(max_tokens=..., memory_fraction=...)."
+        )
+
+    def _advice(self) -> str:
+        """What to lower so that a row needs fewer pages."""
+        if self._evictor is None:
+            return "Lower max_new_tokens or the number of rows"
+        name = f"eviction={self._config.kv_cache.eviction!r}"
+        if self._evictor.scored is not None:
+            return (
+                f"{name} holds all of a prompt until its end: shorten it, or lower max_new_tokens, keep_tokens, "
+                "keep_ratio or the number of rows"
+            )
+        return (
+            f"{name} holds keep_tokens and the tokens of a pass, however long a row is: lower "
+            "KVCacheConfig(keep_tokens=...), BatchingConfig(max_batch_tokens=...) or the number of rows"
         )

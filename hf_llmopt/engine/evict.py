@@ -49,6 +49,20 @@ class Evictor:
         """The method, if it looks at how a prompt attends."""
         return self.method if isinstance(self.method, Scored) else None
 
+    def room(self, prompt: int, total: int, span: int) -> int:
+        """Most tokens a request has in pages at one time, as `Eviction.room` says.
+
+        Raises:
+            CallbackFailed: The method raised, or gave no such number.
+        """
+        held = called(self.method, "room", prompt, total, span)
+        if not isinstance(held, int) or held < 1:
+            raise CallbackFailed(
+                f"eviction {self.method.config.eviction!r}: room({prompt}, {total}, {span}) returned {held!r}; it is "
+                "the most tokens that a request has in pages at one time, 1 at least."
+            )
+        return held
+
     def prepare(self, request: Request, prompt: int, evicted: int, past: int, positions: int | None) -> None:
         """Let a request lose what its prompt must.
 
@@ -67,7 +81,7 @@ class Evictor:
         """
         request.prompt, request.evicted = prompt, evicted
         if not (past and self.method.replayed):
-            request.selection = self.method.selection(prompt, prompt - evicted)
+            request.selection = called(self.method, "selection", prompt, prompt - evicted)
         if request.selection is not None and request.selection.spare:
             needed = request.next_position + request.selection.spare
             reason = "of inputs_embeds the tokens are not known" if request.embeds is not None else ""

@@ -19,6 +19,7 @@ from ..kernels import cpu, reference
 from ..kernels.arguments import Norm
 from ..kernels.arguments import Product as ProductOf
 from ..quantization.linear import QuantizedLinear
+from ..walk import forward_hooks
 
 Forward = Callable[[Tensor], Tensor]
 Rows = Callable[[nn.Module], int]
@@ -38,7 +39,7 @@ inside = _Inside()
 def is_plain(module: nn.Module) -> bool:
     """No hook, no adapter, no replaced forward: nothing but the class's own code runs when it is called."""
     return not (
-        module._forward_hooks
+        forward_hooks(module)
         or module._forward_pre_hooks
         or "forward" in module.__dict__
         or hasattr(module, "parametrizations")

@@ -31,12 +31,14 @@ class Active:
     Attributes:
         model: The model it was called on; nested calls on other models stay stock.
         config: What it asked for.
+        named: The config came with the call's own `llmopt=`; else it is a default.
         submitted: The call is only to be prepared, for an `Engine`: it ends with `Prepared`.
         settled: The call was served, or its fall-through was reported.
     """
 
     model: PreTrainedModel
     config: LLMOptConfig
+    named: bool = False
     submitted: bool = False
     settled: bool = False
 
@@ -66,8 +68,8 @@ class ModelHandle:
 
     Attributes:
         config: What `generate` without `llmopt=` uses; `None` for stock.
-        stats: Figures of the last call that asked for llmopt, or `None`; of a `BatchingPipeline` those of the input
-            that it gave back last.
+        stats: Figures of the last call that asked for llmopt, or `None`; of a `BatchingPipeline` or `generate_batch`
+            those of the input that was given back last.
 
     Example:
         >>> import hf_llmopt

@@ -135,9 +135,14 @@ class AheadGroup(Group):
             own[: len(row.tokens)] = torch.tensor(row.tokens)
         self.input_ids = torch.cat([self.input_ids, new.to(self.input_ids.device)], dim=1)
         self.scores, self.logits = self.rows[0].scores, self.rows[0].logits
-        self.stats.generated_tokens = sum(row.stats.generated_tokens for row in self.rows)
-        self.stats.time_to_first_token = max(row.stats.time_to_first_token for row in self.rows)
         self._finish_all()
+
+    def count(self) -> None:
+        """Those of the rows too."""
+        if not self.done:
+            self.stats.generated_tokens = sum(row.stats.generated_tokens for row in self.rows)
+            self.stats.time_to_first_token = max(row.stats.time_to_first_token for row in self.rows)
+        super().count()
 
 
 class _OwnWay(Row):

@@ -81,7 +81,7 @@ class Group:
         self.on_start: Callable[[], None] | None = None
         self.on_done: Callable[[], None] | None = None
         self.cache: Cache | None = None  # what `past_key_values` of the output is to be
-        self.stats = Stats(prompt_tokens=sum(len(r.tokens) - r.masked_tail for r in requests))
+        self.stats = Stats(unfinished=True, prompt_tokens=sum(len(r.tokens) - r.masked_tail for r in requests))
         self.began = perf_counter()
         self._paths: set[str] = set()
         self._unread: list[tuple[float, set[str], Share]] = []  # steps that may have been in vain
@@ -111,6 +111,7 @@ class Group:
                     lock.wait(0.05)
             yield
         finally:
+            self.count()
             with lock:
                 self.engine.remove(self)
             if self.engine.owners:
@@ -166,7 +167,7 @@ class Group:
         if sum(share.held) > self.stats.pages:
             self.stats.pages = sum(share.held)
             self.stats.page_bytes = sum(n * self.engine.store.page_bytes(i) for i, n in enumerate(share.held))
-        self._paths |= paths
+        self._paths = self._paths | paths  # a new set: `count` may read the old one in another thread
 
     def advance(self) -> None:
         """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
@@ -289,7 +290,13 @@ class Group:
         self.engine.account()
         for request in self.requests:
             self.engine.settle_drafts(request)
-        self.done = True
+        self.count()
+        self.done, self.stats.unfinished = True, False
+
+    def count(self) -> None:
+        """Bring the figures up to date, unless the call has ended and they are final. Needs no lock."""
+        if self.done:
+            return
         self.stats.seconds = perf_counter() - self.began
         self.stats.cached_tokens = sum(request.cached_tokens for request in self.requests)
         self.stats.evicted_tokens = sum(request.evicted for request in self.requests)

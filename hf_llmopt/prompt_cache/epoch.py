@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from ..walk import is_adapted, modules, running
+from ..walk import forward_hooks, is_adapted, modules, running
 
 SAMPLES = 4  # elements of each tensor that are compared before a hit
 
@@ -113,7 +113,7 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
 
 def runs_more(module: torch.nn.Module) -> bool:
     """Whether more runs than the class's own code, and what accelerate does to move weights."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if forward_hooks(module) or module._forward_pre_hooks:
         return True
     hook = getattr(module, "_hf_hook", None)
     return "forward" in module.__dict__ and not type(hook).__module__.startswith("accelerate.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import KVCacheConfig
-from ...errors import CallbackFailed
+from ...errors import CallbackFailed, LLMOptError
 
 FIRST = 4  # first tokens that every method keeps: heads that have nothing to look for attend to them
 
@@ -176,10 +176,12 @@ def called(method: Eviction, name: str, *args: Any) -> Any:
     """What a function of a method returns; where it raises, the error says whose it is.
 
     Raises:
-        CallbackFailed: It raised.
+        CallbackFailed: It raised something else than an `LLMOptError`.
     """
     try:
         return getattr(method, name)(*args)
+    except LLMOptError:
+        raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise CallbackFailed(f"eviction {method.config.eviction!r}: {name}() raised {what}") from error

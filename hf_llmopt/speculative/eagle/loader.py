@@ -46,9 +46,10 @@ def load_eagle(name: str, target: PreTrainedModel) -> EagleModel:
     layer: dict[str, Any] = options.get("transformer_layer_config") or options
     if (layer_type := layer.get("model_type", "llama")) not in LAYER_TYPES:
         raise InvalidCheckpoint(f"{where} has layers of {layer_type!r}; known are {', '.join(LAYER_TYPES)}.")
-    renamed = {key.replace("midlayer.", "layers.0.", 1): tensor for key, tensor in tensors.items()}
+    first = "midlayer." if any(key.startswith("midlayer.") for key in tensors) else "layers.0."
+    renamed = {key.replace(first, "layers.0.", 1): tensor for key, tensor in tensors.items()}
     kept = {key: tensor for key, tensor in renamed.items() if not key.endswith("rotary_emb.inv_freq")}
-    return _Plan(where, options, layer, kept, target).build()
+    return _Plan(where, options, layer, kept, first, target).build()
 
 
 def check_fits(model: EagleModel, target: PreTrainedModel, device: torch.device) -> None:
@@ -88,14 +89,21 @@ class _Plan:
         where: Which drafter, for messages.
         options: Its config.
         layer: The part of it that describes the layers.
-        tensors: By names that begin with `layers.0.`.
+        tensors: By names in which the first layer is `layers.0.`.
+        first: What it is in the files.
         target: The model.
     """
 
     def __init__(
-        self, where: str, options: dict[str, Any], layer: dict[str, Any], tensors: dict[str, Tensor], target: Any
+        self,
+        where: str,
+        options: dict[str, Any],
+        layer: dict[str, Any],
+        tensors: dict[str, Tensor],
+        first: str,
+        target: Any,
     ) -> None:
-        self.where, self.options, self.tensors, self.target = where, options, tensors, target
+        self.where, self.options, self.tensors, self.first, self.target = where, options, tensors, first, target
         text = target.config.get_text_config(decoder=True)
         self.target_hidden, self.vocabulary = text.hidden_size, text.vocab_size
         self.target_layers = text.num_hidden_layers
@@ -240,13 +248,18 @@ class _Plan:
         given = {key: tensor.shape for key, tensor in self.tensors.items() if key not in NOT_READ}
         if wanted != given:
             raise InvalidCheckpoint(
-                f"{self.where} does not hold what its config describes: {_difference(wanted, given)}"
+                f"{self.where} does not hold what its config describes: "
+                f"{_difference(self._as_in_files(wanted), self._as_in_files(given))}"
             )
         own = {key: self.tensors[key].to(device, dtype) for key in wanted}
         model.load_state_dict(own, strict=False, assign=True)
         for key, parameter in model.named_parameters():
             if key in own:  # what is borrowed stays as it is
                 parameter.requires_grad_(False)
+
+    def _as_in_files(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """The same under the names that the files have, or would have."""
+        return {key.replace("layers.0.", self.first, 1): shape for key, shape in shapes.items()}
 
 
 def _difference(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
