@@ -171,9 +171,9 @@ def test_what_is_not_served():
         "recurrent states",
     )
     first = stock(model, **prompts(9), **KW, return_dict_in_generate=True)
-    ids = first.sequences
+    ids, cache = first.sequences, first.past_key_values
     assert_falls_through(
-        model, lambda: {**more, "past_key_values": deepcopy(first.past_key_values)}, "recurrent states"
+        model, lambda: {"input_ids": ids, **KW, "past_key_values": deepcopy(cache)}, "recurrent states"
     )
 
 
