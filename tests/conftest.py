@@ -1,4 +1,4 @@
-"""What every test shares: no network, two threads, fixed seeds, one tiny model per architecture."""
+"""What every test shares: no network, one thread, fixed seeds, one tiny model per architecture."""
 
 import os
 import random
@@ -15,9 +15,10 @@ if not torch.cuda.is_available():
 
 from architectures import build
 
-# A tiny model gains nothing from more, and the numbers must not depend on the machine. One is better where others
-# compute at the same time: threads that wait for each other take turns with them.
-torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
+# A tiny model gains nothing from more, and the numbers must not depend on the machine: threads that wait for each other
+# take turns with whatever else it computes, for minutes in all. The processes that tests start have one each, too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +51,11 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For models so small that a second thread only waits, for minutes in all if the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_threads() -> Iterator[None]:
+    """For what divides its work among threads."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ PROMPTS = [(3, 3), (20, 20), (31, 31)]
 
 
 @pytest.fixture(autouse=True)
-def _fresh(one_thread: None) -> Iterator[None]:
+def _fresh() -> Iterator[None]:
     found = dense.installed
     found.cache_clear()
     yield

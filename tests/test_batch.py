@@ -34,7 +34,6 @@ from hf_llmopt.serving.recipe import Recipe
 needs_weights = pytest.mark.skipif(
     not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def request(name: str, body: object, url: str = "/v1/completions", **more) -> str:

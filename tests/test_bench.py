@@ -37,8 +37,6 @@ TINY = (
     Workload("long", rows=1, new_tokens=10, shortest=4, longest=9),
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tiny() -> torch.nn.Module:

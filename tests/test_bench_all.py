@@ -19,7 +19,7 @@ from hf_llmopt.bench.all_plan import Case, Plan, Source
 from hf_llmopt.bench.workloads import held_out_ids
 from hf_llmopt.cli import app
 
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 SMALL = Plan(
     cases=(
         Case("one", 1, (6, 6), 4),

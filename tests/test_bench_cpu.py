@@ -18,8 +18,6 @@ from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
 from hf_llmopt.kernels import cpu as kernels
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHORT = Workload("short", rows=2, new_tokens=6, shortest=5, longest=5)
 LONG = Workload("long", rows=2, new_tokens=6, shortest=40, longest=40)
 PAIR = ((SHORT, 0.001), (LONG, None))

@@ -19,10 +19,7 @@ from hf_llmopt.bench import plots, report
 from hf_llmopt.cli import app
 from hf_llmopt.kernels import cpu
 
-pytestmark = [
-    pytest.mark.skipif(not cpu.available(), reason="it measures the C kernels"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="it measures the C kernels")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hf_llmopt.bench import generate, llama_cpp, openvino, pages, peers
 from hf_llmopt.bench.peers import LATENCY, OPENVINO, OURS, STOCK, Work
 from hf_llmopt.cli import app
 
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 WORKS = (Work(1, 6, 4), Work(2, 6, 4))
 
 

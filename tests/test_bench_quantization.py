@@ -30,8 +30,6 @@ from hf_llmopt.config import QuantizationConfig
 from hf_llmopt.kernels import reference
 from hf_llmopt.quantization import QuantizedLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def check_tables(found: dict[str, Any]) -> str:
     json.dumps(found, allow_nan=False)

@@ -24,16 +24,13 @@ from hf_llmopt.bench import plots, serve, serve_load, serve_process, serve_table
 from hf_llmopt.bench.continuous_batching import Limits
 from hf_llmopt.bench.serve_load import Ask, Client, Load
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights"),
-]
+pytestmark = pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights")
 TEXTS = ["import os\n\n\ndef read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n" * 3]
 PLAN = serve.Plan(serve_load.QUICK, rates=(40.0,), clients=2, repeats=1)
 
 
 @pytest.fixture(scope="module")
-def pair(one_thread):
+def pair():
     return demo.load()
 
 

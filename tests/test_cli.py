@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from architectures import build
@@ -89,14 +88,7 @@ def test_usage_errors(args: tuple[str, ...]) -> None:
 
 
 def test_as_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_llmopt", "generate", "no-such/model", "x"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+    done = fresh.run("-m", "hf_llmopt", "generate", "no-such/model", "x")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: cannot load 'no-such/model'")
@@ -105,14 +97,8 @@ def test_as_module() -> None:
 
 def test_installs_the_keyword_itself(folder: Path) -> None:
     """`HF_LLMOPT_INSTALL=0` is meant for programs that import the package, not for its own commands."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_llmopt", "generate", str(folder), "def f(", "--max-new-tokens", "2", "--json"],
-        env={**os.environ, "HF_LLMOPT_INSTALL": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+    arguments = ("generate", str(folder), "def f(", "--max-new-tokens", "2", "--json")
+    done = fresh.run("-m", "hf_llmopt", *arguments, HF_LLMOPT_INSTALL="0")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["served_by"] == "llmopt"
 

@@ -27,12 +27,9 @@ from served import make, running  # noqa: E402 - needs the extra
 from hf_llmopt.serving import grammar as grammar_module  # noqa: E402
 from hf_llmopt.serving.grammar import LONGEST_GRAMMAR, Grammars  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
+)
 PROMPT = "settings = "
 SCHEMA = {
     "type": "object",

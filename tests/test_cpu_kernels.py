@@ -25,7 +25,10 @@ from hf_llmopt.kernels.arguments import (
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 # With a compiler these tests must run: an optional extension that fails to build would go unnoticed.
-pytestmark = pytest.mark.skipif(not cpu.available() and not COMPILER, reason=str(cpu.why_not()))
+pytestmark = [
+    pytest.mark.skipif(not cpu.available() and not COMPILER, reason=str(cpu.why_not())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = cpu.levels() or ("none",)

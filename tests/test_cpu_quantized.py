@@ -13,7 +13,10 @@ from hf_llmopt.kernels import cpu, reference
 from hf_llmopt.kernels.arguments import Grid
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(not cpu.available() and not COMPILER, reason=str(cpu.why_not()))
+pytestmark = [
+    pytest.mark.skipif(not cpu.available() and not COMPILER, reason=str(cpu.why_not())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = cpu.levels() or ("none",)

@@ -8,15 +8,13 @@ import doctest
 import importlib
 import inspect
 import io
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fresh
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -29,9 +27,6 @@ PACKAGE = Path(hf_llmopt.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 OPTIONAL = {"fastapi", "llguidance", "matplotlib", "prometheus_client", "ray", "triton", "uvicorn"}  # may be absent
-
-# For subprocesses: no hub, and the package that is under test, whether it is installed or not.
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE.parent)}
 
 
 class Block(NamedTuple):
@@ -188,15 +183,7 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=called)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(example)],
-        env=OFFLINE,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+    done = fresh.run(str(example), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip(), "an example shows something"
     assert list(tmp_path.iterdir()) == [], "an example leaves no files behind"

@@ -34,7 +34,7 @@ LAYER_CONFIG = {
     "hidden_act": "silu",
     "max_position_embeddings": 64,
 }
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 class Files(NamedTuple):

@@ -14,6 +14,7 @@ import hf_llmopt
 from hf_llmopt import Engine, errors
 from hf_llmopt.kernels import cpu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 KW = {"pad_token_id": 0, "eos_token_id": None}
 
 

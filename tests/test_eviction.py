@@ -24,11 +24,6 @@ every_method = pytest.mark.parametrize("method", METHODS)
 scored = pytest.mark.parametrize("method", SCORED)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread) -> None:
-    """For all of this file."""
-
-
 def evicting(method: str, **options) -> dict:
     return {"kv_cache": {"page_size": PAGE, "eviction": method, "keep_tokens": KEPT, **options}}
 

@@ -27,10 +27,7 @@ from hf_llmopt.fusion import Fusion, Replacement
 from hf_llmopt.kernels import cpu
 from hf_llmopt.kernels.cpu import ops
 
-pytestmark = [
-    pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not())),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
 LEVELS = cpu.levels() or ("none",)
 LIMIT = 16  # rows up to which every product is ours: which one is faster must not decide what is tested

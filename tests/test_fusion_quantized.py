@@ -17,10 +17,7 @@ from hf_llmopt.quantization.formats import Scheme
 from hf_llmopt.quantization.grid import make_grid
 from hf_llmopt.quantization.linear import QuantizedHead, QuantizedLinear
 
-pytestmark = [
-    pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not())),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
 LIMIT = 16
 INT4 = Scheme("pack-quantized", bits=4, group_size=32, symmetric=True)

@@ -21,10 +21,7 @@ from hf_llmopt.kernels import cpu
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the graphs themselves, in test_cuda.py"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the graphs themselves, in test_cuda.py")
 KW: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
 SAMPLED = {"do_sample": True, "top_k": 20}
 

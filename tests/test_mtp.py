@@ -20,7 +20,7 @@ LAYERS = 3
 HAS_MTP = hasattr(transformers.modeling_layers, "MtpModel")
 MTP = {"speculative": {"method": "mtp", "num_tokens": 3}}
 needs_mtp = pytest.mark.skipif(not HAS_MTP, reason="this transformers has no MtpModel")
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from hf_llmopt.engine import runner
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.kv_cache import PagedCache, Staged, Streams
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KW: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
 
 

@@ -10,7 +10,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_llmopt.errors import CallbackFailed, InvalidLogits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OVERLAP = {"strict": True, "batching": {"overlap": True, "continuous": False}}
 KW: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0}
 SAMPLED = {"do_sample": True, "top_k": 20, "repetition_penalty": 1.3}

@@ -10,10 +10,7 @@ from transformers import DynamicCache
 from hf_llmopt.attention import plain
 from hf_llmopt.kernels import cpu
 
-pytestmark = [
-    pytest.mark.skipif(not cpu.available(), reason="without C kernels plain forwards are torch's"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="without C kernels plain forwards are torch's")
 
 TOKENS = 150
 # Windows, chunks, softcaps, sinks, unequal widths of keys and values, one key head for several query heads.

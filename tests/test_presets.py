@@ -16,7 +16,7 @@ from hf_llmopt.config import PARTS, PRESETS
 from hf_llmopt.errors import InvalidOption
 
 PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 def test_what_presets_set() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from architectures import SMALL, UNPROVEN, build
@@ -133,12 +131,7 @@ def test_a_level_from_the_environment(value: str, said: str) -> None:
     """In a process of its own: the extension is loaded once."""
     if value == "portable" and not cpu.available():
         pytest.skip(str(cpu.why_not()))
-    found = subprocess.run(
-        [sys.executable, "-m", "hf_llmopt", "env", "--json"],
-        env={**os.environ, "HF_LLMOPT_CPU": value},
-        capture_output=True,
-        text=True,
-    )
+    found = fresh.run("-m", "hf_llmopt", "env", "--json", HF_LLMOPT_CPU=value)
     if value == "sse" and cpu.available():
         assert found.returncode
         assert "HF_LLMOPT_CPU 'sse' does not exist" in found.stderr

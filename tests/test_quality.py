@@ -23,8 +23,6 @@ from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
 from hf_llmopt.errors import InvalidLogits, InvalidOption, InvalidText
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT = "def f(x):\n    return x + 1\n" * 12
 
 

@@ -13,8 +13,6 @@ from hf_llmopt import LLMOptConfig, QuantizationConfig
 from hf_llmopt.errors import UnsupportedQuantization
 from hf_llmopt.quantization import traced
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WAYS = {"int4": {}, "int8": {"head_bits": 8}, "fp8": {"activations": "none"}}
 # aot_eager traces, makes tensors fake and takes gradients apart as the default backend does, and compiles no C++.
 BACKEND = {"backend": "aot_eager", "fullgraph": True}

@@ -16,10 +16,9 @@ from hf_llmopt.errors import UnsupportedQuantization
 from hf_llmopt.quantization import traced
 
 # Names that transformers has renamed, and PEFT asks for.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)`:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)`:FutureWarning"
+)
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 EXACT = {"quantization": {"method": "int4", "activations": "none"}}
 IDS = torch.arange(3, 15).view(1, 12)

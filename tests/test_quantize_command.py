@@ -14,8 +14,6 @@ from typer.testing import CliRunner, Result
 from hf_llmopt.cli import app
 from hf_llmopt.demo.train import train_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT = "def f(x):\n    return x + 1\n" * 40
 
 

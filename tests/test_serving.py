@@ -61,10 +61,7 @@ SECRET = "sk-secret"
 
 @pytest.fixture(scope="module")
 def pair():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield demo.load()
-    torch.set_num_threads(threads)
+    return demo.load()
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,7 @@ from served import make, running  # noqa: E402 - needs the extra
 from hf_llmopt.serving import Keys, Limits  # noqa: E402
 from hf_llmopt.serving.description import ANSWERS, BODIES, EXAMPLES  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights"),
-]
+pytestmark = pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights")
 KEY = "sk-described"
 # What fits together, lengths in tokens say, no JSON schema says: requests that obey it may be refused.
 NOT_CHECKED = "positive_data_acceptance"
@@ -30,7 +27,7 @@ CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
 @pytest.fixture(scope="module")
-def it(one_thread):
+def it():
     with running(make(demo.load(), Keys([KEY]), Limits(256, max_body_bytes=200_000), max_waiting=64)) as started:
         yield started
 

@@ -23,17 +23,14 @@ from served import Running, make, running  # noqa: E402 - needs the extra
 
 from hf_llmopt.serving import Keys, Limits, page  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights"),
-]
+pytestmark = pytest.mark.skipif(not (demo.path() / "config.json").is_file(), reason="the embedded model has no weights")
 KEY = "sk-page"
 BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
 ATTACK = '<img src=x onerror="window.stolen=1"><script>window.stolen=1</script><b id=bold>bold</b>'
 
 
 @pytest.fixture(scope="module")
-def pair(one_thread):
+def pair():
     return demo.load()
 
 

@@ -159,7 +159,7 @@ async def load(it: Running, seen: Counter, faults: list[str], requests: int) -> 
 
 
 @pytest.mark.filterwarnings("default")  # a client that leaves in the middle leaves open sockets behind
-def test_soak(one_thread) -> None:
+def test_soak() -> None:
     seen, faults, sizes = Counter(), [], []
     limits = Limits(1024, max_body_bytes=50_000)
     with running(make(demo.load(), limits=limits, cache_bytes=2**23, max_waiting=64, max_requests=16)) as it:

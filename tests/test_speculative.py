@@ -22,7 +22,7 @@ GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
 PENALTIES = {"do_sample": True, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5}
 NEW = 24
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 class Words:

@@ -16,7 +16,7 @@ from hf_llmopt.errors import InvalidOption, NotServed
 
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 3.0}
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 class Speculating(SpeculativeGenerationMixin, LlamaForCausalLM):

@@ -21,7 +21,7 @@ from hf_llmopt.speculative.layer_skip import first_layers
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95}
 NEW = 20
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 def prompts(rows: int = 1) -> dict[str, torch.Tensor]:

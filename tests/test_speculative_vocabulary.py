@@ -22,7 +22,7 @@ from hf_llmopt.speculative.vocabulary import LONGEST
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
 PROMPTS = ("import os\nimport sys\n", "def main(args):\n    for", "class Stack:\n")
-pytestmark = pytest.mark.usefixtures("one_thread", "cheap_guesses")
+pytestmark = pytest.mark.usefixtures("cheap_guesses")
 
 
 def fast(model, trainer, pre_tokenizer, decoder, texts: Iterable[str], **special) -> PreTrainedTokenizerFast:

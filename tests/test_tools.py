@@ -28,12 +28,9 @@ from hf_llmopt.serving.tool_formats import Found, Mistral, Reader, of_template  
 from hf_llmopt.serving.tool_stream import GrowingCalls  # noqa: E402
 from hf_llmopt.serving.tools import Tools  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (demo.path() / "config.json").is_file(), reason="the embedded model's weights are not there"
+)
 OFFERED = ("get_weather", "now")
 
 

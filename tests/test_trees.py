@@ -22,7 +22,6 @@ from hf_llmopt.kv_cache import BlockTable, LayerSpec, PagedStore, SpanCache
 CPU = torch.device("cpu")
 FORMATS = ["auto", *PAGE_FORMATS]
 WINDOWS = [("full", 0), ("sliding", 20), ("sliding", 3), ("chunked", 16), ("chunked", 3)]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tree(nodes: int, seed: int = 0) -> list[int]:

@@ -21,7 +21,6 @@ from hf_llmopt.kernels.triton.gated import gated
 from hf_llmopt.kernels.triton.norm import norm
 from hf_llmopt.kernels.triton.rotary import Pages, place
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 
