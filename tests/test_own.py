@@ -17,7 +17,10 @@ from hf_llmopt.attention import Call, StepInputs
 from hf_llmopt.config import OWN
 from hf_llmopt.errors import CallbackFailed, InvalidCheckpoint, InvalidOption
 from hf_llmopt.kernels import reference
+from hf_llmopt.kernels.arguments import Grid
 from hf_llmopt.kv_cache.eviction import Eviction, Scored
+from hf_llmopt.quantization import formats
+from hf_llmopt.quantization.formats import Format, Scheme
 from hf_llmopt.speculative import Draft
 
 TEMPLATES = Path(__file__).parent.parent / "examples" / "templates"
@@ -66,6 +69,8 @@ def test_templates_are_the_kinds() -> None:
         ("format", "gptq", len, "it knows 'awq'"),
         ("drafter", "", len, "the name is a text"),
         ("drafter", "mine", "lookup", "can be called, got str"),
+        ("format", "mine", len, "takes a Format, got builtin_function_or_method: it has no function layout, pack"),
+        ("format", "mine", Format, "takes a Format, got type"),
     ],
 )
 def test_mistakes(kind: str, name: str, made: object, message: str) -> None:
@@ -238,10 +243,13 @@ def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
         ("score", lambda seen, read: seen[:, :-1], r"score\(\) returned \[\d+, 89\]; a row for each key head is \["),
         ("ranked", lambda *args: {}[7], r"choose\(\) raised KeyError: 7"),
         ("choose", lambda scores, kept: None, r"choose\(\) returned NoneType"),
+        ("choose", lambda scores, kept: torch.zeros(2, kept, dtype=int), r"choose\(\) returned no slots from 0 to 89"),
+        ("choose", lambda scores, kept: torch.arange(kept).expand(2, -1) + 30, r"choose\(\) returned no slots"),
+        ("kept", lambda prompt: 4.5, r"kept\(90\) returned 4\.5"),
+        ("kept", lambda prompt: {}[7], r"kept\(\) raised KeyError: 7"),
         ("excess", lambda slots: {}[7], r"excess\(\) raised KeyError: 7"),
         ("room", lambda *args: {}[7], r"room\(\) raised KeyError: 7"),
         ("room", lambda *args: None, r"room\(90, 94, 94\) returned None; it is the most tokens"),
-        ("kept", lambda prompt: {}[7], r"room\(\) raised KeyError: 7"),
         ("selection", lambda *args: {}[7], r"selection\(\) raised KeyError: 7"),
         ("looks", lambda prompt: range(0), r"looks\(90\) returned range\(0, 0\); .* one at least"),
         ("looks", lambda prompt: [89], r"looks\(90\) returned \[89\]"),
@@ -265,6 +273,91 @@ def test_mistakes_of_an_eviction_method_are_told_by_name(name: str, given, messa
         llama.generate(ids, max_new_tokens=4, llmopt={"kv_cache": {"eviction": "wrong", "keep_ratio": 0.8}})
     assert isinstance(failed.value.__cause__, KeyError) == ("KeyError" in message)
     llama.llmopt.release()
+
+
+NOT_MADE = {
+    "raises": (lambda config: {}[7], "making it raised KeyError: 7"),
+    "no method": (lambda config: 3, "what was made is a int; an Eviction is wanted"),
+    "no init": (type("Bare", (Eviction,), {"__init__": lambda self, config: None}), "calls super"),
+    "excess": (type("Last", (Eviction,), {"excess": lambda self, slots: (1, 99)}), r"excess\(90\) returned \(1, 99\)"),
+    "float": (type("Half", (Eviction,), {"excess": lambda self, slots: (0.5, 1)}), r"excess\(90\) returned \(0.5, 1\)"),
+    "none": (type("None_", (Eviction,), {"excess": lambda self, slots: None}), "returned None"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MADE)
+def test_an_eviction_method_that_is_none_is_told(name: str, model) -> None:
+    made, message = NOT_MADE[name]
+    llama = model("llama")
+    hf_llmopt.register("eviction", "wrong", made)
+    with pytest.raises(CallbackFailed, match=f"eviction 'wrong': .*{message}"):
+        llama.generate(torch.randint(3, 60, (1, 90)), max_new_tokens=4, llmopt={"kv_cache": {"eviction": "wrong"}})
+    llama.llmopt.release()
+
+
+WRONG_ATTENTION = {
+    "raises": (lambda step, call: {}[7], "it raised KeyError: 7"),
+    "nothing": (lambda step, call: None, "it returned NoneType"),
+    "fewer": (lambda step, call: paged(step, call)[:, 1:], r"it returned \(\[1, \d+, 4, 16\]"),
+    "heads first": (lambda step, call: paged(step, call).transpose(1, 2), r"it returned \(\[1, 4, "),
+    "wider": (lambda step, call: paged(step, call).double(), r".*torch\.float64\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ATTENTION)
+def test_mistakes_of_an_attention_are_told_by_its_name(name: str, model) -> None:
+    """It is not the model that cannot be served: nothing falls through."""
+    function, message = WRONG_ATTENTION[name]
+    llama = model("llama")
+    hf_llmopt.register("attention", "wrong", function)
+    with pytest.raises(CallbackFailed, match=f"attention 'wrong': {message}"):
+        llama.generate(torch.randint(3, 60, (1, 9)), max_new_tokens=4, llmopt={"attention": "wrong"})
+    llama.llmopt.release()
+
+
+def test_a_drafter_that_cannot_be_made_is_told(model) -> None:
+    llama = model("llama")
+    hf_llmopt.register("drafter", "wrong", lambda given: {}[7])
+    with pytest.raises(CallbackFailed, match="drafter 'wrong': making it raised KeyError: 7"):
+        llama.generate(torch.arange(3, 9)[None], max_new_tokens=2, llmopt={"speculative": "wrong"})
+
+
+PLAIN = {
+    "layout": lambda scheme, outputs, inputs, dtype: {
+        "codes": ((outputs, inputs), torch.uint8),
+        "scales": ((outputs, scheme.groups(inputs)), dtype),
+    },
+    "pack": lambda grid, scheme, dtype: {"codes": grid.codes, "scales": grid.scales.to(dtype)},
+    "unpack": lambda stored, scheme, outputs, inputs: Grid(stored["codes"], stored["scales"], None, scheme.bits),
+    "obstacle": lambda scheme, outputs, inputs: None if scheme.symmetric else "it stores no zeros",
+}
+WRONG_FORMAT = {
+    "layout": [(lambda *args: {}[7], "raised KeyError: 7"), (lambda *args: ["codes"], r"returned \['codes'\]")],
+    "pack": [
+        (lambda *args: {}[7], "raised KeyError: 7"),
+        (lambda *args: None, "returned None, and layout"),
+        (lambda grid, *args: {"codes": grid.codes}, r"returned {'codes': \(\(8, 4\), torch.uint8\)}, and layout"),
+    ],
+    "unpack": [
+        (lambda *args: {}[7], "raised KeyError: 7"),
+        (lambda *args: None, "returned NoneType"),
+        (lambda stored, *args: Grid(stored["codes"][1:], stored["scales"]), r"returned \(\[7, 4\], \[8, 1\]\)"),
+    ],
+    "obstacle": [(lambda *args: {}[7], "raised KeyError: 7"), (lambda *args: True, "returned True")],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FORMAT)
+def test_mistakes_of_a_format_are_told_by_name(name: str) -> None:
+    grid = Grid(torch.ones(8, 4, dtype=torch.uint8), torch.ones(8, 1), None, 8)
+    for function, message in WRONG_FORMAT[name]:
+        hf_llmopt.register("format", "wrong", Format(**{**PLAIN, name: function}))
+        scheme = Scheme("wrong", 8, -1, symmetric=True)
+        with pytest.raises(CallbackFailed, match=rf"format 'wrong': {name}\(\) {message}"):
+            formats.unpack(formats.pack(grid, scheme, torch.float32), scheme, 8, 4)
+    hf_llmopt.register("format", "right", Format(**PLAIN))
+    scheme = Scheme("right", 8, -1, symmetric=True)
+    assert formats.unpack(formats.pack(grid, scheme, torch.float32), scheme, 8, 4).codes.equal(grid.codes)
 
 
 def test_who_shares_the_pass_in_which_a_method_fails_learns_why(model) -> None:

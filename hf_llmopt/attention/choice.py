@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from ..config import OWN
-from ..errors import InvalidOption
+import torch
+from torch import Tensor
+
+from ..config import OWN, guarded
+from ..errors import CallbackFailed, InvalidOption
 from ..kernels import cpu
 from . import gpu
-from .inputs import Attend
+from .inputs import Attend, Call, StepInputs
 from .paths import cpu_paged, reference_paged, sdpa
 
 BACKENDS: dict[str, Attend] = {
@@ -42,5 +45,18 @@ def backend(name: str, device: torch.device, batch_invariant: bool = False) -> A
     if batch_invariant and name != "cpu":
         given = f"the model is on {device}" if device.type != "cpu" else cpu.why_not() or f"backend={name!r}"
         raise InvalidOption(f"batch_invariant=True needs the C kernels and a model on the CPU: {given}.")
-    found: Attend = (BACKENDS | OWN["attention"])[name]
+    return BACKENDS[name] if name in BACKENDS else partial(_own, name, OWN["attention"][name])
+
+
+def _own(name: str, attend: Attend, step: StepInputs, call: Call) -> Tensor:
+    """A user's function, whose mistakes are told by its name.
+
+    Raises:
+        CallbackFailed: It raised, or what it gave is not attention's.
+    """
+    found = guarded("attention", name, "it", attend, step, call)
+    wanted = [1, call.query.shape[2], call.query.shape[1], call.value.shape[3]], call.query.dtype
+    got = (list(found.shape), found.dtype) if isinstance(found, Tensor) else type(found).__name__
+    if got != wanted:
+        raise CallbackFailed(f"attention {name!r}: it returned {got}; [1, tokens, heads, value_dim] is {wanted} here.")
     return found

@@ -1,7 +1,7 @@
 """What the user may ask for: `LLMOptConfig`, and a section per part of the series."""
 
 from .llmopt import PARTS, PRESETS, LLMOptConfig
-from .own import register
+from .own import guarded, register
 from .section import OWN
 from .sections import (
     CALIBRATED,
@@ -27,5 +27,6 @@ __all__ = [
     "PromptCacheConfig",
     "QuantizationConfig",
     "SpeculativeConfig",
+    "guarded",
     "register",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from ..errors import InvalidOption, unknown
+from ..errors import CallbackFailed, InvalidOption, LLMOptError, unknown
 from .section import OWN, Section
 from .sections import AttentionConfig, KVCacheConfig, QuantizationConfig, SpeculativeConfig
 
@@ -14,6 +15,7 @@ OPTIONS: dict[str, tuple[type[Section], str]] = {  # the option that each kind i
     "eviction": (KVCacheConfig, "eviction"),
     "format": (QuantizationConfig, "format"),
 }
+FUNCTIONS = ("layout", "pack", "unpack", "obstacle")  # of a format
 # `quant_method` and formats of the files that can be read as it is.
 FORMATS = (
     "awq",
@@ -62,6 +64,26 @@ def register(kind: str, name: str, made: Any) -> None:
             f"register({kind!r}, {name!r}): the name is a text that {section.__name__}({option}=...) does not "
             f"know yet; it knows {', '.join(repr(choice) for choice in taken if choice is not None)}."
         )
-    if not (callable(made) or (kind == "format" and hasattr(made, "unpack"))):
+    lacking = [part for part in FUNCTIONS if not callable(getattr(made, part, None))]
+    if kind == "format" and lacking:
+        raise InvalidOption(
+            f"register('format', {name!r}) takes a Format, got {type(made).__name__}: it has no function "
+            f"{', '.join(lacking)}."
+        )
+    if kind != "format" and not callable(made):
         raise InvalidOption(f"register({kind!r}, {name!r}) takes what can be called, got {type(made).__name__}.")
     OWN[kind][name] = made
+
+
+def guarded(kind: str, name: str, what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of something registered returns; where it raises, the error says whose it is.
+
+    Raises:
+        CallbackFailed: It raised; what it raised is the cause.
+    """
+    try:
+        return function(*args)
+    except LLMOptError:
+        raise
+    except Exception as error:
+        raise CallbackFailed(f"{kind} {name!r}: {what} raised {type(error).__name__}: {error}") from error

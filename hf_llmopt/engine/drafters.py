@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..config import OWN, LLMOptConfig, SpeculativeConfig
+from ..config import OWN, LLMOptConfig, SpeculativeConfig, guarded
 from ..errors import InvalidOption, UnsupportedModel
 from ..speculative import Drafter, DraftModelDrafter, Speculator, SuffixDrafter, Translation, first_layers
 from ..speculative.eagle import EagleModel, Follower, Head, check_fits, load_eagle, load_mtp
@@ -43,7 +43,7 @@ def make_speculator(runner: Runner, config: LLMOptConfig, new_loop: NewLoop) -> 
     if asked is None:
         return None
     if (own := OWN["drafter"].get(asked.method)) is not None:
-        drafter = own(runner.model)
+        drafter = guarded("drafter", str(asked.method), "making it", own, runner.model)
     else:
         drafter = _MAKERS[asked.effective_method](runner, config, asked, new_loop)
     # Where columns stand for positions, tokens beside one another have no place of their own.

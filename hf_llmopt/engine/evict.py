@@ -131,7 +131,14 @@ class Evictor:
         """Give the pages back that a method without scores takes away."""
         for index in self.full:
             table = request.tables[index]
-            first, pages = called(self.method, "excess", request.computed - table.evicted)
+            slots = request.computed - table.evicted
+            found = called(self.method, "excess", slots)
+            if not _are_pages(found, (slots - 1) // self.store.page_size):
+                raise CallbackFailed(
+                    f"eviction {self.method.config.eviction!r}: excess({slots}) returned {found!r}; it is the first of "
+                    f"the pages to give back and how many, all of them before the last one in use, or (0, 0)."
+                )
+            first, pages = found
             if pages:
                 table.drop(first, pages)
                 request.evicted = table.evicted
@@ -186,6 +193,10 @@ class Evictor:
         self._check(f"{name}: score()", scores, layer, selection.held)
         chosen = called(self.scored, "choose", scores, selection.kept)
         self._check(f"{name}: choose()", chosen, layer, selection.kept)
+        if type(self.scored).choose is not Scored.choose:  # one of the user's own
+            in_order = bool((chosen.diff(dim=1) > 0).all()) and not chosen.is_floating_point()
+            if not in_order or int(chosen[:, 0].min()) < 0 or int(chosen[:, -1].max()) >= selection.held:
+                raise CallbackFailed(f"{name}: choose() returned no slots from 0 to {selection.held - 1} in order.")
         return cast(Tensor, chosen)
 
     def _check(self, what: str, given: object, layer: int, columns: int) -> None:
@@ -222,3 +233,11 @@ class Evictor:
             runner.run([(piece, len(tokens))], lambda path: None)
         for table in tables:
             table.crop(end)
+
+
+def _are_pages(found: object, last: int) -> bool:
+    """Whether these are the first of some pages before `last`, and how many."""
+    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(number, int) for number in found):
+        return False
+    first, pages = found
+    return bool(pages == 0 or (first >= 0 and pages > 0 and first + pages <= last))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..config import KVCacheConfig
-from ..errors import LLMOptError, UnsupportedModel
+from ..errors import CallbackFailed, LLMOptError, UnsupportedModel
 from ..kv_cache import BlockTable, PagedStore
 from ..quantization.linear import QuantizedHead, QuantizedLinear
 from .probe import input_device, input_weight
@@ -55,6 +55,8 @@ def prove(runner: Runner) -> None:
     while True:
         try:
             distance = _distance(_over_pages(runner, tokens.tolist()), truth)
+        except CallbackFailed:  # an attention of the user's own
+            raise
         except (LLMOptError, RuntimeError, TypeError, ValueError, LookupError) as error:
             distance, reason = float("inf"), f"its pass over pages raised {type(error).__name__}: {error}"
         else:

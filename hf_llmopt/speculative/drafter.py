@@ -114,7 +114,7 @@ def check(drafts: Sequence[Draft], limits: Sequence[int], vocabulary: int, branc
         count = len(draft.tokens)
         for token in draft.tokens:
             if not isinstance(token, int) or not 0 <= token < vocabulary:
-                raise CallbackFailed(f"propose() guessed {token!r}; the model's ids are 0 to {vocabulary - 1}.")
+                raise CallbackFailed(f"propose() guessed {token!r}; the model's ids are 0 to {vocabulary - 1}, ints.")
         if len(draft.grounds) != count:
             raise CallbackFailed(f"propose() gave {len(draft.grounds)} grounds for {count} tokens; each has its own.")
         depths: list[int] = []  # how many stand behind one another up to each token

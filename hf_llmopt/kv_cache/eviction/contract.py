@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import KVCacheConfig
-from ...errors import CallbackFailed, LLMOptError
+from ...config import KVCacheConfig, guarded
+from ...errors import CallbackFailed
 
 FIRST = 4  # first tokens that every method keeps: heads that have nothing to look for attend to them
 
@@ -108,7 +108,7 @@ class Scored(Eviction, ABC):
 
     def room(self, prompt: int, total: int, span: int) -> int:
         """All of the prompt until it ends."""
-        kept = self.kept(prompt)
+        kept = self._kept(prompt)
         if kept >= prompt:
             return total
         return max(prompt + min(self.replayed, prompt), kept + total - prompt) + 1
@@ -120,9 +120,18 @@ class Scored(Eviction, ABC):
         ratio = 0.5 if self.config.keep_ratio is None else self.config.keep_ratio
         return min(prompt, max(self.recent + FIRST, round(ratio * prompt)))
 
+    def _kept(self, prompt: int) -> int:
+        kept = called(self, "kept", prompt)
+        if not isinstance(kept, int) or kept < 1:
+            raise CallbackFailed(
+                f"eviction {self.config.eviction!r}: kept({prompt}) returned {kept!r}; it is how many tokens each key "
+                "head keeps, 1 at least."
+            )
+        return kept
+
     def selection(self, prompt: int, held: int) -> Selection | None:
         """As many as are above `kept`."""
-        kept = self.kept(prompt)
+        kept = self._kept(prompt)
         if kept >= held:
             return None
         looks = called(self, "looks", prompt)
@@ -178,13 +187,7 @@ def called(method: Eviction, name: str, *args: Any) -> Any:
     Raises:
         CallbackFailed: It raised something else than an `LLMOptError`.
     """
-    try:
-        return getattr(method, name)(*args)
-    except LLMOptError:
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise CallbackFailed(f"eviction {method.config.eviction!r}: {name}() raised {what}") from error
+    return guarded("eviction", str(method.config.eviction), f"{name}()", getattr(method, name), *args)
 
 
 def with_rest(chosen: Tensor, held: int, rest: int) -> Tensor:

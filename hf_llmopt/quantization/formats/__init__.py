@@ -17,6 +17,7 @@ from ...config import OWN
 from ...errors import InvalidCheckpoint, UnsupportedQuantization
 from ...kernels.arguments import Grid
 from . import awq, compressed_tensors, fp8, gptq
+from .checked import checked
 from .recipe import Recipe
 from .scheme import Format, Layout, Scheme, in_order
 
@@ -39,8 +40,7 @@ EXACT = {"pack-quantized", "int-quantized", "float-quantized"}  # their configs 
 
 
 def _format(scheme: Scheme) -> Format:
-    found: Format = (FORMATS | OWN["format"])[scheme.format]
-    return found
+    return FORMATS[scheme.format] if scheme.format in FORMATS else checked(scheme.format, OWN["format"][scheme.format])
 
 
 def obstacle(scheme: Scheme, outputs: int, inputs: int) -> str | None:
