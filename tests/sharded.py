@@ -30,8 +30,9 @@ def _rank(rank: int, job: Callable[..., object], folder: str, *args: object) -> 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     found = job(rank, *args)
     torch.save(found, Path(folder, f"{rank}.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def load(folder: str, **kwargs: object) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from architectures import build, ragged
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -85,15 +86,23 @@ class Emulation:
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = InterpretedFunction.run
+    emulate(monkeypatch)
 
-    def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        if Tape.now is not None:
-            Tape.now.entries.append(lambda: launch(self, *args, **kwargs))
-        with _disable_current_modes():
-            launch(self, *args, **kwargs)
 
-    monkeypatch.setattr(InterpretedFunction, "run", run)
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let passes be recorded on the CPU."""
+
+    def recorded(launch: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            if Tape.now is not None:
+                Tape.now.entries.append(lambda: launch(*args, **kwargs))
+            with _disable_current_modes():
+                launch(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded(InterpretedFunction.run))
+    monkeypatch.setattr(dist, "all_reduce", recorded(dist.all_reduce))
     monkeypatch.setitem(capture.CAPTURES, "cpu", Emulation)
     monkeypatch.setattr(fixed, "SHORTEST", 8)
 

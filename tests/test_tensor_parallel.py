@@ -7,13 +7,16 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from architectures import build
 from sharded import NEW, PROMPTS, RANKS, SAMPLED, generate, load, run
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_llmopt
 from hf_llmopt import Engine, KVCacheConfig, LLMOptConfig, PromptCacheConfig
 from hf_llmopt.errors import LLMOptError
+from hf_llmopt.fusion import launched
 from hf_llmopt.generation import Wishes
 
 QUICK, MORE = ("llama", "qwen3"), ("gemma2", "gemma3_text", "mixtral", "olmo2", "qwen2")
@@ -24,7 +27,6 @@ REFUSED = {
     "path": PromptCacheConfig("somewhere"),
     "ttl": PromptCacheConfig(ttl=1.0),
     "layer_skip": {"speculative": {"method": "layer_skip", "exit_layer": 1}},
-    "graphs": LLMOptConfig(graphs=True),
 }
 
 
@@ -114,6 +116,37 @@ def _follow(model) -> dict:
     return {"refused": str(refused.value), "held": sum(pool.used for pool in engine.loop.scheduler.pools)}
 
 
+def _replayed(rank: int, folder: str) -> dict:
+    """As on GPUs: layers are launched, and passes replayed. One rank finds something against that in the end."""
+    from test_graphs import emulate
+
+    with pytest.MonkeyPatch.context() as patch:
+        emulate(patch)
+        patch.setattr(launched, "LAUNCHES", {"cpu"})
+        # The emulation cannot see through the sharded tensors of embeddings and head.
+        layers = {name: kind for name, kind in LlamaConfig.base_model_tp_plan.items() if "layers" in name}
+        patch.setattr(LlamaConfig, "base_model_tp_plan", {**layers, "embed_tokens": "replicate"})
+        patch.setattr(LlamaForCausalLM, "_tp_plan", {})
+        model = load(folder)
+        asked = LLMOptConfig(graphs=True, kv_cache=KVCacheConfig(page_size=4), strict=True)
+        found: dict = {"stock": generate(model)}
+        for name in ("first", "again"):
+            found[name] = generate(model, llmopt=asked), model.llmopt.stats
+        with Engine(model, asked) as engine:
+            found["served"] = _ask(engine) if rank == 0 else engine.follow()
+        if rank == 1:
+            model.model.norm.register_forward_hook(lambda module, args, output: None)
+        found["hooked"] = generate(model, llmopt=asked), model.llmopt.stats
+        graphs = model.llmopt.engine.runner.graphs
+        graphs.why_not = None
+        dist.destroy_process_group(dist.new_group())
+        found["another group ended"] = graphs.why_not
+        dist.barrier()
+        dist.destroy_process_group()  # NCCL's would wait for the graphs for ever
+        found["ended"] = graphs.why_not
+    return found
+
+
 def _refusals(rank: int, folder: str) -> dict[str, str]:
     model, found = load(folder), {}
     calls = {name: lambda given=given: generate(model, llmopt=given) for name, given in REFUSED.items()}
@@ -185,6 +218,29 @@ def _check_served(whole, served: dict, followed: dict) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_tokens_are_those_of_stock_and_of_one_process(quick, name) -> None:
     _check(name, *quick)
+
+
+@pytest.mark.slow
+def test_layers_are_launched_and_passes_replayed(tmp_path) -> None:
+    pytest.importorskip("triton")
+    whole = build("llama", num_hidden_layers=2)
+    whole.save_pretrained(tmp_path / "model")
+    ranks = run(_replayed, tmp_path / "ranks", str(tmp_path / "model"))
+    expected = generate(whole)
+    for rank, found in enumerate(ranks):
+        assert torch.equal(found["stock"], expected)
+        for name in ("first", "again", "hooked"):
+            tokens, stats = found[name]
+            assert torch.equal(tokens, expected), name
+            assert stats.fused == ("2 x decoder layer",)
+        assert 0 < found["first"][1].graph_steps < found["again"][1].graph_steps
+        assert found["another group ended"] is None
+        assert found["ended"] == "its process group has ended"
+        stats = found["hooked"][1]
+        assert stats.graph_steps == 0
+        assert ("has a hook" if rank else "another process") in stats.no_graphs
+    with Engine(whole) as engine:
+        assert ranks[0]["served"] == _ask(engine)
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ class EngineLoop:
         self.lock = lock
         layout = probe(model)
         self.store = PagedStore(layout.layers, config.kv_cache, layout.dense, layout.reads_columns)
+        reserves = config.kv_cache.max_tokens is not None
         self.ranks = ranks_of(model)  # of a model that is sharded over processes
         if self.ranks is not None:
             config = alike(config, self.ranks, self.store)
@@ -73,11 +74,10 @@ class EngineLoop:
             raise UnsupportedModel(f"{type(model).__name__} keeps recurrent states, and {reason}")
         self.evictor = Evictor(self.store, config.kv_cache) if config.kv_cache.eviction is not None else None
         scored = self.evictor.scored if self.evictor is not None else None
-        self.runner = Runner(model, self.store, config, scored, layout.states)
+        self.runner = Runner(model, self.store, config, scored, layout.states, self.ranks)
         prove(self.runner)
-        anybody = None if self.ranks is None else self.ranks.anybody
         keeps = config.prompt_cache if not layout.states else None
-        self.prompts = PromptCache(model, self.store, keeps, anybody) if keeps else None
+        self.prompts = PromptCache(model, self.store, keeps, self.runner.anybody) if keeps else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
             _policy(config.batching),
@@ -105,7 +105,7 @@ class EngineLoop:
         self._passes: deque[tuple[list[Clock], int, list[Share], set[str]]] = deque()
         self.owners = 0  # open `Engine` objects that submit here
         self.steps = 0
-        if self.runner.graphs is not None and config.kv_cache.max_tokens is not None:
+        if self.runner.graphs is not None and reserves:
             self._grow(self.store.limits())  # pages that are added later move all others, and end every graph
 
     def refresh(self) -> None:

@@ -7,6 +7,9 @@ launched at once. Replaying runs no Python, so whatever differs between passes m
 A kind of pass (`Key`) runs eagerly when it is first met, is recorded when it is met again, and then, on inputs other
 than those it was recorded with, compared with the eager pass; from then on it is replayed. What cannot be recorded runs
 eagerly, and `Graphs.why_not` says why.
+
+The passes of a model that is sharded over processes are collective operations, which all of them must launch in the
+same way: what one of them finds against a graph counts for all.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ from ..prompt_cache.epoch import adapted, runs_more, settings
 from ..walk import modules, running
 from .capture import CAPTURES, Run
 from .fixed import Batch, Inputs, Key, key_of
+from .parallel import Ranks
 
 MOST = 128  # graphs; when there are more, all are given up
+ELSEWHERE = "another process of the sharded model can replay none"
 LOOKS = 16  # passes between two looks at where the weights lie, which every call begins with
 
 
@@ -58,6 +63,7 @@ class Graphs:
         model: Its passes; held weakly.
         store: The pages.
         config: What the caller asked for.
+        ranks: The processes that the model is sharded over, if it is.
 
     Attributes:
         why_not: Why no pass is replayed, or `None`.
@@ -67,7 +73,13 @@ class Graphs:
         InvalidOption: Graphs cannot be recorded here.
     """
 
-    def __init__(self, model: PreTrainedModel, store: PagedStore, config: LLMOptConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: PagedStore,
+        config: LLMOptConfig,
+        ranks: Ranks | None = None,
+    ) -> None:
         device = store.layers[0].device
         if device.type not in CAPTURES:
             raise InvalidOption(
@@ -80,12 +92,16 @@ class Graphs:
             )
         backend("triton", device)  # or says why it cannot run
         self.store, self._device = store, device
+        self._anybody: Callable[[bool], bool] = bool
+        if ranks is not None:
+            self._anybody = ranks.anybody
+            ranks.call_at_the_end(self.give_up)
         self._capture = CAPTURES[device.type](device)
         self._graphs: dict[Key, _Recorded | None] = {}  # `None`: met once
         self._state: object = None
         self._owners: list[weakref.ref[nn.Module]] = []
         self._addresses: list[int] = []
-        self._pages = self._find_pages()
+        self._moves = store.moves
         self._passes = 0
         self.why_not: str | None = None
         self.replays = 0
@@ -95,14 +111,19 @@ class Graphs:
         """Look at the model again, of which `now` runs: graphs of what it no longer is are given up."""
         experts = [getattr(config, "_experts_implementation_internal", None) for config in configs_of(model)]
         state = now, experts, settings(model, adapted(model))
-        if state == self._state and self._addresses == self._find_addresses():
+        if not self._anybody(state != self._state or self._addresses != self._find_addresses()):
             return
         self._state = state
         every = modules(model)
         self._owners = [weakref.ref(module) for module in every if module._parameters or module._buffers]
         self._addresses = self._find_addresses()
         self._graphs.clear()
-        self.why_not = self._reason_against(model, every)
+        self.why_not = self._agreed(self._reason_against(model, every))
+
+    def _agreed(self, reason: str | None) -> str | None:
+        """This process's reason against graphs, or that another one has some."""
+        somebody = self._anybody(reason is not None)
+        return reason or (ELSEWHERE if somebody else None)
 
     def _reason_against(self, model: PreTrainedModel, every: Sequence[nn.Module]) -> str | None:
         """What of a model no graph would do."""
@@ -116,10 +137,6 @@ class Graphs:
             return "the model is in training mode"
         hooked = next((module for module in every if runs_more(module)), None)
         return None if hooked is None else f"a {type(hooked).__name__} has a hook or a forward of its own"
-
-    def _find_pages(self) -> list[int]:
-        """Where pages lie."""
-        return [tensor.data_ptr() for tensor in (*self.store.keys, *self.store.values)]
 
     def _find_addresses(self) -> list[int]:
         """Where weights lie, and how often they were written: a quantized copy is made in Python."""
@@ -150,10 +167,9 @@ class Graphs:
         if key is None or self.why_not is not None:
             return None
         self._passes += 1
-        if self._find_pages() != self._pages or (
-            self._passes % LOOKS == 0 and self._find_addresses() != self._addresses
-        ):  # pages were added, weights moved or exchanged
-            self._pages, self._addresses = self._find_pages(), self._find_addresses()
+        looks = self._passes % LOOKS == 0
+        if self.store.moves != self._moves or (looks and self._anybody(self._find_addresses() != self._addresses)):
+            self._moves, self._addresses = self.store.moves, self._find_addresses()
             self._graphs.clear()
         if key not in self._graphs:
             if len(self._graphs) >= MOST:
@@ -163,7 +179,7 @@ class Graphs:
         try:
             found = self._run(key, batch, compute, put_unknown)
         except Exception as error:  # of the model, maybe: then the eager pass raises it too
-            self._give_up(f"recording a pass raised {type(error).__name__}: {error}")
+            self.give_up(f"recording a pass raised {type(error).__name__}: {error}")
             return None
         recorded = self._graphs.get(key)
         if found is None or recorded is None:
@@ -190,9 +206,18 @@ class Graphs:
             return compute(given.ids, given.positions, given.kept, given.columns, step)
 
         if recorded is None:
-            self._graphs[key] = _Recorded(inputs, self._capture(run), paths)
+            self._record(key, inputs, run, paths)
             return None
         return self._prove(recorded, run, len(batch.kept))
+
+    def _record(self, key: Key, inputs: Inputs, run: Run, paths: set[str]) -> None:
+        reason = None
+        try:
+            self._graphs[key] = _Recorded(inputs, self._capture(run), paths)
+        except Exception as error:  # of the model, maybe: then the eager pass raises it too
+            reason = f"recording a pass raised {type(error).__name__}: {error}"
+        if found := self._agreed(reason):
+            self.give_up(found)
 
     def _prove(self, recorded: _Recorded, run: Run, kept: int) -> Tensor | None:
         """The replay, if it gives what the eager pass gives from the same tensors; the keys it should write are gone.
@@ -205,17 +230,18 @@ class Graphs:
             for slots in (self.store.keys[layer], self.store.values[layer]):
                 slots.index_fill_(0, recorded.inputs.on_device.slots[group], 0)
         found = recorded.replay()
-        if not torch.equal(found[:kept], expected):
+        if self._anybody(not torch.equal(found[:kept], expected)):
             kept_found = found[:kept].clone()
             noise, distance = _distance(run()[:kept], expected), _distance(kept_found, expected)
-            if not distance <= 4 * noise:
-                self._give_up(f"a replay gave other logits than the eager pass: {distance:.1e} of their size")
+            if self._anybody(not distance <= 4 * noise):
+                self.give_up(f"a replay gave other logits than the eager pass: {distance:.1e} of their size")
                 return None
             found = recorded.replay()
         recorded.proven = True
         return found
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Replay nothing from now on."""
         self.why_not = reason
         self._graphs.clear()
 

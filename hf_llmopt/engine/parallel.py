@@ -8,7 +8,10 @@ or by all ranks together.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,20 @@ from ..kv_cache import PagedStore
 
 DRAFTS = 4  # guesses in each step where `num_tokens` leaves that to the clock
 KEPT = 8  # one page in so many may be kept for prompts that come again, unless the user says otherwise
+
+
+_at_the_end: list[tuple[dist.ProcessGroup, weakref.WeakMethod[Callable[[str], object]]]] = []
+
+
+def _ending(destroy: Callable[..., None]) -> Callable[..., None]:
+    @wraps(destroy)
+    def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
+        for own, reference in _at_the_end:
+            if group in (None, dist.group.WORLD, own) and (give_up := reference()):
+                give_up("its process group has ended")
+        destroy(group)
+
+    return destroy_process_group
 
 
 class Ranks:
@@ -53,6 +70,15 @@ class Ranks:
     def anybody(self, says: bool) -> bool:
         """Whether it is so on any rank; called by all of them."""
         return self.least(not says) == 0
+
+    def call_at_the_end(self, give_up: Callable[[str], object]) -> None:
+        """Have a method of an object called with a reason before the group ends, if the object lives till then.
+
+        NCCL ends no group while there are graphs that hold operations of it.
+        """
+        if not _at_the_end:
+            dist.destroy_process_group = _ending(dist.destroy_process_group)
+        _at_the_end.append((self.group, weakref.WeakMethod(give_up)))
 
 
 def ranks_of(model: PreTrainedModel) -> Ranks | None:
@@ -94,7 +120,6 @@ def require_alike(config: LLMOptConfig, size: int) -> None:
         "PromptCacheConfig(path=...)": prompts is not None and prompts.path is not None,
         "PromptCacheConfig(host_bytes=...)": prompts is not None and bool(prompts.host_bytes),
         "PromptCacheConfig(ttl=...)": prompts is not None and prompts.ttl is not None,
-        "graphs=True": config.graphs is True,
     }
     method = None if guesses is None else guesses.effective_method
     refused[f"SpeculativeConfig(method={method!r})"] = method not in (None, "suffix", "draft_model")

@@ -25,7 +25,7 @@ from ..kv_cache.eviction import Scored, called
 from ..walk import running
 from .fixed import Batch
 from .graphs import Graphs
-from .parallel import ranks_of
+from .parallel import Ranks
 from .probe import input_device
 from .request import Request
 from .spans import columns_of, ids_of, long, put_unknown, slots_of, watches_of
@@ -43,6 +43,7 @@ class Runner:
         config: Which backend reads them, whether results may depend on the batch, and whether passes are replayed.
         eviction: Who looks at how requests with a `selection` attend, if anybody does.
         states: The model keeps recurrent states: a pass computes one token of each request, in rows.
+        ranks: The processes that the model is sharded over, if it is.
 
     Raises:
         InvalidOption: The backend cannot run here, or graphs cannot be recorded here.
@@ -56,8 +57,10 @@ class Runner:
         config: LLMOptConfig,
         eviction: Scored | None = None,
         states: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.states = states
+        self.ranks = ranks
         self._model = weakref.ref(model)
         self._configs = configs_of(model)
         self.device = input_device(model)
@@ -75,7 +78,7 @@ class Runner:
         launched = launches(device)
         # Joined layers write pages themselves, and compute a row of tokens.
         layers = (launched or config.attention.backend in ("auto", "cpu")) and not self._streams and not states
-        timed = ranks_of(model) is None  # the clocks of several processes would choose differently
+        timed = ranks is None  # the clocks of several processes would choose differently
         fuses = layers if launched else device.type == "cpu"
         self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None
         self._less: tuple[str, ...] = ()  # what the engine does without
@@ -87,11 +90,11 @@ class Runner:
         if self.states:
             return None  # where states lie depends on who runs
         if config.graphs is True:
-            return Graphs(model, self.store, config)
-        if config.graphs is False or self.device.type != "cuda" or ranks_of(model) is not None:
+            return Graphs(model, self.store, config, self.ranks)
+        if config.graphs is False or self.device.type != "cuda":
             return None
         try:
-            found = Graphs(model, self.store, config)
+            found = Graphs(model, self.store, config, self.ranks)
         except InvalidOption:
             return None
         return found if found.why_not is None else None
@@ -139,7 +142,11 @@ class Runner:
         now = running(self.model)
         if self.graphs is not None:
             self.graphs.refresh(self.model, now)
-        return self.fusion is not None and self.fusion.refresh(self.model, now)
+        return self.anybody(self.fusion is not None and self.fusion.refresh(self.model, now))
+
+    def anybody(self, says: bool) -> bool:
+        """Whether it is so in any process that the model is sharded over; called by all of them."""
+        return says if self.ranks is None else self.ranks.anybody(says)
 
     @property
     def replays(self) -> int:

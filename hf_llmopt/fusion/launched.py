@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import Call, StepInputs, current_step
 from ..attention.gpu import why_not
 from ..kernels.arguments import Layer, Turns
+from ..kv_cache import LayerSpec
 from .kinds import inside
 from .proved import Proved
-from .structure import ROTATIONS, Structure
+from .sharded import Reduce, Share
+from .structure import ROTATIONS, Candidate, Structure
 
 LAUNCHES = {"cuda"}  # types of devices on which layers are launched
 
@@ -23,9 +25,15 @@ def launches(device: torch.device) -> bool:
 
 
 def by_launches(
-    structure: Structure, bound: Layer, layer: int, x: Tensor, step: StepInputs, turns: tuple[Tensor, Tensor] | None
+    structure: Structure,
+    bound: Layer,
+    layer: int,
+    x: Tensor,
+    step: StepInputs,
+    turns: tuple[Tensor, Tensor] | None,
+    reduce: Reduce | None = None,
 ) -> Tensor:
-    """As `Compute`."""
+    """As `Compute`; `reduce` as in the kernels' `layer`."""
     from ..kernels.triton import layer as kernels  # Triton may be missing where nothing is launched
     from ..kernels.triton.rotary import Pages
 
@@ -44,13 +52,40 @@ def by_launches(
         call = Call(layer, query, key, value, structure.scaling, structure.softcap, None)
         return step.attend(step, call)[0].flatten(1)
 
-    return kernels.layer(x, bound, structure.heads, store.layers[layer].shape, how, pages, attend)
+    return kernels.layer(x, bound, structure.heads, store.layers[layer].shape, how, pages, attend, reduce)
 
 
 class Launched(Proved):
-    """A decoder layer on a GPU; the eager layer where ours does not serve."""
+    """A decoder layer on a GPU; the eager layer where ours does not serve.
+
+    Args:
+        layer: The eager layer.
+        found: From `recognise`.
+        specs: What each layer of the model stores.
+        proofs: As in `Proved`.
+        share: What of the layer this process computes, if it is sharded.
+    """
 
     compute = staticmethod(by_launches)
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        found: Candidate,
+        specs: list[LayerSpec],
+        proofs: dict[Any, Structure | None],
+        share: Share | None,
+    ) -> None:
+        super().__init__(layer if share is None else share.layer, found, specs, proofs)
+        self._eager = layer.forward
+        self._share = share
+
+    def _structure(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Structure | None:
+        found = super()._structure(hidden_states, kwargs)
+        if found is None or self._share is None or found.last() == self._share.parts:
+            return found
+        self._proofs[self._signature] = None  # sums elsewhere than before the residual
+        return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer on `[1, tokens, hidden]`."""
@@ -63,4 +98,5 @@ class Launched(Proved):
             return self._eager(*args, **kwargs)
         x = args[0][0]
         x = x if x.is_contiguous() else x.contiguous()
-        return by_launches(structure, self._bind(structure), self.found.layer, x, step, turns)[None]
+        reduce = None if self._share is None else self._share.reduce
+        return by_launches(structure, self._bind(structure), self.found.layer, x, step, turns, reduce)[None]

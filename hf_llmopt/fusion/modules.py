@@ -44,6 +44,7 @@ from .kinds import (
 from .launched import Launched, launches
 from .layer import Joined
 from .proved import Proved
+from .sharded import share_of
 from .structure import Structure, recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
@@ -140,10 +141,12 @@ class Fusion:
         foreign = {id(child) for m in model.modules() if not is_library_code(m) for child in m.modules()}
         for module in model.modules() if self.layers else ():
             known = is_plain(module) and id(module) not in foreign
-            found = self._try("decoder layer", recognise, module, rows) if known else None
+            share = share_of(module) if known and self.launched else None
+            own = module if share is None else share.layer
+            found = self._try("decoder layer", recognise, own, rows) if known else None
             if found is not None:
                 if self.launched:
-                    replacement = Launched(module, found, self.specs, self._proofs)
+                    replacement = Launched(module, found, self.specs, self._proofs, share)
                 else:
                     replacement = last = Joined(module, found, self.specs, self._proofs, last)
                 self._add(module, "decoder layer", replacement)

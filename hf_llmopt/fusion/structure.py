@@ -75,6 +75,10 @@ class Structure(NamedTuple):
     factors: tuple[float, float]  # on queries, and on what is added to the residual
     rotation: str = "none"
 
+    def last(self) -> set[str]:
+        """Names of the products whose results the residual gets."""
+        return {role.name for role in (self.products[3], self.products[6]) if role is not None}
+
     def bind(self, layer: nn.Module) -> Layer:
         """The structure with a layer's parameters."""
         factors = {0: self.factors[0], 3: self.factors[1], 6: self.factors[1]}

@@ -158,6 +158,7 @@ class PagedStore:
                         f"{index} are {odd[0]} wide. Use 'int8' or 'fp8'."
                     )
         self.settle: Callable[[], None] = lambda: None  # waits until nobody copies pages to or from host memory
+        self.moves = 0  # how often pages got other memory
         self.clear()
 
     def clear(self) -> None:
@@ -171,6 +172,7 @@ class PagedStore:
 
     def _share(self) -> None:
         """Layers that store nothing read another's slots."""
+        self.moves += 1
         for index, layer in enumerate(self.layers):
             if layer.source is not None:
                 self.keys[index], self.values[index] = self.keys[layer.source], self.values[layer.source]

@@ -52,7 +52,7 @@ class PromptCache:
         model: PreTrainedModel,
         store: PagedStore,
         config: PromptCacheConfig,
-        anybody: Callable[[bool], bool] | None = None,
+        anybody: Callable[[bool], bool] = bool,
     ) -> None:
         self._model = weakref.ref(model)
         self.store = store

@@ -41,9 +41,9 @@ class WeightsEpoch:
         number: The current epoch.
     """
 
-    def __init__(self, anybody: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, anybody: Callable[[bool], bool] = bool) -> None:
         self.number = 0
-        self._anybody = anybody or bool
+        self._anybody = anybody
         self._tensors: tuple[tuple[int, int, int], ...] = ()
         self._samples = b""
         self._modules: tuple[object, ...] = ()
@@ -112,11 +112,12 @@ def _parts(tensor: Any) -> Iterator[Tensor]:
 
 
 def runs_more(module: torch.nn.Module) -> bool:
-    """Whether more runs than the class's own code, and what accelerate does to move weights."""
+    """Whether more runs than the class's own code, what accelerate moves and tensor parallel sums."""
     if forward_hooks(module) or module._forward_pre_hooks:
         return True
-    hook = getattr(module, "_hf_hook", None)
-    return "forward" in module.__dict__ and not type(hook).__module__.startswith("accelerate.")
+    own, hook = module.__dict__.get("forward"), getattr(module, "_hf_hook", None)
+    known = getattr(own, "__module__", "").startswith("transformers.distributed.")
+    return own is not None and not known and not type(hook).__module__.startswith("accelerate.")
 
 
 def adapted(model: PreTrainedModel) -> list[Any]:

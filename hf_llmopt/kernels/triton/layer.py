@@ -32,10 +32,18 @@ SEVERAL = (Tile(64, 128, 4, 4), Tile(64, 256, 4, 4), Tile(64, 128, 4, 6), Tile(1
 
 # How the queries read the pages: queries, keys and values `[tokens, heads, width]` to `[tokens, heads * value_dim]`.
 Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+Reduce = Callable[["Tensor"], "Tensor"]
 
 
 def layer(
-    x: Tensor, layer: Layer, heads: int, shape: Shape, turns: Turns, pages: Pages | None, attend: Attend
+    x: Tensor,
+    layer: Layer,
+    heads: int,
+    shape: Shape,
+    turns: Turns,
+    pages: Pages | None,
+    attend: Attend,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     """A decoder layer on the tokens of a pass.
 
@@ -47,6 +55,8 @@ def layer(
         turns: The rotary embedding, and the slots.
         pages: Where keys and values are written; `None` if `attend` does that.
         attend: Reads the pages.
+        reduce: Sums over the processes that share the layer what the products before the residual give; `None` if this
+            one has all of it.
 
     Returns:
         `[tokens, hidden]`.
@@ -66,22 +76,24 @@ def layer(
         widths = (heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim)
         query, key, value = (part.unflatten(1, width) for part, width in zip(parts, widths, strict=True))
     query, key = place(query, key, value, (query_norm, key_norm), turns, pages)
-    total = _added(x, attend(query, key, value), output, after)
+    total = _added(x, attend(query, key, value), output, after, reduce)
     read = entry if layer.parallel == 2 else _normed(x if layer.parallel else total, before_mlp)
     (made,) = products(read, [gate] if up is None else [gate, up], layer.kind)
-    return _added(total, made, down, after_mlp)
+    return _added(total, made, down, after_mlp, reduce)
 
 
 def _normed(x: Tensor, how: Norm | None) -> Tensor:
     return x if how is None else norm(x, how)
 
 
-def _added(total: Tensor, x: Tensor, product: Product, after: Norm | None) -> Tensor:
-    """What is added to the residual."""
-    if after is None:
+def _added(total: Tensor, x: Tensor, product: Product, after: Norm | None, reduce: Reduce | None) -> Tensor:
+    """The residual with what a product adds to it."""
+    if after is None and reduce is None:
         (y,) = products(x, [product], residual=total)
         return y
-    return total + norm(products(x, [product])[0], after)
+    (y,) = products(x, [product])
+    y = y if reduce is None else reduce(y)
+    return total + (y if after is None else norm(y, after))
 
 
 def products(x: Tensor, of: Sequence[Product], kind: str | None = None, residual: Tensor | None = None) -> list[Tensor]:
