@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_llmopt
 from hf_llmopt import Engine, KVCacheConfig, LLMOptConfig, PromptCacheConfig
+from hf_llmopt.bench import kv_cache, workloads
+from hf_llmopt.bench.report import table
 from hf_llmopt.errors import LLMOptError
 from hf_llmopt.fusion import launched
 from hf_llmopt.generation import Wishes
@@ -32,7 +34,9 @@ REFUSED = {
 
 def _job(rank: int, folders: dict[str, str], more: bool) -> dict:
     """Everything that is compared, by architecture."""
-    return {name: _one(rank, folder, more, more or name == SERVED) for name, folder in folders.items()}
+    found: dict = {name: _one(rank, folder, more, more or name == SERVED) for name, folder in folders.items()}
+    shape = workloads.build("0.5b", miniature=True, ranks=RANKS)
+    return {**found, "bench": kv_cache.bench(shape, kv_cache.QUICK[:1], repeats=1)}
 
 
 def _one(rank: int, folder: str, more: bool, serves: bool) -> dict:
@@ -194,6 +198,13 @@ def _check(name: str, models: dict, ranks: list[dict]) -> None:
         assert torch.equal(stock, ours)
         assert not torch.equal(stock, found["stock"])
         assert stats.cached_tokens == 0  # the keys of other weights
+
+
+def test_the_bench_measures_a_sharded_shape(quick) -> None:
+    for found in quick[1]:
+        report = found["bench"]
+        assert report["passed"], report["workloads"]
+        assert "over 2 processes" in table(report).title
 
 
 def test_an_engine_takes_requests_on_rank_0(quick) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -102,6 +103,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "attention": model.config._attn_implementation,
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
     }
 
 

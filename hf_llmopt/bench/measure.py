@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -223,11 +224,15 @@ def summary(samples: Iterable[float]) -> dict[str, Any]:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a decode step of a single row reads; an embedding that is no head does not count."""
+    """Bytes of the weights that a decode step of a single row reads; an embedding that is no head does not count.
+
+    Of a sharded model, those of this process.
+    """
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     unread = None if head is not None and head.weight is embeddings.weight else embeddings.weight
-    return sum(weight.nbytes for weight in model.parameters() if weight is not unread)
+    read = [weight for weight in model.parameters() if weight is not unread]
+    return sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in read)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -138,7 +138,9 @@ def same_text(equality: Mapping[str, Any]) -> str:
 
 def model_text(model: Mapping[str, Any]) -> str:
     """What was measured, from a report's `"model"`."""
-    return f"{model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}"
+    ranks = model.get("ranks", 1)
+    over = f", over {ranks} processes" if ranks > 1 else ""
+    return f"{model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}{over}"
 
 
 def machine_text(environment: Mapping[str, Any]) -> str:

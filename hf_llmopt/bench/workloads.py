@@ -169,7 +169,12 @@ MINIATURE = {"vocab_size": 512, "num_hidden_layers": 2, "intermediate_size": 96,
 
 
 def build(
-    shape: str, dtype: torch.dtype = torch.float32, seed: int = 0, miniature: bool = False, device: str = "cpu"
+    shape: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    miniature: bool = False,
+    device: str = "cpu",
+    ranks: int = 1,
 ) -> PreTrainedModel:
     """Make a model of a known shape with random weights.
 
@@ -179,6 +184,7 @@ def build(
         seed: Of the weights.
         miniature: Narrow and with few layers, to see that something runs.
         device: Where the weights are drawn; other devices draw others.
+        ranks: Processes of torch.distributed over which it is sharded, with a head of its own; each of them makes it.
 
     Raises:
         InvalidOption: There is no such shape.
@@ -192,7 +198,15 @@ def build(
         width = 16 * settings["num_attention_heads"]
         small = {**MINIATURE, "hidden_size": width, "word_embed_proj_dim": width}
         settings |= {name: value for name, value in small.items() if name in settings}
+    if ranks > 1:
+        settings["tie_word_embeddings"] = False  # shared weights are sharded while they are loaded
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=dtype)
+    if ranks > 1:  # as `from_pretrained` does it, which random weights have no file for
+        from transformers.distributed import DistributedConfig
+
+        kind: Any = type(model)
+        plan, _, mesh = kind.prepare_distribute_model(DistributedConfig(tp_size=ranks, tp_plan="auto"))
+        model = kind.maybe_distribute_model(model, plan, mesh)
     return model.eval()

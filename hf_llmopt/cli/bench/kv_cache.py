@@ -9,7 +9,20 @@ import typer
 
 from .. import ui
 from ..command import Device, Dtype, Json, UserError
-from .options import Markdown, Model, Output, Quick, Repeat, Seed, Shape, chosen, load_or_build, parent, require_folders
+from .options import (
+    Markdown,
+    Model,
+    Output,
+    Quick,
+    Repeat,
+    Seed,
+    Shape,
+    chosen,
+    load_or_build,
+    meet,
+    parent,
+    require_folders,
+)
 from .shown import record, show
 
 if TYPE_CHECKING:
@@ -64,7 +77,7 @@ def kv_cache(
     """Measure ragged batches with the paged cache, with stock's cache and without a cache.
 
     Greedy, all rows run to the end, every way interleaved with the others, tokens compared in the same runs. Says
-    nothing about speed and exits with 1 if tokens differ.
+    nothing about speed and exits with 1 if tokens differ. Under torchrun a --shape is sharded over the processes.
     """
     from hf_llmopt.bench import kv_cache as kv
     from hf_llmopt.bench import report as reports
@@ -84,7 +97,8 @@ def kv_cache(
     if not (workload or quick or (model in (None, "demo") and shape is None)):
         workload = [name for name in known if name not in kv.WITHOUT_CACHE]
     workloads = chosen("workload", workload, known)
-    loaded, texts, name = load_or_build(model, shape, dtype, device, seed)
+    rank, ranks = meet(device)
+    loaded, texts, name = load_or_build(model, shape, dtype, device, seed, ranks)
     ways = sum(len(kv.ways_of(item, replayed)) for item in workloads for replayed in [False, True][: 1 + graphs])
     with ui.progress("kv_cache", ways * (repeat + 1)) as on_run:
         report = kv.bench(
@@ -96,6 +110,8 @@ def kv_cache(
             graphs=graphs,
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
+    if rank:
+        return  # the first one tells
     report["model"]["name"] = name
     record(report, output, quick)
     show(report, [reports.table(report)], reports.failures(report), json, markdown)

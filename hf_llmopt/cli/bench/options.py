@@ -92,10 +92,23 @@ def chosen(what: str, names: list[str] | None, known: Mapping[str, Any]) -> list
     return [known[name] for name in names or known]
 
 
+def meet(device: str | None) -> tuple[int, int]:
+    """This process's rank and how many there are, which meet here; 0 and 1 unless torchrun started them."""
+    import torch
+
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks > 1:
+        gpus = torch.cuda.is_available() and device != "cpu"
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if gpus else "gloo")
+    return rank, ranks
+
+
 def load_or_build(
-    model: str | None, shape: str | None, dtype: str, device: str | None, seed: int
+    model: str | None, shape: str | None, dtype: str, device: str | None, seed: int, ranks: int = 1
 ) -> tuple[Any, list[list[int]] | None, str]:
-    """The model that is measured.
+    """The model that is measured, sharded over `ranks` processes.
 
     Returns:
         It, the texts its prompts are cut from, `None` for random ids, and its name in a report.
@@ -110,6 +123,8 @@ def load_or_build(
     from ..models import load as load_model
     from ..models import parse_dtype, usable
 
+    if ranks > 1 and shape is None:
+        raise UserError("under torchrun the model that is measured is a --shape")
     if shape is None:
         name = "demo" if model is None else model
         loaded, tokenizer = load_model(name, dtype, device)
@@ -121,4 +136,4 @@ def load_or_build(
     wanted = parse_dtype(dtype)
     if not isinstance(wanted, torch.dtype):
         raise UserError("random weights have no stored type: --shape needs another --dtype than auto")
-    return build(shape, wanted, seed, device=usable(device)), None, f"shape {shape}, random weights"
+    return build(shape, wanted, seed, device=usable(device), ranks=ranks), None, f"shape {shape}, random weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,9 @@ def record(report: dict[str, Any], output: Path | None, quick: bool) -> None:
     Raises:
         UserError: The file cannot be written; what took so long to measure stands on stdout then.
     """
-    report.setdefault("command", shlex.join(["hf-llmopt", *sys.argv[1:]]))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    program = ["hf-llmopt"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "hf_llmopt"]
+    report.setdefault("command", shlex.join([*program, *sys.argv[1:]]))
     report.setdefault("quick", quick)
     if output is not None:
         try:
