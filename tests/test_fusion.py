@@ -186,9 +186,11 @@ def test_equal_at_every_level(name: str, level: str, case: str) -> None:
     assert watch.calls["linear"]
 
 
-@pytest.mark.parametrize("level", [LEVELS[0], LEVELS[-1]])
 # Granite's tiny model: at one step stock and ours are both 0.08 from float32, on different sides of a tie 0.09 wide.
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "granite"])
+# Which level it is does not depend on the architecture, and float32 has them all.
+@pytest.mark.parametrize(
+    ("name", "level"), [("llama", LEVELS[0]), *((name, LEVELS[-1]) for name in ARCHITECTURES if name != "granite")]
+)
 def test_bfloat16_up_to_near_ties(name: str, level: str) -> None:
     model, prompt = build(name, dtype=torch.bfloat16), inputs(4, 11, 7)
     arguments = {**prompt, "max_new_tokens": 10, "eos_token_id": None}

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -75,7 +76,8 @@ def is_package(module: str) -> bool:
     return module == "hf_llmopt.__init__" or (PACKAGE / "/".join(module.split(".")[1:]) / "__init__.py").is_file()
 
 
-def imports(module: str, source: str) -> list[Import]:
+@cache  # several rules ask for those of the whole package
+def imports(module: str, source: str) -> tuple[Import, ...]:
     """Every import of a module, wherever it stands; relative ones made absolute."""
     tree = ast.parse(source)
     inner = {id(node) for outer in ast.walk(tree) if is_lazy(outer) for node in ast.walk(outer)}
@@ -90,7 +92,7 @@ def imports(module: str, source: str) -> list[Import]:
                 keep = len(parts) - node.level + is_package(module)
                 base = ".".join(parts[:keep] + ([base] if base else []))
             found += [Import(base, alias.name, node.lineno, id(node) not in inner) for alias in node.names]
-    return found
+    return tuple(found)
 
 
 def is_lazy(node: ast.AST) -> bool:

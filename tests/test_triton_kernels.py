@@ -96,7 +96,8 @@ def test_product(dtype: torch.dtype, kind: str, layout: tuple) -> None:
             ours = computed(way, x, packed, bias)
             assert ours.dtype == dtype
             assert error(ours, exact) < BOUND[dtype], (way, rows)
-            assert torch.equal(ours, computed(way, x, packed, bias)), "the same product gives the same bits"
+            if GPU:  # the interpreter computes one thing after the other
+                assert torch.equal(ours, computed(way, x, packed, bias)), "the same product gives the same bits"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * GPU, ids=str)

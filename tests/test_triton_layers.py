@@ -174,13 +174,16 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("llama", 1), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ["llama", *SLOW])],
+)
+def test_models(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt's tokens and single ones, of a model whose layers are launched: stock's tokens."""
     monkeypatch.setattr(launched, "LAUNCHES", {DEVICE})
-    model = build(name).to(DEVICE)
+    model = build(name, num_hidden_layers=layers).to(DEVICE)
     inputs = {key: tensor.to(DEVICE) for key, tensor in ragged().items()}
-    arguments: dict[str, Any] = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    arguments: dict[str, Any] = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None}
     stock = model.generate(**inputs, **arguments)
     assert torch.equal(model.generate(**inputs, **arguments, llmopt={"strict": True}), stock)
-    assert model.llmopt.stats.fused == (f"{len(model.llmopt.engine.store.layers)} x decoder layer",)
+    assert model.llmopt.stats.fused == (f"{layers} x decoder layer",)
