@@ -2,13 +2,14 @@
 not. Run without TRITON_INTERPRET; prints how many it compiled."""
 
 import itertools
+import re
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_llmopt.kernels.triton import argmax, few, gated, int_linear, norm, rotary
+from hf_llmopt.kernels.triton import argmax, few, gated, int_linear, norm, rotary, wide
 
 CAPABILITIES = (80, 90)
 POINTERS = {"slots": "*i64", "best": "*fp32", "where": "*i32", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
@@ -20,19 +21,25 @@ WORDS = (
 FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}
 
 
-def compile_for(capability: int, kernel: Any, warps: int = 4, **constants: Any) -> None:
-    """Every pointer is of bfloat16, every number an int32, unless the tables above say otherwise."""
+def compile_for(capability: int, kernel: Any, warps: int = 4, **constants: Any) -> str:
+    """PTX of a kernel. Every pointer is of bfloat16, every number an int32, unless the tables above say otherwise."""
     types = {}
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         else:
-            known = {**POINTERS, **(WORDS if kernel in (int_linear._deep, int_linear._tiles) else {})}
+            known = {**POINTERS, **(WORDS if kernel in (int_linear._deep, int_linear._tiles, wide._wide) else {})}
+            if constants.get("KIND") == "int8":
+                known |= dict.fromkeys(("first", "second", "third"), "*i8")
+            if kernel is wide._wide:
+                known |= {"x": f"tensordesc<bf16[{constants['BLOCK_M']},128]>"}
             types[name] = known.get(name) or FLOATS.get(name) or ("i32" if name.isupper() else "*bf16")
     early = capability >= 90
-    source = ASTSource(kernel, types | {"EARLY": "constexpr"}, {**constants, "EARLY": early})
+    aligned = [at for at, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name == "W"]
+    divisible: Any = {(at,): [["tt.divisibility", 16]] for at in aligned} if kernel is wide._wide else {}
+    source = ASTSource(kernel, types | {"EARLY": "constexpr"}, {**constants, "EARLY": early}, divisible)
     options = {"num_warps": warps, **({"launch_pdl": True} if early else {})}
-    triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"])
 
 
 def cases() -> Any:
@@ -85,8 +92,31 @@ def cases() -> Any:
     yield int_linear._tiles, {**tile, **constants}
 
 
+def hopper_cases() -> Any:
+    """Kernels, their constants, and their warps, of one kind of GPU."""
+    none = {f"{name}_{what}": None for name in ("second", "third") for what in ("scales", "zeros", "bias")}
+    single = {**none, "second": None, "third": None, "first_bias": None, "residual": None, "factor": None}
+    whole = {"KIND": "int8", "WORDS": 128, "SETS": 1, "SCALED": False, "WHOLE": True, "first_zeros": None}
+    groups = {"KIND": "int4", "WORDS": 16, "SETS": 1, "SCALED": True, "WHOLE": False, "first_zeros": None}
+    constants = {"BLOCK_M": 128, "STAGES": 3, "DTYPE": triton.language.bfloat16, "ASSEMBLY": True, "DIRECT": True}
+    yield wide._wide, {**groups, **constants, **single, "BLOCK_N": 128}, 8
+    yield wide._wide, {**groups, **constants, **single, "BLOCK_N": 64, "SCALED": False}, 4
+    yield wide._wide, {**groups, **constants, "BLOCK_N": 64, "SETS": 4, "second_zeros": None, "third_zeros": None}, 4
+    yield wide._wide, {**whole, **constants, **single, "BLOCK_N": 64}, 4
+    biases = {"second_bias": None, "third_bias": None, "residual": None, "factor": None}
+    yield wide._join, {"PARTS": 1, "SPLIT": 4, "BLOCK_N": 512, **biases}, 4
+
+
 count = 0
 for capability, (kernel, constants) in itertools.product(CAPABILITIES, cases()):
     compile_for(capability, kernel, **constants)
+    count += 1
+for kernel, constants, warps in hopper_cases():
+    ptx = compile_for(90, kernel, warps, **constants)
+    if kernel is wide._wide:
+        # Codes are decoded into registers that the tensor cores read: none may be read still when a turn begins.
+        assert "wgmma.mma_async" in ptx
+        assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)) == {"0"}
+        assert "st.shared" not in ptx.split("stmatrix")[0], "they reach them without shared memory"
     count += 1
 print(count)

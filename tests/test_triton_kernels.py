@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
-from hf_llmopt.kernels.triton import fp8, tuning, weight  # noqa: E402
+from hf_llmopt.kernels.triton import fp8, tuning, weight, wide  # noqa: E402
 from hf_llmopt.kernels.triton.tuning import Way  # noqa: E402
 from hf_llmopt.kernels.triton.weight import TritonWeight  # noqa: E402
 
@@ -32,6 +32,8 @@ LAYOUTS = [
     (17, 96, 32, False, False),
     (20, 200, 200, True, False),  # no power of two divides a row
     (16, 160, 16, True, True),
+    (16, 256, 64, True, True),  # whole tiles with groups in them
+    (16, 128, 128, True, False),  # one group
 ]
 
 
@@ -76,7 +78,12 @@ def computed(way: Way, x: torch.Tensor, packed: TritonWeight, bias: torch.Tensor
 WAYS = {
     1: [Way("deep", (1, 16, 2, 2, 2)), Way("dequantize")],
     5: [Way("deep", (8, 32, 4, 3, 4)), Way("tiles", (16, 32, 2, 3, 4))],
-    20: [Way("deep", (16, 16, 2, 2, 2)), Way("tiles", (16, 64, 1, 2, 4))],
+    20: [
+        Way("deep", (16, 16, 2, 2, 2)),
+        Way("tiles", (16, 64, 1, 2, 4)),
+        Way("wide", (16, 64, 1, 2, 4, 0)),
+        Way("wide", (32, 64, 2, 2, 4, 1)),
+    ],
 }
 
 
@@ -93,6 +100,9 @@ def test_product(dtype: torch.dtype, kind: str, layout: tuple) -> None:
         x = torch.randn(rows, layout[1], device=DEVICE).to(dtype)
         exact = reference.quantized_linear(x.double().float(), grid, bias.float())
         for way in ways:
+            before = way.configuration[-1:] == (1,) or layout[2] > 64  # scaled, as where groups share a tile
+            if way.name == "wide" and not (before and wide.serves(x, packed.packed())):
+                continue
             ours = computed(way, x, packed, bias)
             assert ours.dtype == dtype
             assert error(ours, exact) < BOUND[dtype], (way, rows)

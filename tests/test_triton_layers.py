@@ -13,7 +13,7 @@ from hf_llmopt.kernels.arguments import Norm, Product, Turns
 from hf_llmopt.quantization import make_grid
 
 pytest.importorskip("triton")
-from hf_llmopt.kernels.triton import argmax, int_linear, weight
+from hf_llmopt.kernels.triton import argmax, int_linear, weight, wide
 from hf_llmopt.kernels.triton import few as few_rows
 from hf_llmopt.kernels.triton import layer as layers
 from hf_llmopt.kernels.triton.few import Tile, few
@@ -81,8 +81,8 @@ def test_turns_and_pages(dtype: torch.dtype, rotated: int, pairs: int, normed: b
     row = random(3, 2 * 12 + 12 + 5, dtype=dtype)
     query, key, value = row.split([24, 12, 5], dim=1)
     query, key, value = query.unflatten(1, (2, 12)), key.unflatten(1, (1, 12)), value.unflatten(1, (1, 5))
-    wide = torch.float32 if pairs == 1 else dtype
-    angles = [random(3, rotated, dtype=wide, seed=seed) for seed in (3, 4)] if rotated else [None, None]
+    exact = torch.float32 if pairs == 1 else dtype
+    angles = [random(3, rotated, dtype=exact, seed=seed) for seed in (3, 4)] if rotated else [None, None]
     turns = Turns(*angles, torch.tensor([4, 0, 2], device=DEVICE), pairs)
     norms = [Norm(random(12, dtype=dtype, seed=seed), None, 12, 1e-5) if normed else None for seed in (5, 6)]
     pages = Pages(*(torch.full((6, 1, width), float("nan"), dtype=dtype, device=DEVICE) for width in (12, 5)))
@@ -132,28 +132,31 @@ def test_ways_of_a_product_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_quantized_products_of_few_rows(bits: int, symmetric: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_quantized_products_in_one_launch(
+    bits: int, symmetric: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three weights of few bits in one launch, or gate and up with the activation, and a residual."""
     launches: list[int] = []
     monkeypatch.setattr(layers, "deep", lambda *args: launches.append(1) or int_linear.deep(*args))
-    monkeypatch.setitem(
-        layers.DEEP, weight.bucket_of(rows), ((rows, 16, 1, 2, 1),) if rows == 1 else ((8, 16, 2, 2, 2),)
-    )
-    x = random(rows, 256)
-    grids = [make_grid(random(n, 256, seed=n), bits, 64, symmetric) for n in (24, 16, 24)]
-    of = [Product(weight.TritonWeight.pack(grid), random(len(grid.codes), seed=7), 0.5) for grid in grids]
+    monkeypatch.setattr(layers, "wide", lambda *args: launches.append(1) or wide.wide(*args))
+    small = {1: ((1, 16, 1, 2, 1),), 8: ((8, 16, 2, 2, 2),)}
+    monkeypatch.setattr(layers, "DEEP", small if DEVICE == "cpu" else layers.DEEP)
+    dtype, error = (torch.bfloat16, 6) if rows > 16 and DEVICE == "cuda" else (torch.float32, 64)
+    x = random(rows, 256, dtype=dtype)
+    grids = [make_grid(random(n, 256, seed=n), bits, 16 * bits, symmetric) for n in (24, 16, 24)]
+    of = [Product(weight.TritonWeight.pack(grid), random(len(grid.codes), dtype=dtype, seed=7), 0.5) for grid in grids]
     truth = [reference.quantized_linear(x, grid, p.bias) * 0.5 for grid, p in zip(grids, of, strict=True)]
-    residual = random(rows, 24, seed=8)
+    residual = random(rows, 24, dtype=dtype, seed=8)
     assert all(p.weight is not None for p in of)
     for ours, expected in zip(layers.products(x, of), truth, strict=True):
-        close(ours, expected, 64)
-    close(layers.products(x, of[::2], "silu")[0], reference.gated(truth[0], truth[2], "silu"), 64)
-    close(layers.products(x, of[:1], residual=residual)[0], truth[0] + residual, 64)
+        close(ours, expected, error)
+    close(layers.products(x, of[::2], "silu")[0], reference.gated(truth[0], truth[2], "silu"), error)
+    close(layers.products(x, of[:1], residual=residual)[0], truth[0] + residual, error)
     assert len(launches) >= 3
     mixed = [of[0], of[1]._replace(bias=None)]
     launches.clear()
-    close(layers.products(x, mixed)[1], reference.quantized_linear(x, grids[1]) * 0.5, 64)
+    close(layers.products(x, mixed)[1], reference.quantized_linear(x, grids[1]) * 0.5, error)
     assert not launches
 
 

@@ -19,7 +19,8 @@ from .int_linear import TOGETHER, deep
 from .norm import norm
 from .rotary import Pages, place
 from .tuning import Way, fastest
-from .weight import DEEP, bucket_of
+from .weight import DEEP, bucket_of, wide_ways
+from .wide import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Tiles that are measured, for one row and for more.
 SINGLE = (Tile(4, 1024, 4, 1), Tile(4, 2048, 4, 1), Tile(4, 512, 4, 1))
 SEVERAL = (Tile(64, 128, 4, 4), Tile(64, 256, 4, 4), Tile(64, 128, 4, 6), Tile(16, 128, 4, 6))
+
+JOINT = 256  # rows up to which quantized weights of one launch were faster in every shape
 
 # How the queries read the pages: queries, keys and values `[tokens, heads, width]` to `[tokens, heads * value_dim]`.
 Attend = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
@@ -109,17 +112,20 @@ def products(x: Tensor, of: Sequence[Product], kind: str | None = None, residual
         `[rows, outputs]` of each, or what the activation gave.
     """
     apart = partial(_apart, x, of, kind, residual)
-    if len(x) > ROWS or len(of) > TOGETHER or not _alike(x, of):
+    first = of[0].weight
+    dense = isinstance(first, torch.Tensor)
+    if (dense and len(x) > ROWS) or len(of) > TOGETHER or not _alike(x, of):
         return apart()
     counts = [product.weight.shape[0] for product in of]
-    first = of[0].weight
-    if isinstance(first, torch.Tensor):
+    if dense:
         form, bucket = "dense", 1 if len(x) == 1 else ROWS
         ways = [Way("few", tile) for tile in (SINGLE if len(x) == 1 else SEVERAL)]
     else:
         form, bucket = first.form, bucket_of(len(x))
-        ways = [Way("deep", tile) for tile in DEEP[bucket]]
-    ways.append(Way("apart"))
+        ways = [Way("deep", tile) for tile in DEEP.get(bucket, ())]
+        ways += wide_ways(bucket, sum(counts), x, first.packed())
+    if not ways or bucket <= ROWS or bucket > JOINT:
+        ways.append(Way("apart"))
 
     def compute(way: Way) -> list[Tensor]:
         if way.name == "apart":
@@ -128,7 +134,8 @@ def products(x: Tensor, of: Sequence[Product], kind: str | None = None, residual
             y = few(x, of, kind, residual, Tile(*way.configuration))
         else:
             packed, biases = [product.weight.packed() for product in of], [product.bias for product in of]
-            y = deep(x, packed, biases, way.configuration, kind, residual, of[0].factor)
+            launch = deep if way.name == "deep" else wide
+            y = launch(x, packed, biases, way.configuration, kind, residual, of[0].factor)
         return [y] if kind else list(y.split(counts, dim=1))
 
     way = ways[0]

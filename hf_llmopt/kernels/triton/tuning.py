@@ -26,7 +26,13 @@ class Way(NamedTuple):
     configuration: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join(map(str, (self.name, *self.configuration)))
+        return _written(self)
+
+
+@cache
+def _written(way: Way) -> str:
+    """Kept, because products of a pass ask for it again and again."""
+    return " ".join(map(str, (way.name, *way.configuration)))
 
 
 class Table:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..arguments import Grid
 from . import fp8, int_linear
+from . import wide as many
 from .int_linear import Packed, tile_of
-from .layout import pack_nibbles, unpack_nibbles
+from .layout import BLOCK, pack_nibbles, unpack_nibbles
 from .tuning import Way, fastest
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ CHUNK = 2**27  # weights that are decoded at a time
 MOST_ROWS = 2048  # of which times are measured
 SPLITS = (1, 2, 4, 8, 16)
 WARPS = 132 * 16  # of a product that is split further: 16 for each of an H100's processors
-# Configurations of `deep` and `tiles` (without the split) by number of rows: each is the fastest for some shape.
+# Configurations of `deep`, `wide` and `tiles` (without the split) by number of rows: each is the fastest somewhere.
 DEEP = {
     1: (
         (1, 16, 8, 3, 8),
@@ -33,6 +35,14 @@ DEEP = {
     ),
     8: ((8, 64, 4, 3, 4), (8, 64, 2, 3, 2), (8, 32, 4, 3, 4), (8, 16, 8, 3, 8)),
     16: ((16, 32, 4, 3, 4), (16, 128, 2, 3, 2)),
+}
+WIDE = {
+    32: ((32, 64, 4, 4, 0),),
+    64: ((64, 64, 4, 4, 0), (64, 128, 4, 8, 0)),
+    128: ((128, 64, 3, 4, 1), (128, 128, 3, 8, 1)),
+    256: ((128, 64, 3, 4, 0), (128, 64, 3, 4, 1), (128, 128, 3, 8, 1)),
+    512: ((128, 64, 3, 4, 0), (128, 64, 3, 4, 1), (128, 128, 3, 8, 1)),
+    1024: ((128, 128, 3, 8, 1),),
 }
 TILES = {
     8: ((16, 128, 3, 4),),
@@ -211,15 +221,51 @@ def bucket_of(rows: int) -> int:
 def ways_of(bucket: int, x: Tensor, weight: Packed, activations: bool) -> list[Way]:
     """What is worth measuring; the first serves where nothing can be measured."""
     ways = [Way("deep", configuration) for configuration in DEEP.get(bucket, ())]
-    for rows, columns, stages, warps in TILES.get(bucket, TILES[256] if bucket > 256 else ()):
-        programs = -(-len(weight.words) // columns) * -(-bucket // rows)
-        splits = [s for s in SPLITS if s == 1 or programs * s * warps <= WARPS]
-        ways += [Way("tiles", (rows, columns, split, stages, warps)) for split in splits[-3:]]
+    wide = wide_ways(bucket, len(weight.words), x, weight)
+    for rows, columns, stages, warps in () if wide else TILES.get(bucket, TILES[256] if bucket > 256 else ()):
+        splits = splits_of(-(-len(weight.words) // columns) * -(-bucket // rows) * warps, SPLITS[-1])
+        ways += [Way("tiles", (rows, columns, split, stages, warps)) for split in splits]
+    ways += wide
     if bucket >= 64:
         ways.append(Way("dequantize"))
     if activations and fp8.serves(x, weight):
         ways.insert(0, Way("scaled"))
     return ways
+
+
+def wide_ways(bucket: int, outputs: int, x: Tensor, weight: Packed) -> tuple[Way, ...]:
+    """Ways of `wide` that are worth measuring; none where it does not serve.
+
+    Args:
+        bucket: Of rows.
+        outputs: Of all weights that are multiplied in one launch.
+        x: `[rows, inputs]`.
+        weight: One of the weights, which are alike.
+    """
+    if bucket <= 16 or not many.serves(x, weight):
+        return ()
+    return _wide_ways(bucket, outputs, weight.inputs // BLOCK, weight.scales.shape[1], weight.tile["SETS"])
+
+
+@cache
+def _wide_ways(bucket: int, outputs: int, blocks: int, groups: int, sets: int) -> tuple[Way, ...]:
+    ways: dict[Way, None] = {}
+    for rows, columns, stages, warps, scaled in WIDE[min(bucket, max(WIDE))]:
+        # After the product; before it where groups share a tile.
+        scaled = 0 if groups == 1 else 1 if sets > 1 else scaled
+        for split in splits_of(-(-outputs // columns) * -(-bucket // rows) * warps, blocks):
+            ways[Way("wide", (rows, columns, split, stages, warps, scaled))] = None
+    return tuple(ways)
+
+
+def splits_of(warps: int, most: int) -> list[int]:
+    """Among how many programs the inputs of a tile may be split.
+
+    Args:
+        warps: Of an unsplit product.
+        most: Programs of a tile.
+    """
+    return [split for split in SPLITS if split == 1 or (split <= most and warps * split <= WARPS)][-3:]
 
 
 def compute(way: Way, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -233,6 +279,8 @@ def compute(way: Way, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """
     if way.name == "deep":
         return int_linear.deep(x, [weight], [bias], way.configuration)
+    if way.name == "wide":
+        return many.wide(x, [weight], [bias], way.configuration)
     if way.name == "tiles":
         return int_linear.tiles(x, weight, bias, *way.configuration)
     if way.name == "scaled":
