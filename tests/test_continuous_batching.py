@@ -119,7 +119,7 @@ def test_batched_is_single(
             except (errors.RequestCancelled, errors.DeadlineExceeded):
                 assert fate != "stays"
         assert engine.loop.store.pages_used == 0
-        assert engine.loop.swapped_bytes == 0
+        assert engine.loop.mover.swapped_bytes == 0
         assert not engine.loop.groups
         assert not engine.waiting
 
@@ -129,18 +129,18 @@ def test_batched_is_single(
 def test_preempted_by_either_way(model, name: str, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that were saved and written back are the keys that would be computed again."""
     served = model(name)
-    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
+    monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: swaps)
     prompts = [prompt(10, seed) for seed in range(4)]
     with Engine(served, {"kv_cache": {"page_size": 4, "max_tokens": 80}}) as engine:
         handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
         assert [handle.result(60) for handle in handles] == [stock(served, ids, max_new_tokens=30) for ids in prompts]
         assert sum(handle.stats.preemptions for handle in handles) > 0
         assert sum(handle.stats.swaps for handle in handles) == swaps * sum(h.stats.preemptions for h in handles)
-        assert engine.loop.swapped_bytes == 0
+        assert engine.loop.mover.swapped_bytes == 0
 
 
 def test_the_cheaper_way_is_taken() -> None:
-    from hf_llmopt.engine.budget import Costs
+    from hf_llmopt.engine.mover import Costs
 
     costs = Costs()
     costs.computed(10, 1.0)
@@ -153,7 +153,7 @@ def test_the_cheaper_way_is_taken() -> None:
 
 
 def test_host_memory_for_swaps_is_bounded(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: True)
+    monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: True)
     prompts = [prompt(10, seed) for seed in range(4)]
     config = {"kv_cache": {"page_size": 4, "max_tokens": 80}, "batching": {"swap_bytes": 100}}
     with Engine(model("llama"), config) as engine:

@@ -525,7 +525,7 @@ def test_rows_with_the_same_prompt_have_its_features_in_common(target, watched, 
 
 @pytest.mark.parametrize("swap_bytes", [0, 2**20])
 def test_requests_that_lose_their_pages_draft_again(target, watched, tmp_path, monkeypatch, seen, swap_bytes):
-    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *args: True)
+    monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *args: True)
     files = files_of("DeepSpec")
     batching = {"max_batch_tokens": 16, "swap_bytes": swap_bytes}
     config = eagle(files.save(tmp_path), kv_cache={"max_tokens": 96, "page_size": 4}, batching=batching)

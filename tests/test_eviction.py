@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from hf_llmopt import Engine, LLMOptConfig
 from hf_llmopt.attention import gpu
 from hf_llmopt.config import KVCacheConfig
-from hf_llmopt.engine.budget import Costs
+from hf_llmopt.engine.mover import Costs
 from hf_llmopt.errors import InvalidOption, InvalidRequest, OutOfPages, UnsupportedModel
 from hf_llmopt.kernels import cpu
 from hf_llmopt.kv_cache import BlockTable, PagePool
@@ -313,7 +313,7 @@ def test_submitted_and_preempted_is_single(model, monkeypatch, method, name):
         assert swaps > 0 or method == "sink"
         assert all(handle.stats.evicted_tokens > 0 for handle in handles)
         assert engine.loop.store.pages_used == 0
-        assert engine.loop.swapped_bytes == 0
+        assert engine.loop.mover.swapped_bytes == 0
 
 
 @every_method

@@ -96,7 +96,7 @@ def test_found_prompts() -> None:
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_requests_that_lose_their_pages(swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
+    monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: swaps)
     model = build("llama", num_hidden_layers=2)
     torch.manual_seed(4)
     prompts = [torch.randint(3, 90, (10,)) for _ in range(4)]

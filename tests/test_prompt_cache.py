@@ -20,9 +20,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import LogitsProcessor
 
 import hf_llmopt
-from hf_llmopt import Engine, LLMOptConfig, PromptCacheConfig, errors
+from hf_llmopt import BatchingConfig, Engine, LLMOptConfig, PromptCacheConfig, errors
 from hf_llmopt.engine import EngineLoop, Request
-from hf_llmopt.engine.budget import Costs
+from hf_llmopt.engine.mover import Mover
 from hf_llmopt.engine.policy import Fair, FirstCome, Priority
 from hf_llmopt.engine.scheduler import Scheduler
 from hf_llmopt.kv_cache import LayerSpec, PagedStore
@@ -158,11 +158,11 @@ class Traffic(RuleBasedStateMachine):
             self.cache.trees.host = HostTier(host * page_bytes // 3, self.cache.trees.prune)
         self.pools = [group.pool for group in self.store.groups]
         self.loop = loop = object.__new__(EngineLoop)
-        loop.store, loop.prompts, loop.costs, loop.swapped_bytes = self.store, self.cache, Costs(), 0
+        loop.store, loop.prompts, loop.mover = self.store, self.cache, Mover(self.store, BatchingConfig(), None)
         loop.evictor = loop.speculator = None
         loop.lock = SimpleNamespace(notify_all=lambda: None)
         self.scheduler = loop.scheduler = Scheduler(
-            self.pools, policy(), budget, 4, loop._tables, loop._grow, swaps, loop._move_pages, self.cache
+            self.pools, policy(), budget, 4, loop.mover.tables, loop._grow, swaps, loop.mover.move, self.cache
         )
         self.keys: dict[Request, list[float]] = {}  # what each request computed or found
         self.forks: list[tuple[list, list[int], list[float]]] = []  # tables, tokens and keys of kept forks
@@ -222,7 +222,7 @@ class Traffic(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         if all(request.remaining for request in self.requests) and self.requests and not self.forks:
             assert plan.spans or plan.preempted, "kept pages must never keep a request from running"
-        self.loop._move_pages(plan)
+        self.loop.mover.move(plan)
         for request, length in plan.spans:
             keys, start, stop = self.keys[request], request.computed, request.computed + length
             if len(keys) != start:  # found, or preempted and found again
@@ -331,7 +331,7 @@ class Traffic(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         assert not any(request.tables for request in self.scheduler.line), "who waits holds no pages"
-        assert self.loop.swapped_bytes == sum(r.swapped.nbytes for r in self.requests if r.swapped is not None)
+        assert self.loop.mover.swapped_bytes == sum(r.swapped.nbytes for r in self.requests if r.swapped is not None)
         nodes = [node for root in self.cache.trees.roots.values() for node in root.subtree()]
         for index, pool in enumerate(self.pools):
             refs = [0] * (pool.num_pages + 1)

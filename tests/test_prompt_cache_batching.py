@@ -63,7 +63,7 @@ def test_found_and_preempted_is_single(
     asked = config(48, policy=policy, max_batch_tokens=tokens, max_requests=places)
     asked["prompt_cache"] = {"host_bytes": host_bytes}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
+        patch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: swaps)
         patch.setattr("hf_llmopt.prompt_cache.tree.compute_seconds", lambda *_: 1.0)  # so that the tier is used
         with Engine(served, asked) as engine:
             submitted = []
@@ -79,7 +79,7 @@ def test_found_and_preempted_is_single(
                 assert handle.result(60) == stock(served, ids, max_new_tokens=new)
                 assert handle.stats.cached_tokens < len(ids)
             assert engine.loop.store.pages_used == 0
-            assert engine.loop.swapped_bytes == 0
+            assert engine.loop.mover.swapped_bytes == 0
             for pool in engine.loop.scheduler.pools:
                 assert pool.num_pages == pool.blank + len(pool.kept)
 
@@ -89,7 +89,7 @@ def test_found_and_preempted_is_single(
 def test_preempted_requests_keep_their_keys(model, name: str, swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found pages are saved, written back elsewhere, or found again; and what came of it can be found."""
     served = cold(model(name))
-    monkeypatch.setattr("hf_llmopt.engine.budget.Costs.favour_copy", lambda *_: swaps)
+    monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: swaps)
     prompts = [text(13, 99) + text(5, seed) for seed in range(4)]
     with Engine(served, config(80)) as engine:
         engine.submit(text(13, 99), max_new_tokens=1, **KW).result(60)
@@ -100,7 +100,7 @@ def test_preempted_requests_keep_their_keys(model, name: str, swaps: bool, monke
         preemptions = [handle.stats.preemptions for handle in handles]
         assert sum(preemptions) > 0
         assert [handle.stats.swaps for handle in handles] == [swaps * count for count in preemptions]
-        assert engine.loop.swapped_bytes == engine.loop.store.pages_used == 0
+        assert engine.loop.mover.swapped_bytes == engine.loop.store.pages_used == 0
         last = prompts[-1] + results[-1]
         again = engine.submit(last, max_new_tokens=4, **KW)
         assert again.result(60) == stock(served, last, max_new_tokens=4)

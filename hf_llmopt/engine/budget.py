@@ -1,8 +1,8 @@
-"""Which requests fit: the pages they may need, those that can be had, and what is cheaper where there are too few."""
+"""Which requests fit: the pages they may need, and those that can be had."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..config import LLMOptConfig
 from ..errors import OutOfPages
@@ -12,33 +12,6 @@ from .request import Request, Rows
 from .scheduler import Scheduler
 
 AHEAD = 1024  # new tokens that pages are set aside for when a request is admitted
-
-
-class Costs:
-    """What it has cost to compute keys and to copy them, to choose the cheaper when pages are taken away.
-
-    Attributes:
-        token_seconds: Seconds a token takes where many are computed together.
-        byte_seconds: Seconds to copy a byte of keys and values to host memory or back; 0 until it was measured once.
-    """
-
-    def __init__(self) -> None:
-        self.token_seconds = 0.0
-        self.byte_seconds = 0.0
-
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A pass over `tokens` tokens took `seconds`. The best passes count, and are slowly forgotten."""
-        each = seconds / tokens
-        self.token_seconds = min(each, 1.01 * self.token_seconds) if self.token_seconds else each
-
-    def copied(self, nbytes: int, seconds: float) -> None:
-        """Copying took `seconds`."""
-        each = seconds / max(1, nbytes)
-        self.byte_seconds = (self.byte_seconds + each) / 2 if self.byte_seconds else each
-
-    def favour_copy(self, tokens: int, nbytes: int) -> bool:
-        """Whether copying `nbytes` out and in is cheaper than computing `tokens` tokens again."""
-        return 2 * nbytes * self.byte_seconds < tokens * self.token_seconds
 
 
 class Budget:
@@ -96,6 +69,38 @@ class Budget:
         for together in [members] if any(r.protected for r in members) else [[request] for request in members]:
             if any(n > limit for n, limit in zip(self.outstanding(together), self._store.limits(), strict=True)):
                 raise self.does_not_fit(together)
+
+    def provide(self, group: Rows, groups: Collection[Rows]) -> bool:
+        """Set the pages aside that a group's rows may ever need.
+
+        Args:
+            group: Not yet among the others.
+            groups: All that the engine serves.
+
+        Returns:
+            `False` if that is not possible yet.
+
+        Raises:
+            OutOfPages: It never will be; the message says what fits.
+        """
+        self.check_fits(group)
+        members = group.requests
+        if group.submitted and len(self._scheduler.running) >= self._config.batching.max_requests:
+            return False
+        wanted = self.outstanding(members)
+        others = self.outstanding([request for request in self._scheduler.running if request.protected])
+        # Rows of one group get equal room, so that their runs of pages lie at equal distances.
+        spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
+        self._store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
+        if any(a + b > c for a, b, c in zip(wanted, others, self.capacity(), strict=True)):
+            # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
+            nested = not group.submitted and all(other.thread == group.thread for other in groups)
+            if nested or not groups:
+                raise self.does_not_fit(members)
+            return False
+        for request in members:
+            request.tables = request.tables or self._store.tables(spacing)
+        return True
 
     def outstanding(self, requests: Sequence[Request]) -> list[int]:
         """Pages the requests may still take, per cache group."""

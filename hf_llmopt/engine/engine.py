@@ -17,32 +17,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 
-import psutil
-import torch
 from transformers import PreTrainedModel
 
-from ..config import BatchingConfig, LLMOptConfig
+from ..config import LLMOptConfig
 from ..errors import LLMOptError, OutOfPages, RequestFailed, UnsupportedModel
-from ..kv_cache import BlockTable, Clock, PagedStore, Swapped
+from ..kv_cache import Clock, PagedStore
 from ..prompt_cache import PromptCache
 from ..speculative import Speculator
-from .budget import Budget, Costs
+from .budget import Budget
 from .drafters import make_speculator
 from .evict import Evictor
+from .mover import Mover
 from .parallel import alike, ranks_of
-from .policy import Fair, FirstCome, Policy, Priority
+from .policy import policy_of
 from .probe import probe
 from .proof import prove
 from .request import Request, Rows, Share
 from .runner import Runner
 from .scheduler import Plan, Scheduler
 from .whole import unlike_states
-
-
-def _policy(config: BatchingConfig) -> Policy:
-    if config.policy == "fair":
-        return Fair()
-    return Priority(config.aging) if config.policy == "priority" else FirstCome()
 
 
 class EngineLoop:
@@ -73,6 +66,7 @@ class EngineLoop:
         if layout.states and (reason := unlike_states(config, layout.dense, self.ranks is not None)):
             raise UnsupportedModel(f"{type(model).__name__} keeps recurrent states, and {reason}")
         self.evictor = Evictor(self.store, config.kv_cache) if config.kv_cache.eviction is not None else None
+        self.mover = Mover(self.store, config.batching, self.evictor)
         scored = self.evictor.scored if self.evictor is not None else None
         self.runner = Runner(model, self.store, config, scored, layout.states, self.ranks)
         prove(self.runner)
@@ -80,17 +74,16 @@ class EngineLoop:
         self.prompts = PromptCache(model, self.store, keeps, self.runner.anybody) if keeps else None
         self.scheduler = Scheduler(
             [group.pool for group in self.store.groups],
-            _policy(config.batching),
+            policy_of(config.batching),
             config.batching.max_batch_tokens,
             config.batching.max_requests,
-            self._tables,
+            self.mover.tables,
             self._grow,
-            self._saves,
-            self._move_pages,
+            self.mover.saves,
+            self.mover.move,
             self.prompts,
         )
         self.budget = Budget(self.store, config, self.scheduler, self.evictor)
-        self.costs = Costs()
         # What a state has read cannot be taken back, so nothing is guessed.
         self.speculator = None if layout.states else make_speculator(self.runner, config, EngineLoop)
         # Why nothing is guessed, where somebody was asked to guess.
@@ -98,7 +91,6 @@ class EngineLoop:
         overlap = config.batching.overlap
         self.overlaps = self.runner.device.type != "cpu" if overlap is None else overlap
         self.overlaps &= self.speculator is None  # drafts follow tokens that are known
-        self.swapped_bytes = 0  # of host memory
         self.on_step: Callable[[Plan, float], None] | None = None  # called with each plan and when its step began
         self.groups: dict[Rows, None] = {}  # in order of arrival
         # Passes that nobody was told about: their clocks, tokens, what groups share of them, and attention paths.
@@ -127,7 +119,7 @@ class EngineLoop:
             OutOfPages: It can never fit; the message says what does.
         """
         members = group.requests
-        if any(request.protected for request in members) and not self._provide_all(group):
+        if any(request.protected for request in members) and not self.budget.provide(group, self.groups):
             return False
         for request in members:
             request.group = group
@@ -135,48 +127,9 @@ class EngineLoop:
         self.groups[group] = None
         return True
 
-    def _provide_all(self, group: Rows) -> bool:
-        """Set the pages aside that the group's rows may ever need; `False` if that is not possible yet."""
-        self.budget.check_fits(group)
-        members = group.requests
-        if group.submitted and len(self.scheduler.running) >= self.config.batching.max_requests:
-            return False
-        wanted = self.budget.outstanding(members)
-        others = self.budget.outstanding([request for request in self.scheduler.running if request.protected])
-        # Rows of one group get equal room, so that their runs of pages lie at equal distances.
-        spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
-        self.store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
-        if any(a + b > c for a, b, c in zip(wanted, others, self.budget.capacity(), strict=True)):
-            # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
-            nested = not group.submitted and all(other.thread == group.thread for other in self.groups)
-            if nested or not self.groups:
-                raise self.budget.does_not_fit(members)
-            return False
-        for request in members:
-            request.tables = request.tables or self.store.tables(spacing)
-        return True
-
-    def _tables(self, request: Request) -> list[BlockTable]:
-        """Tables of a request that starts, or goes on after its keys were saved."""
-        tables = self.store.tables(request.rooms)
-        if request.swapped is not None:
-            for table, passed in zip(tables, request.swapped.passed, strict=True):
-                table.skip(passed * self.store.page_size)
-            for index in self.evictor.full if self.evictor is not None else ():
-                tables[index].evicted, tables[index].settled = request.evicted, request.computed
-        return tables
-
     def _grow(self, pages: Sequence[int]) -> None:
         with suppress(OutOfPages):  # the device is full: the scheduler sees that too few pages are free
             self.store.provide(pages)
-
-    def _saves(self, request: Request) -> bool:
-        """Whether to save the keys of a request that loses its pages, by what both ways have cost so far."""
-        held = [table.held for table in request.tables]
-        nbytes = sum(count * self.store.page_bytes(index) for index, count in enumerate(held))
-        if self.swapped_bytes + nbytes > min(self.config.batching.swap_bytes, psutil.virtual_memory().available):
-            return False
-        return self.costs.favour_copy(request.computed, nbytes)
 
     def remove(self, group: Rows) -> None:
         """Take a group out, finished or not, and give all of its pages back."""
@@ -218,13 +171,8 @@ class EngineLoop:
         for index, pages in enumerate(stale):
             if pages:
                 self.store.wipe(index, pages)
-        self._drop_saved(request)
+        self.mover.drop_saved(request)
         self.scheduler.remove(request)
-
-    def _drop_saved(self, request: Request) -> None:
-        if request.swapped is not None:
-            self.swapped_bytes -= request.swapped.nbytes
-            request.swapped = None
 
     def step(self) -> bool:
         """Compute one step for whoever has missing tokens; `False` if nobody can be served now. Call without grad."""
@@ -236,7 +184,7 @@ class EngineLoop:
             self._draft(self.speculator)
         plan = self.scheduler.schedule()
         began = perf_counter()
-        self._move_pages(plan)
+        self.mover.move(plan)
         if not plan.spans:
             if not plan.preempted:
                 self._starve()
@@ -308,30 +256,6 @@ class EngineLoop:
                 self.runner.taps.move(request, request.moves)
             request.moves.clear()
 
-    def _move_pages(self, plan: Plan) -> None:
-        """What must happen to pages before anything else is written to them."""
-        device = self.store.layers[0].device
-        if plan.saves and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # what is timed is the copy alone
-        for request, pages in plan.saves:
-            began = perf_counter()
-            request.swapped = Swapped(self.store, pages)
-            self.swapped_bytes += request.swapped.nbytes
-            self.costs.copied(request.swapped.nbytes, perf_counter() - began)
-        for index, (wipes, copies) in enumerate(zip(plan.wipes, plan.copies, strict=True)):
-            if copies:
-                self.store.copy_pages(index, copies)
-            targets = {target for _, target in copies}
-            if left := [page for page in wipes if page not in targets]:
-                self.store.wipe(index, left)
-            wipes.clear()
-            copies.clear()
-        for request in plan.restores:
-            request.swapped.restore(self.store, [table.pages for table in request.tables])
-            self._drop_saved(request)
-        plan.saves.clear()
-        plan.restores.clear()
-
     def _run(self, spans: Sequence[tuple[Request, int]]) -> None:
         """One pass over these spans, and what follows from it."""
         if not spans:
@@ -342,7 +266,7 @@ class EngineLoop:
         replayed = self.runner.replays > before
         self._settle(spans)
         some = {request.group: request for request, _ in spans if request.group is not None}
-        shares = [Share(group, row, row.computed, self._held(group), replayed) for group, row in some.items()]
+        shares = [Share(group, row, row.computed, self.mover.held(group), replayed) for group, row in some.items()]
         self._passes.append((clocks, sum(length for _, length in spans), shares, paths))
         for request, logits in results:
             request.logits, *request.later = logits
@@ -357,15 +281,10 @@ class EngineLoop:
             if len(times) < len(clocks):
                 return
             self._passes.popleft()
-            self.costs.computed(tokens, sum(times))
+            self.mover.costs.computed(tokens, sum(times))
             for share in shares:
                 if share.group in self.groups:  # not yet ended
                     share.group.account(sum(times), paths, share)
-
-    def _held(self, group: Rows) -> list[int]:
-        """Pages that a group holds, per cache group."""
-        holding = [request.tables for request in group.requests if request.tables]
-        return [sum(tables[index].held for tables in holding) for index in range(len(self.store.groups))]
 
     def _starve(self) -> None:
         """Nobody could be scheduled: if nobody is about to go on by itself either, somebody has to fail.

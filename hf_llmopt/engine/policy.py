@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import Protocol
 
+from ..config import BatchingConfig
 from .request import Request
 
 Rank = tuple[int, int]
@@ -160,3 +161,10 @@ class Fair:
     def served(self, request: Request, tokens: int) -> None:
         """Charge the tenant."""
         self._counters[request.tenant] = self._counters.get(request.tenant, 0) + tokens
+
+
+def policy_of(config: BatchingConfig) -> Policy:
+    """The empty line of a config's policy."""
+    if config.policy == "fair":
+        return Fair()
+    return Priority(config.aging) if config.policy == "priority" else FirstCome()
