@@ -3,7 +3,8 @@
 import torch
 
 from hf_llmopt import demo, optimize
-from hf_llmopt.bench.quality import Sample, perplexity
+from hf_llmopt.bench.quality import perplexity
+from hf_llmopt.bench.sample import Sample
 from hf_llmopt.demo.corpus import held_out_texts
 
 model, tokenizer = demo.load()

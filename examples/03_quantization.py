@@ -10,6 +10,7 @@ from transformers.utils import logging
 import hf_llmopt  # noqa: F401 - adds the keyword
 from hf_llmopt import demo
 from hf_llmopt.bench import quality
+from hf_llmopt.bench.sample import Sample
 from hf_llmopt.demo.corpus import held_out_texts
 
 logging.disable_progress_bar()
@@ -17,7 +18,7 @@ NEW_TOKENS = 64
 
 full, tokenizer = demo.load(dtype="bfloat16")
 inputs = tokenizer(demo.PROMPTS[3], return_tensors="pt")
-sample = quality.Sample.cut(full, tokenizer, held_out_texts(), context=256, tokens=2048)
+sample = Sample.cut(full, tokenizer, held_out_texts(), context=256, tokens=2048)
 baseline = quality.perplexity(full, sample)
 print(f"bfloat16: perplexity {baseline.value:.3f} on {sample.tokens} tokens")
 

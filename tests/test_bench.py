@@ -29,7 +29,7 @@ from hf_llmopt.bench import (
 )
 from hf_llmopt.bench.workloads import Workload, ragged_prompts
 from hf_llmopt.cli import app
-from hf_llmopt.demo.train import train_tokenizer
+from hf_llmopt.demo.tokens import train_tokenizer
 
 TINY = (
     Workload("batch-1", rows=1, new_tokens=6, shortest=4, longest=9),

@@ -21,7 +21,7 @@ from hf_llmopt import demo
 from hf_llmopt.cli import app, ui
 from hf_llmopt.cli.bench.shown import record
 from hf_llmopt.cli.command import UserError
-from hf_llmopt.demo.train import train_tokenizer
+from hf_llmopt.demo.tokens import train_tokenizer
 from hf_llmopt.kernels import cpu
 
 needs_weights = pytest.mark.skipif(

@@ -8,6 +8,7 @@ import torch
 
 from hf_llmopt import demo
 from hf_llmopt.bench import quality
+from hf_llmopt.bench.sample import Sample
 from hf_llmopt.demo import corpus, train
 
 RECORDED = json.loads((demo.path().parent / "training.json").read_text(encoding="utf-8"))
@@ -88,14 +89,14 @@ def test_no_source_is_an_error(tmp_path):
 @pytest.mark.parametrize("name", ["target", "draft"])
 def test_quality_is_the_recorded_one(name, request, sample):
     model, tokenizer = request.getfixturevalue(name)
-    cut = quality.Sample.cut(model, tokenizer, sample, context=train.CONTEXT, stride=train.CONTEXT)
+    cut = Sample.cut(model, tokenizer, sample, context=train.CONTEXT, stride=train.CONTEXT)
     measured = quality.perplexity(model, cut)
     # Another sample, and perhaps another Python's: near the recorded number, never far above it.
     assert 0.6 < measured.bits_per_byte / RECORDED["held_out"][name]["bits_per_byte"] < 1.35
 
 
 def test_draft_agrees_with_target(target, draft, sample):
-    agreement = quality.compare(draft[0], target[0], quality.Sample.cut(*target, sample))
+    agreement = quality.compare(draft[0], target[0], Sample.cut(*target, sample))
     assert agreement.top1.value > 0.85 * RECORDED["agreement"]["top1"]
     assert agreement.overlap > 0.85 * RECORDED["agreement"]["overlap"]
 

@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_llmopt.errors import UnsupportedModel
 from hf_llmopt.fusion import Fusion
 from hf_llmopt.kernels import cpu
+from hf_llmopt.quantization import QuantizedHead, QuantizedLinear
 from hf_llmopt.quantization.formats import Scheme
 from hf_llmopt.quantization.grid import make_grid
-from hf_llmopt.quantization.linear import QuantizedHead, QuantizedLinear
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 

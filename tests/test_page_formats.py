@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_llmopt import LLMOptConfig, demo
-from hf_llmopt.bench import quality
+from hf_llmopt.bench.sample import Sample
 from hf_llmopt.config import KVCacheConfig
 from hf_llmopt.demo.corpus import held_out_texts
 from hf_llmopt.errors import InvalidOption, UnsupportedModel
@@ -138,7 +138,7 @@ def perplexity(model, sample, dtype):
 def test_perplexity(pair, dtype):
     """Bounds of the issue for int8 and int4; fp8 keeps four bits of a number."""
     model, tokenizer = pair
-    sample = quality.Sample.cut(model, tokenizer, held_out_texts(), context=512, tokens=8192)
+    sample = Sample.cut(model, tokenizer, held_out_texts(), context=512, tokens=8192)
     ratio = perplexity(model, sample, dtype) / perplexity(model, sample, "auto")
     assert 0.99 < ratio < {"int8": 1.001, "fp8": 1.005, "int4": 1.015}[dtype], ratio
 

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from hf_llmopt.bench import quality
-from hf_llmopt.bench.quality import Estimate, Perplexity, Sample, Window
+from hf_llmopt.bench.quality import Estimate, Perplexity
+from hf_llmopt.bench.sample import Sample, Window, slide
 from hf_llmopt.cli import app
-from hf_llmopt.demo.train import train_tokenizer
+from hf_llmopt.demo.tokens import train_tokenizer
 from hf_llmopt.errors import InvalidLogits, InvalidOption, InvalidText
 
 TEXT = "def f(x):\n    return x + 1\n" * 12
@@ -58,7 +59,7 @@ def sample(tiny: torch.nn.Module, tokenizer) -> Sample:
 @given(st.integers(0, 60), st.integers(1, 12), st.data())
 def test_every_token_is_predicted_once(length: int, context: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
-    windows = list(quality._slide(torch.arange(length), context, stride))
+    windows = list(slide(torch.arange(length), context, stride))
     predicted = [int(i) for window in windows for i in window.ids[-window.counted :]]
     assert predicted == list(range(1, length))
     for window in windows:

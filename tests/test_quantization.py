@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
 from hf_llmopt.config import CALIBRATED
-from hf_llmopt.demo.train import train_tokenizer
+from hf_llmopt.demo.tokens import train_tokenizer
 from hf_llmopt.errors import CalibrationFailed, InvalidCheckpoint, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.reference import dequantize
 from hf_llmopt.prompt_cache.epoch import fingerprint

@@ -7,6 +7,7 @@ import pytest
 import hf_llmopt
 from hf_llmopt import QuantizationConfig, demo
 from hf_llmopt.bench import quality
+from hf_llmopt.bench.sample import Sample
 from hf_llmopt.demo import corpus
 
 GROUP = 64
@@ -15,7 +16,7 @@ GROUP = 64
 @pytest.fixture(scope="module")
 def held_out():
     model, tokenizer = demo.load()
-    return quality.Sample.cut(model, tokenizer, corpus.held_out_texts(), context=512, tokens=16_000)
+    return Sample.cut(model, tokenizer, corpus.held_out_texts(), context=512, tokens=16_000)
 
 
 def perplexity(sample, method=None, **options) -> quality.Perplexity:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from hf_llmopt.cli import app
-from hf_llmopt.demo.train import train_tokenizer
+from hf_llmopt.demo.tokens import train_tokenizer
 
 TEXT = "def f(x):\n    return x + 1\n" * 40
 

@@ -25,6 +25,7 @@ from .equality import Equality, compare_answers, least
 from .measure import cache_bytes, generate, interleave, paired_ratio, summary
 from .quantized import dequantized, held, quantize
 from .requests import Job, arguments, left_padded
+from .sample import Sample, Window
 
 ALONE, PADDED = "stock", "stock, padded batch"  # a call for each request, or one call for all
 # Of trained models, most times the perplexity: by weights and by pages; together at most their product.
@@ -98,23 +99,23 @@ def _reading(model: PreTrainedModel, pages: str) -> Iterator[None]:
 
 def _through_pages(model: PreTrainedModel, pages: str, prefix: Tensor) -> Tensor:
     """The logits `[vocabulary]` behind a prefix `[tokens]`, with keys and values from such pages."""
-    window = quality.Window(torch.cat([prefix, prefix[-1:]]).cpu(), 1)
+    window = Window(torch.cat([prefix, prefix[-1:]]).cpu(), 1)
     with _reading(model, pages):
-        return next(quality.logits(model, quality.Sample((window,), 0)))[0]
+        return next(quality.logits(model, Sample((window,), 0)))[0]
 
 
-def _sample(model: PreTrainedModel, source: Source, plan: Plan) -> quality.Sample:
+def _sample(model: PreTrainedModel, source: Source, plan: Plan) -> Sample:
     take = source.tokens(model, 4)
     windows, left = [], plan.tokens
     for text in source.texts if source.texts is not None else iter(partial(take, plan.context + 1), None):
         for start in range(0, len(text) - 1, plan.context):
             ids = text[start : start + min(plan.context, left) + 1]
             if left > 0 and len(ids) > 1:
-                windows.append(quality.Window(torch.tensor(ids), len(ids) - 1))
+                windows.append(Window(torch.tensor(ids), len(ids) - 1))
                 left -= len(ids) - 1
         if left <= 0:
             break
-    return quality.Sample(tuple(windows), 0)
+    return Sample(tuple(windows), 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- speed

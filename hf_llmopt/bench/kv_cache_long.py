@@ -16,8 +16,9 @@ from ..kernels.arguments import PAGE_FORMATS, Seen
 from .flash_attention import Problem, problem
 from .kv_cache import describe
 from .measure import Ratio, environment, generate, interleave, paired_ratio, summary
-from .quality import Sample, perplexity
+from .quality import perplexity
 from .report import Table
+from .sample import Sample
 from .workloads import build
 
 DENSE = "bfloat16"

@@ -18,6 +18,7 @@ from . import quality
 from .equality import worst
 from .measure import generate
 from .quantized import dequantized, held, memory, quantize, round_activations
+from .sample import Sample
 from .workloads import Workload, held_out_ids, ragged_prompts
 
 GROUP = 64
@@ -89,7 +90,7 @@ def measure(quick: bool = False, on_run: Callable[[str], None] = lambda what: No
     from hf_llmopt.demo.corpus import documents, fingerprint, held_out_texts
 
     full, tokenizer = load()
-    sample = quality.Sample.cut(
+    sample = Sample.cut(
         full, tokenizer, held_out_texts(), context=128 if quick else None, tokens=512 if quick else TOKENS
     )
     texts = held_out_ids(tokenizer)
@@ -148,7 +149,7 @@ def _asked(config: QuantizationConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if value != default[name] or name == "method"}
 
 
-def _perplexities(model: PreTrainedModel, sample: quality.Sample) -> tuple[quality.Perplexity, quality.Perplexity]:
+def _perplexities(model: PreTrainedModel, sample: Sample) -> tuple[quality.Perplexity, quality.Perplexity]:
     """With the weights' exact products, and as the model runs by default."""
     round_activations(model, False)
     exact = quality.perplexity(model, sample)
@@ -156,7 +157,7 @@ def _perplexities(model: PreTrainedModel, sample: quality.Sample) -> tuple[quali
     return exact, quality.perplexity(model, sample)
 
 
-def _logits_of(model: PreTrainedModel, full: PreTrainedModel, sample: quality.Sample) -> tuple[Any, Any]:
+def _logits_of(model: PreTrainedModel, full: PreTrainedModel, sample: Sample) -> tuple[Any, Any]:
     dense = dequantized(model, full)
     return quality.logits(model, sample), quality.logits(dense, sample)
 

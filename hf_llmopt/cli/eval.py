@@ -15,7 +15,7 @@ from .command import Device, Dtype, Json, Model, ModelCommand, UserError, keywor
 from .texts import read_text
 
 if TYPE_CHECKING:
-    from hf_llmopt.bench.quality import Sample
+    from hf_llmopt.bench.sample import Sample
 
 app = typer.Typer(help="Measure the quality of a model.", no_args_is_help=True)
 
@@ -182,7 +182,7 @@ def _cut(
     model: Any, tokenizer: Any, texts: list[str], path: Path | None, context: int | None, stride: int | None,
     tokens: int | None,
 ) -> Sample:  # fmt: skip
-    from hf_llmopt.bench.quality import Sample
+    from hf_llmopt.bench.sample import Sample
 
     tokens = 1 << 15 if tokens is None and path is None else tokens
     return Sample.cut(model, tokenizer, texts, context=context, stride=stride, tokens=tokens)

@@ -154,9 +154,10 @@ def _full_bytes(model: Any) -> int:
 
 def _perplexity(model: Any, tokenizer: Any) -> Perplexity:
     from hf_llmopt.bench import quality
+    from hf_llmopt.bench.sample import Sample
     from hf_llmopt.demo.corpus import held_out_texts
 
-    sample = quality.Sample.cut(model, tokenizer, held_out_texts(), tokens=EVALUATED)
+    sample = Sample.cut(model, tokenizer, held_out_texts(), tokens=EVALUATED)
     with ui.progress("perplexity", len(sample.windows)) as on_window:
         return quality.perplexity(model, sample, on_window)
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from ..config import KVCacheConfig
 from ..errors import CallbackFailed, LLMOptError, UnsupportedModel
 from ..kv_cache import BlockTable, PagedStore
-from ..quantization.linear import QuantizedHead, QuantizedLinear
+from ..quantization import QuantizedHead, QuantizedLinear
 from .probe import input_device, input_weight
 from .request import Request
 from .runner import Runner

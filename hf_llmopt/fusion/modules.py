@@ -27,7 +27,7 @@ from ..errors import UnsupportedModel
 from ..kernels import cpu
 from ..kernels.cpu import own_products
 from ..kv_cache import LayerSpec
-from ..quantization.linear import QuantizedHead, QuantizedLinear
+from ..quantization import QuantizedHead, QuantizedLinear
 from ..walk import modules, running
 from .choice import ROWS, own_rows
 from .kinds import (

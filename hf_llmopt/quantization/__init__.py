@@ -2,8 +2,9 @@
 
 from .formats import Recipe, Scheme
 from .grid import make_grid
+from .head import QuantizedHead
 from .in_place import quantize
-from .linear import QuantizedHead, QuantizedLinear
+from .linear import QuantizedLinear
 from .loading import LOADING, answering, has, require_entry, stored_quantized
 from .quantizer import Quantizer
 from .report import QuantizationReport

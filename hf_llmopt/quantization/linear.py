@@ -1,4 +1,4 @@
-"""A linear module whose weight is quantized, and an output head with a quantized copy.
+"""A linear module whose weight is quantized.
 
 A module has two states. *Stored*: its parameters are the tensors of a file format, as they are loaded and saved.
 *Ready*: a kernel's layout has taken their place. `state_dict` always shows the stored tensors, so that a model can be
@@ -8,9 +8,7 @@ forward stay stored.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from random import Random
 from typing import Any
 
 import torch
@@ -23,11 +21,7 @@ from ..kernels.arguments import Grid
 from ..kernels.weight import KernelWeight, pack
 from . import formats, traced
 from .formats import Scheme
-from .grid import make_grid
-
-_changing = threading.RLock()
-SAMPLES = 16  # elements of a head's weight by which a change is seen
-BUFFER = "kernel_"  # what the names of a kernel's tensors begin with
+from .product import BUFFER, CHANGING, Product, as_autocast, is_offloaded, is_readable, is_unobserved, needs_gradient
 
 
 class DenseCopy(Tensor):
@@ -49,17 +43,7 @@ class DenseCopy(Tensor):
         )
 
 
-class _Product(nn.Linear):
-    """A module that operators of torch find by a number."""
-
-    _number: int
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._number = traced.register(self)  # type: ignore[arg-type]  # a copy is another module
-
-
-class QuantizedLinear(_Product):
+class QuantizedLinear(Product):
     """`x @ w^T + bias`, w quantized. To others it is an `nn.Linear`, so that adapters (PEFT) stand beside it.
 
     Args:
@@ -140,8 +124,8 @@ class QuantizedLinear(_Product):
         Raises:
             InvalidCheckpoint: The stored tensors are not a weight of this scheme.
         """
-        if self.kernel is None and not _is_offloaded(self):
-            with _changing:  # threads may meet a module that is not ready
+        if self.kernel is None and not is_offloaded(self):
+            with CHANGING:  # threads may meet a module that is not ready
                 self._prepare()
 
     def _prepare(self) -> None:
@@ -158,7 +142,7 @@ class QuantizedLinear(_Product):
 
     def restore(self) -> None:
         """Go back to the stored tensors."""
-        with _changing:
+        with CHANGING:
             if self.kernel is None:
                 return
             stored, names = self._repacked(), list(self.kernel.tensors)
@@ -169,10 +153,10 @@ class QuantizedLinear(_Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
-        if _is_plain(x):
+        if is_unobserved(x):
             return self.multiply(x, self.bias, False)
-        x, bias = _as_autocast(x, self.bias)
-        exactly = _needs_gradient(x, bias)
+        x, bias = as_autocast(x, self.bias)
+        exactly = needs_gradient(x, bias)
         # A kernel's layout is here for the backward pass too; what accelerate brings for a forward is not.
         if torch.compiler.is_compiling() or (exactly and self.kernel is not None):
             return traced.quantized_linear(x, bias, self._number, self.out_features, exactly)
@@ -184,7 +168,7 @@ class QuantizedLinear(_Product):
         kernel = self.kernel
         # The weights of an offloaded module are here for this forward only. And torch knows what to say of inputs that
         # no kernel can read.
-        if kernel is None or exactly or not _is_readable(x, self.in_features, self._device()):
+        if kernel is None or exactly or not is_readable(x, self.in_features, self._device()):
             return linear(x, self.dense(x.dtype if x.is_floating_point() else self._dtype), bias)
         return kernel.product(x, bias, activations=self.activations)
 
@@ -253,110 +237,3 @@ class QuantizedLinear(_Product):
             return super()._apply(move, recurse)
         finally:
             self._buffers.update(kept)
-
-
-def _is_readable(x: Tensor, inputs: int, device: torch.device) -> bool:
-    """Whether a kernel may multiply with x, and gives what torch would."""
-    return x.shape[-1:] == (inputs,) and x.device == device and x.is_floating_point() and not x.is_neg()
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks on: the case of every step, and each product is called often."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What a product reads, in the type that autocast gives it: autocast knows torch's products only."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype is torch.float64:
-        return x, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the module's weights for each forward."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
-
-
-class QuantizedHead(_Product):
-    """An output head that multiplies with a quantized copy of its weight.
-
-    The weight stays: it may be the embedding's, and it is what files keep. When it changes, so does the copy: where
-    torch counts the change, and on a CPU where one of a few elements is another, which shows writes through `.data`.
-    """
-
-    bits: int
-    group_size: int
-    kernel: KernelWeight | None = None
-    _mark: Any = None  # of the weight that the copy was made from
-    _places: Tensor  # of the elements that are looked at
-    _sample: Tensor  # what they were
-
-    @classmethod
-    def of(cls, head: nn.Linear, bits: int, group_size: int) -> QuantizedHead:
-        """A head with the parameters of another one."""
-        with torch.device("meta"):
-            made = cls(head.in_features, head.out_features, head.bias is not None)
-        made._parameters.update(head._parameters)
-        made._number = traced.register(made)
-        made.bits, made.group_size = bits, group_size
-        made.prepare()
-        return made.train(head.training)
-
-    def prepare(self) -> None:
-        """Make the copy, if there is none of the weight as it is."""
-        weight = self.weight.detach()
-        if _is_offloaded(self) or weight.is_meta:
-            return
-        mark = weight.data_ptr(), weight._version, weight.device
-        if mark == self._mark and (weight.device.type != "cpu" or torch.equal(weight.take(self._places), self._sample)):
-            return
-        with _changing:
-            draw = Random()
-            places = [draw.randrange(weight.numel()) for _ in range(SAMPLES)]
-            self._places = torch.tensor(places, device=weight.device)
-            self._sample = weight.take(self._places)
-            kernel = pack(make_grid(weight, self.bits, self.group_size))
-            for name, tensor in kernel.tensors.items():
-                self.register_buffer(BUFFER + name, tensor, persistent=False)
-            self.kernel, self._mark = kernel, mark
-
-    def forget(self) -> None:
-        """Drop the copy; the next forward makes another one."""
-        with _changing:
-            self._mark = self.kernel = None
-            self._buffers.clear()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., inputs]` to `[..., outputs]`."""
-        if _is_plain(x):
-            return self.multiply(x, self.bias, False)
-        x, bias = _as_autocast(x, self.bias)
-        exactly = _needs_gradient(x, self.weight, bias)
-        if torch.compiler.is_compiling() and not exactly:
-            return traced.quantized_linear(x, bias, self._number, self.out_features, exactly)
-        return self.multiply(x, bias, exactly)
-
-    def multiply(self, x: Tensor, bias: Tensor | None, exactly: bool) -> Tensor:
-        """The product, with the weight itself if it has to be exact."""
-        if not exactly and _is_readable(x, self.in_features, self.weight.device):
-            self.prepare()
-            kernel = self.kernel
-            if kernel is not None:
-                return kernel.product(x, bias)
-        return linear(x, self.weight, bias)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight itself, `[outputs, inputs]`."""
-        return self.weight.to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedHead:
-        """The copy is no weight to be moved or cast."""
-        self.forget()
-        return super()._apply(fn, recurse)

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from ..config import CALIBRATED, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
 from .formats import Recipe
-from .formats.configs import REMEDY
+from .formats.fields import REMEDY
 from .quantizer import Quantizer, WeightConfig
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read

@@ -21,8 +21,9 @@ from ..errors import InvalidCheckpoint
 from . import formats
 from .experts import conversions, keep_apart, names_in_files, unfuse
 from .formats import Recipe, Scheme
+from .head import QuantizedHead
 from .heap import Freed
-from .linear import QuantizedHead, QuantizedLinear
+from .linear import QuantizedLinear
 from .plan import ADAPTER, AS_LINEAR, HEAD, ROUTER, STOPPED, Plan, dividing_group, inputs_and_outputs, plan
 from .report import QuantizationReport
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .linear import QuantizedHead, QuantizedLinear
+from .head import QuantizedHead
+from .linear import QuantizedLinear
 
 
 @dataclass

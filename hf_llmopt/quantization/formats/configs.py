@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidCheckpoint, UnsupportedQuantization
+from . import fields
 from .scheme import Scheme
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ LINEAR = ("Linear",)
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Recipe` from a `quantization_config`."""
-    given = _field(config, "quant_method", "a string", lambda value: isinstance(value, str)) or _guessed(config)
+    given = fields.get(config, "quant_method", "a string", lambda value: isinstance(value, str)) or _guessed(config)
     method = str(getattr(given, "value", given)).lower()
     readers = {"gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": _read_compressed, "fp8": _read_fp8}
     if method not in readers:
@@ -46,80 +45,9 @@ def _guessed(config: Mapping[str, Any]) -> str:
     if "bits" in config:
         return "gptq"
     raise InvalidCheckpoint(
-        f"The quantization_config has no quant_method, only {', '.join(config) or 'nothing'}. {REMEDY} {READABLE}"
+        f"The quantization_config has no quant_method, only {', '.join(config) or 'nothing'}. "
+        f"{fields.REMEDY} {READABLE}"
     )
-
-
-REMEDY = (
-    "The config.json was edited, or belongs to other weights: correct it, or take the one that the weights came with."
-)
-
-
-def _need(config: Mapping[str, Any], *names: str) -> str:
-    """The first of these names that is there."""
-    for name in names:
-        if name in config:
-            return name
-    close = get_close_matches(names[0], map(str, config), n=1)
-    hint = f" Is {close[0]!r} meant to be it?" if close else ""
-    raise InvalidCheckpoint(f"The quantization_config lacks {names[0]!r}.{hint} It has {', '.join(config)}. {REMEDY}")
-
-
-def _field(config: Mapping[str, Any], name: str, wanted: str, fits: Callable[[Any], bool], default: Any = None) -> Any:
-    """A field's value, `default` where it is missing or null.
-
-    Raises:
-        InvalidCheckpoint: It is something else than what is wanted.
-    """
-    value = config.get(name)
-    if value is None:
-        return default
-    if not fits(value):
-        raise InvalidCheckpoint(f"quantization_config: {name!r} is {wanted}, got {value!r}. {REMEDY}")
-    return value
-
-
-def _flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    return bool(_field(config, name, "true or false", lambda value: isinstance(value, bool), default))
-
-
-def _bits(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """Which numbers can be read, the scheme says."""
-    value = _field(config, name, "a positive integer", lambda value: _is_integer(value) and value > 0, default)
-    if value is None:
-        raise InvalidCheckpoint(f"quantization_config: {name!r} is a positive integer, got null. {REMEDY}")
-    return int(value)
-
-
-def _size(config: Mapping[str, Any], name: str) -> int:
-    """A size of groups; -1 for all inputs, which null means too."""
-    return int(_field(config, name, "a positive integer, or -1 for all inputs", _is_size, -1))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    return _is_integer(value) and (value > 0 or value == -1)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _list(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Names of modules."""
-
-    def fits(value: Any) -> bool:
-        return _is_list(value) and all(isinstance(part, str) for part in value)
-
-    return tuple(_field(config, name, "a list of strings, or null", fits, ()))
-
-
-def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = _field(config, name, "an object, {...}, or null", lambda v: isinstance(v, Mapping), {})
-    return found
 
 
 def _one_of(what: str, given: object, allowed: Mapping[str, str]) -> str:
@@ -129,58 +57,53 @@ def _one_of(what: str, given: object, allowed: Mapping[str, str]) -> str:
     return allowed[str(given).lower()]
 
 
-def _pattern(text: str) -> str:
-    """A regular expression that compiles."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise InvalidCheckpoint(
-            f"The quantization_config has {text!r}, which is no regular expression: {error}."
-        ) from None
-    return text
-
-
 # ------------------------------------------------------------------------------------------------------- GPTQ and AWQ
 
 
 def _read_gptq(config: Mapping[str, Any]) -> dict[str, Any]:
     stored = config.get("checkpoint_format") or config.get("format") or "gptq"
-    stored = "marlin" if _flag(config, "is_marlin_format") else stored
+    stored = "marlin" if fields.flag(config, "is_marlin_format") else stored
     known = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
-    scheme = _flat(_one_of("GPTQ's format", stored, known), config, _flag(config, "sym", True))
+    scheme = flat(_one_of("GPTQ's format", stored, known), config, fields.flag(config, "sym", True))
     name = "modules_in_block_to_quantize"
-    only = _field(config, name, "a list of names, or of lists of them", _is_nested)
+    only = fields.get(config, name, "a list of names, or of lists of them", _is_nested)
     return _named(scheme, config) | {
         "only": tuple(_flattened(only or ())),
-        "head": _flag(config, "lm_head"),
-        "static_groups": _flag(config, "static_groups"),
+        "head": fields.flag(config, "lm_head"),
+        "static_groups": fields.flag(config, "static_groups"),
     }
 
 
 def _read_awq(config: Mapping[str, Any]) -> dict[str, Any]:
     known = {"gemm": "awq", "gemv": "awq_gemv"}
     stored = config.get("version") or config.get("format") or "gemm"
-    scheme = _flat(_one_of("AWQ's version", stored, known), config, not _flag(config, "zero_point", True))
+    scheme = flat(_one_of("AWQ's version", stored, known), config, not fields.flag(config, "zero_point", True))
     return _named(scheme, config)
 
 
-def _flat(stored: str, config: Mapping[str, Any], symmetric: bool) -> Scheme:
+def flat(stored: str, config: Mapping[str, Any], symmetric: bool) -> Scheme:
     """The scheme of a config that has one for all modules."""
     if config.get("pack_dtype", "int32") != "int32":
         raise UnsupportedQuantization(f"Codes packed in {config['pack_dtype']!r} cannot be read, only in 'int32'.")
-    size = _size(config, _need(config, "group_size", "q_group_size"))
-    act_order = _flag(config, "desc_act") and size != -1
-    return Scheme(stored, _bits(config, _need(config, "bits", "w_bit")), size, symmetric, act_order)
+    size = fields.size(config, fields.need(config, "group_size", "q_group_size"))
+    act_order = fields.flag(config, "desc_act") and size != -1
+    return Scheme(stored, fields.bits(config, fields.need(config, "bits", "w_bit")), size, symmetric, act_order)
 
 
 def _named(scheme: Scheme, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say what is quantized."""
     rules = []
-    dynamic = _mapping(config, "dynamic")
+    dynamic = fields.mapping(config, "dynamic")
     for pattern in dynamic:
         sign, text = (pattern[:2], pattern[2:]) if pattern[:2] in ("-:", "+:") else ("+:", pattern)
-        rules.append((_pattern(text), None if sign == "-:" else _changed(scheme, _mapping(dynamic, pattern))))
-    return {"groups": ((LINEAR, scheme),), "skipped": _list(config, "modules_to_not_convert"), "dynamic": tuple(rules)}
+        rules.append(
+            (fields.pattern(text), None if sign == "-:" else _changed(scheme, fields.mapping(dynamic, pattern)))
+        )
+    return {
+        "groups": ((LINEAR, scheme),),
+        "skipped": fields.names(config, "modules_to_not_convert"),
+        "dynamic": tuple(rules),
+    }
 
 
 # What a rule of GPTQModel may change of what is stored: its keys, and those of a scheme.
@@ -189,7 +112,7 @@ CHANGES = {"bits": "bits", "group_size": "group_size", "sym": "symmetric", "desc
 
 def _changed(scheme: Scheme, changes: Mapping[str, Any]) -> Scheme:
     """A scheme after a rule; keys that say how it was made are ignored."""
-    readers = {"bits": _bits, "group_size": _size, "sym": _flag, "desc_act": _flag}
+    readers = {"bits": fields.bits, "group_size": fields.size, "sym": fields.flag, "desc_act": fields.flag}
     given = [key for key in changes if key in CHANGES and changes[key] is not None]
     values: dict[str, Any] = {CHANGES[key]: readers[key](changes, key) for key in given}
     changed = replace(scheme, **values)
@@ -197,7 +120,7 @@ def _changed(scheme: Scheme, changes: Mapping[str, Any]) -> Scheme:
 
 
 def _is_nested(names: Any) -> bool:
-    return _is_list(names) and all(isinstance(name, str) or _is_nested(name) for name in names)
+    return fields.is_list(names) and all(isinstance(name, str) or _is_nested(name) for name in names)
 
 
 def _flattened(names: Any) -> Iterator[str]:
@@ -259,26 +182,26 @@ KINDS = {"pack-quantized": "int", "int-quantized": "int", "float-quantized": "fl
 
 def _read_compressed(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("sparsity_config", "transform_config"):
-        inner = _mapping(config, name)
+        inner = fields.mapping(config, name)
         if inner.get("config_groups") or inner.get("format", "dense") != "dense":
             raise UnsupportedQuantization(f"Checkpoints with a {name} cannot be read: {inner}. {READABLE}")
     groups = []
-    for name, group in _mapping(config, _need(config, "config_groups")).items():
+    for name, group in fields.mapping(config, fields.need(config, "config_groups")).items():
         if not isinstance(group, Mapping):
             raise UnsupportedQuantization(f"config_groups names the preset {name!r}; only groups in full can be read.")
         if group.get("weights") is not None:
             stored = group.get("format") or config.get("format")
-            targets = tuple(map(_target, _list(group, _need(group, "targets"))))
-            inputs = None if group.get("input_activations") is None else _mapping(group, "input_activations")
-            groups.append((targets, _compressed_scheme(stored, _mapping(group, "weights"), inputs)))
+            targets = tuple(map(_target, fields.names(group, fields.need(group, "targets"))))
+            inputs = None if group.get("input_activations") is None else fields.mapping(group, "input_activations")
+            groups.append((targets, _compressed_scheme(stored, fields.mapping(group, "weights"), inputs)))
     if not groups:
-        raise InvalidCheckpoint(f"The quantization_config has no group with weights. {REMEDY}")
-    return {"groups": tuple(groups), "skipped": tuple(map(_target, _list(config, "ignore")))}
+        raise InvalidCheckpoint(f"The quantization_config has no group with weights. {fields.REMEDY}")
+    return {"groups": tuple(groups), "skipped": tuple(map(_target, fields.names(config, "ignore")))}
 
 
 def _target(target: str) -> str:
     if target.startswith("re:"):
-        _pattern(target[3:])
+        fields.pattern(target[3:])
     return target
 
 
@@ -287,24 +210,24 @@ def _compressed_scheme(stored: Any, weights: Mapping[str, Any], inputs: Mapping[
     if stored == "naive-quantized":  # the two plain formats, before they had names of their own
         stored = f"{kind}-quantized"
     name = _one_of("compressed-tensors' format", stored, {name: name for name in KINDS})
-    if kind != KINDS[name] or (inputs is not None and _bits(inputs, "num_bits", 8) != 8):
+    if kind != KINDS[name] or (inputs is not None and fields.bits(inputs, "num_bits", 8) != 8):
         given = f"weights {dict(weights)} and input_activations {inputs}"
         raise UnsupportedQuantization(f"{name} of {given} cannot be read. {READABLE}")
     size, rows = _extent(weights)
     act_order = weights.get("actorder") in ("group", "dynamic")
-    symmetric = _flag(weights, "symmetric", True)
-    return Scheme(name, _bits(weights, "num_bits", 8), size, symmetric, act_order, inputs is not None, rows)
+    symmetric = fields.flag(weights, "symmetric", True)
+    return Scheme(name, fields.bits(weights, "num_bits", 8), size, symmetric, act_order, inputs is not None, rows)
 
 
 def _extent(weights: Mapping[str, Any]) -> tuple[int, int]:
     """Inputs and outputs that share a scale."""
-    size = None if weights.get("group_size") is None else _size(weights, "group_size")
+    size = None if weights.get("group_size") is None else fields.size(weights, "group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     if strategy == "block":
-        rows, size = _block(weights, _need(weights, "block_structure")) or (-1, -1)
+        rows, size = _block(weights, fields.need(weights, "block_structure")) or (-1, -1)
         return size, rows
     if strategy == "group":
-        return _size(weights, _need(weights, "group_size")), 1
+        return fields.size(weights, fields.need(weights, "group_size")), 1
     if strategy in ("channel", "tensor"):
         return -1, 1 if strategy == "channel" else -1
     raise UnsupportedQuantization(f"compressed-tensors' strategy {strategy!r} cannot be read. {READABLE}")
@@ -314,9 +237,9 @@ def _block(config: Mapping[str, Any], name: str) -> tuple[int, int] | None:
     """Outputs and inputs of the blocks that share a scale."""
 
     def fits(value: Any) -> bool:
-        return _is_list(value) and len(value) == 2 and all(_is_integer(part) and part > 0 for part in value)
+        return fields.is_list(value) and len(value) == 2 and all(fields.is_integer(part) and part > 0 for part in value)
 
-    found = _field(config, name, "two positive integers, outputs and inputs of a block, or null", fits)
+    found = fields.get(config, name, "two positive integers, outputs and inputs of a block, or null", fits)
     return None if found is None else (found[0], found[1])
 
 
@@ -359,7 +282,7 @@ def _read_fp8(config: Mapping[str, Any]) -> dict[str, Any]:
         if (config.get(name) or allowed[0]) not in allowed:
             raise UnsupportedQuantization(f"fp8 with {name}={config[name]!r} cannot be read, only with {allowed}.")
     rows, size = _block(config, "weight_block_size") or (-1, -1)
-    skipped = _list(config, "modules_to_not_convert") or _list(config, "ignored_layers")
+    skipped = fields.names(config, "modules_to_not_convert") or fields.names(config, "ignored_layers")
     scheme = Scheme("fp8", 8, size, True, activations=True, rows=rows)
     return {"groups": ((LINEAR, scheme),), "skipped": skipped}
 

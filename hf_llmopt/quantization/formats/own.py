@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .configs import LINEAR, _flag, _flat, _list
+from . import fields
+from .configs import LINEAR, flat
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Recipe`."""
     method = str(config["quant_method"])
-    scheme = _flat(method, config, _flag(config, "sym", True))
-    return {"method": method, "groups": ((LINEAR, scheme),), "skipped": _list(config, "modules_to_not_convert")}
+    scheme = flat(method, config, fields.flag(config, "sym", True))
+    return {"method": method, "groups": ((LINEAR, scheme),), "skipped": fields.names(config, "modules_to_not_convert")}
 
 
 def write(recipe: Recipe) -> dict[str, Any]:
