@@ -208,6 +208,21 @@ def test_fair_shares_count_tokens_not_requests() -> None:
     assert abs(served["long"] - served["short"]) <= 2 * 31
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_who_is_added_first_goes_first(name: str) -> None:
+    """Whenever it was made: each rank of a sharded model makes requests in an order of its own, and must plan alike."""
+    world = World(POLICIES[name](), pages=12)
+    requests = [Request([5, 6, 7], [0, 1, 2], 3, [2]) for _ in range(4)]
+    requests = [requests[place] for place in (2, 0, 3, 1)]
+    for request in requests:
+        world.scheduler.add(request)
+    assert [request for request, _ in world.scheduler.schedule().spans] == requests
+    for request in requests:
+        request.computed = 3
+        request.append(0)
+    assert [request for request, _ in world.scheduler.schedule().spans] == requests
+
+
 def test_a_line_can_be_measured_while_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Engine.submit` asks how many wait while the engine's thread lets others in."""
     line, tenants = Fair(), iter("abcdefgh")

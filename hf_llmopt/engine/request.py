@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..kv_cache.pool import BlockTable
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from ..kv_cache.eviction import Selection
 
 UNKNOWN = -1  # stands in `Request.tokens` for a token that the host does not know yet
-_arrivals = count()
 
 
 class Rows(Protocol):
@@ -75,6 +73,7 @@ class Request:
         protected: Its pages cannot be taken away (they hold imported keys, or belong to a `generate` call).
         priority: Levels by which it goes before others, under that policy.
         tenant: Whose request it is, under the policy `"fair"`.
+        arrival: Its number among those that the scheduler was given.
         salt: With whom it may share what was computed, or guessed.
         adapter: The LoRA adapter its tokens go through, `None` for what is active in the model.
         on_prompt: Called with the place of a prompt token and the logits `[tokens, vocabulary]` from there on, or
@@ -155,7 +154,7 @@ class Request:
     swaps: int = 0
     charged: int = 0  # tokens that the tenant has been charged for
     proves: int = 0  # what `proven` will be once the pending token is known
-    arrival: int = field(default_factory=lambda: next(_arrivals))
+    arrival: int = 0
 
     @property
     def remaining(self) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
 from ..kv_cache.pool import BlockTable, PagePool
@@ -96,9 +97,12 @@ class Scheduler:
         self._grow = grow
         self._saves = saves
         self._settle = settle
+        self._arrivals = count()
 
     def add(self, request: Request) -> None:
         """Let a request take part in the steps that follow: at once if it has its tables, else from the line."""
+        # Not when it was made: on ranks of a sharded model threads prepare requests in orders of their own.
+        request.arrival = next(self._arrivals)
         if request.tables:
             self.running.append(request)
         else:
@@ -235,7 +239,7 @@ class Scheduler:
         freed = []
         for index, pool in enumerate(self.pools):
             holders = Counter(page for request in requests for page in request.tables[index].pages if page)
-            freed.append(sum(count == pool.refs(page) for page, count in holders.items()))
+            freed.append(sum(held == pool.refs(page) for page, held in holders.items()))
         return freed
 
     def _make_way(self, plan: Plan) -> None:
