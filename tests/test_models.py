@@ -18,8 +18,9 @@ from hf_llmopt.bench import models
 from hf_llmopt.cli import app
 from hf_llmopt.engine import position_limit
 
-# One of each way to be served, or not: exactly, with limits, by transformers; shared keys, latent keys, images.
-SAMPLE = ["olmo", "gemma4_text", "deepseek_v3", "bloom", "llava"]
+# One of each way to be served, or not: exactly, with limits, by transformers; shared keys, latent keys, images, states
+# that lie in modules.
+SAMPLE = ["olmo", "gemma4_text", "deepseek_v3", "bloom", "llava", "recurrent_gemma"]
 
 
 @cache

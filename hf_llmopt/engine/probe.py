@@ -198,6 +198,8 @@ def _incomplete(model: PreTrainedModel, recorder: _Recorder, stateful: list[Any]
         layers = [layer for layer, kept in enumerate(stateful) if isinstance(kept, attend)]
         if not layers:
             return "it keeps recurrent state only, and no keys and values"
+    if kept := _kept_in_modules(model):
+        return f"it keeps {kept} in a module of its own, where requests cannot have theirs apart"
     if not layers or sorted([*recorder.stored, *recorder.sources()]) != layers or sorted(recorder.seen) != layers:
         return "not every layer stores its keys and attends through transformers' attention interface"
     if not recorder.causal:
@@ -214,6 +216,12 @@ def _incomplete(model: PreTrainedModel, recorder: _Recorder, stateful: list[Any]
     if former == "sdpa" and recorder.options & {"softcap", "s_aux"}:
         return "it needs a softcap or sinks, which its sdpa attention ignores; load it with attn_implementation='eager'"
     return None
+
+
+def _kept_in_modules(model: PreTrainedModel) -> str | None:
+    """A state that the pass left beside the cache, as RecurrentGemma's do; its name."""
+    left = ((name, value) for module in modules(model) for name, value in vars(module).items() if "state" in name)
+    return next((name for name, value in left if isinstance(value, Tensor)), None)
 
 
 def _lifetimes(model: PreTrainedModel, count: int) -> list[tuple[str, int]]:
