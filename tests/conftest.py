@@ -5,6 +5,12 @@ import random
 import socket
 from collections.abc import Iterator
 
+# Read when torch is imported, and by the processes that tests start. A tiny model gains nothing from a second thread,
+# and the numbers must not depend on the machine. Where threads are two, one that waits leaves its core to whatever else
+# computes, instead of taking turns with it.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import numpy
 import pytest
 import torch
@@ -14,11 +20,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from architectures import build
-
-# A tiny model gains nothing from more, and the numbers must not depend on the machine: threads that wait for each other
-# take turns with whatever else it computes, for minutes in all. The processes that tests start have one each, too.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
