@@ -1,6 +1,6 @@
 """PEFT's LoRA layers in a pass whose requests name different adapters.
 
-A LoRA layer adds `scaling * B(A(x))` to what its base layer gives (Hu et al. 2021, arXiv:2106.09685, section 4.1). For
+A LoRA layer adds `scaling * B(A(x))` to what its base layer gives (Hu et al. 2021, arXiv:2106.09685). For
 the time of a mixed pass its `forward` runs the base layer over all tokens, and each adapter over the tokens of the
 requests that named it. A request that names none gets what `generate` would give it: the model's active adapters.
 """

@@ -189,7 +189,7 @@ def _cascade(
 ) -> Tensor:
     """A span's attention over its own keys, joined with that over tiles of earlier keys, which it sees whole.
 
-    Parts of a softmax are joined by the logarithms of their sums (Dao et al. 2022, section 3.1). Query heads that
+    Parts of a softmax are joined by the logarithms of their sums (Dao et al. 2022). Query heads that
     share a key head are its queries one after the other, so that no key is repeated and no mask is made.
 
     Args:

@@ -1,4 +1,4 @@
-"""Trees of guesses in a span, and what each guess sees (SpecInfer, Miao et al. 2024, section 4.2).
+"""Trees of guesses in a span, and what each guess sees (SpecInfer, Miao et al. 2024).
 
 A span's last tokens may be guesses that follow one another in more than one way. They lie in neighbouring slots, a
 parent before its children:

@@ -187,7 +187,7 @@ class Divergence:
         kl: Mean Kullback-Leibler divergence of the model's distribution from the reference's, nats per token.
         kl_99: Its 99 % quantile over tokens.
         top1: Share of tokens at which both prefer the same: greedy acceptance of one drafted token.
-        overlap: Mean of `sum(min(p, q))`: acceptance of one sampled token (arXiv 2211.17192, equation 4).
+        overlap: Mean of `sum(min(p, q))`: acceptance of one sampled token (arXiv 2211.17192).
         rms: Root mean square of the differences of logits.
         largest: The largest difference.
         spread: Standard deviation of the reference's logits over the vocabulary, to compare `rms` with.

@@ -45,7 +45,7 @@ LOADS_BY_NAME = {
     for load in (
         Load("random-256", 256, (16, 128), (16, 128)),
         Load("ragged-16", 16, (32, 256), (32, 32)),
-        # Means of the ShareGPT conversations as the vLLM paper gives them (arXiv:2309.06180, section 6.1).
+        # Means of the ShareGPT conversations as the vLLM paper gives them (arXiv:2309.06180).
         Load("sharegpt", 64, (4, 512), (4, 512), mean=(161, 338)),
         Load("nano-vllm", 256, (100, 1024), (100, 1024)),  # the benchmark of nano-vllm's README
     )

@@ -15,7 +15,7 @@ class Norm(NamedTuple):
         bias: `[width]`, or `None`.
         width: Length of the axis.
         epsilon: Added to the mean square.
-        centre: LayerNorm (Ba et al. 2016) instead of RMSNorm (Zhang and Sennrich 2019, eq. 4).
+        centre: LayerNorm (Ba et al. 2016) instead of RMSNorm (Zhang and Sennrich 2019).
         variant: Where models round, and what they multiply with: 0 weight times the rounded quotient (Llama), 1 one
             plus weight, in float32 (Gemma, Nemotron), 2 weight in float32 (OLMo 2, gpt-oss). LayerNorm never rounds
             in between.
@@ -77,7 +77,7 @@ class PageFormat(NamedTuple):
         bits: Of a code.
         parts: Numbers beside a head's codes.
         rotates: Keys are multiplied by a Hadamard matrix before, and queries too: that spreads a channel with large
-            values over all (QuaRot, Ashkboos et al. 2024, section 4), and leaves products as they are.
+            values over all (QuaRot, Ashkboos et al. 2024), and leaves products as they are.
     """
 
     name: str
@@ -147,7 +147,7 @@ class Seen(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """Rotary embedding of a pass (Su et al. 2021, eq. 34), and where its keys go.
+    """Rotary embedding of a pass (Su et al. 2021), and where its keys go.
 
     Attributes:
         cosine: `[tokens, rotated]`, `rotated` at most a head's width; `None` for no rotation. In float32 beside another

@@ -3,7 +3,7 @@
 The error of a product is `(W - round(W s) / s) x`. Rounding costs about as much in every column of a group, so a column
 that is multiplied by s > 1 has a smaller share of it, as long as it does not widen the group's range; what gives the
 input is divided by s. Factors are searched on two lines, `s = a_x^alpha / a_w^(1 - alpha)` and `s = a_x^alpha`, a_x the
-mean activation of an input and a_w the mean share of the range that its weights take (section 3.2 of the paper; its
+mean activation of an input and a_w the mean share of the range that its weights take (the paper's
 code has the first form), for the least error of all products that read these inputs.
 
 Then the ranges of the groups are searched, as the paper does, but for the least error of the whole product: what the

@@ -2,8 +2,7 @@
 
 The error of a layer on calibration inputs X is `tr(dW H dW^T)` with `H = X X^T`. When input i is rounded to q, the
 change of the inputs j > i that makes up for most of it is `-(w_i - q) / U_ii * U_ij`, where `H^-1 = U^T U`, U upper
-triangular (algorithm 1 of the paper): U holds, row after row, what the inverse of H is once the inputs before are
-fixed.
+triangular: U holds, row after row, what the inverse of H is once the inputs before are fixed.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def gptq(
     w = weight.float().T[order].contiguous()  # [inputs, outputs]: an input is a row
     h = hessian[order][:, order]
     u = _inverse_factor(h, damping)
-    importance = u.diagonal() ** -2  # the squared error of input i enters the loss with this factor (equation 3)
+    importance = u.diagonal() ** -2  # the squared error of input i enters the loss with this factor
     importance = importance / importance.mean()  # the factor itself may be out of float32's range once squared
 
     codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=w.device)

@@ -1,7 +1,7 @@
 """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): outliers of activations are moved into the weights.
 
 An int8 scale for all inputs of a token is as wide as the token's largest activation, and some inputs are large on all
-tokens. Such an input is divided by `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)` (equation 4 of the paper), and the
+tokens. Such an input is divided by `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`, and the
 weights that read it are multiplied. Then both fit 8 bits.
 """
 

@@ -4,7 +4,7 @@ The published rule accepts a guess x ~ q with probability min(1, p(x) / q(x)), a
 guess is what the model's own choice would be if its scores were the smaller model's: the same processors, the same
 noise. Where both find the same token the guess was right. The tokens are those of plain sampling, seed for seed, and a
 model that drafts for itself is always right; how often different models agree so is at least
-(1 - d) / (1 + d), d the total variation distance of p and q (Daliri et al. 2025, arXiv 2408.07978, theorem 3), and at
+(1 - d) / (1 + d), d the total variation distance of p and q (Daliri et al. 2025, arXiv 2408.07978), and at
 most 1 - d, which the published rule reaches.
 """
 

@@ -5,7 +5,7 @@ et al. 2024, arXiv 2411.04975) and SAM-Decoding (Hu et al. 2024, arXiv 2411.1066
 text itself or in what the model chose before, for other texts too; and as in Token Recycling (Luo et al. 2024, arXiv
 2408.08696) what it chose behind guesses that were wrong is remembered as well. The likeliest guess comes first, and the
 next may stand behind it, beside it or before it: a tree grows where it is worth most (EAGLE-2, Li et al. 2024, arXiv
-2406.16858, section 4, does likewise with a model's confidence).
+2406.16858, does likewise with a model's confidence).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-/* The long spans of attention.c, after FlashAttention (Dao et al. 2022, algorithm 1): no matrix of scores is stored.
+/* The long spans of attention.c, after FlashAttention (Dao et al. 2022): no matrix of scores is stored.
  *
  * A tile is ROWS query rows of one span and one key head, a row being a token and a query head. It sees the keys block by
  * block, with the online softmax of Milakov and Gimelshein (2018). Rows stand in the lanes of vectors, so that maxima and

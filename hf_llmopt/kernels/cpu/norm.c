@@ -1,4 +1,4 @@
-/* RMSNorm (Zhang and Sennrich, 2019, eq. 4) and LayerNorm (Ba et al., 2016) over the last axis, with the roundings of the
+/* RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016) over the last axis, with the roundings of the
  * eager modules.
  *
  * x, y      [rows, width]   contiguous

@@ -1,4 +1,4 @@
-/* Rotary position embedding (Su et al., 2021, eq. 34) of the queries in place and of the keys on their way into the pages,
+/* Rotary position embedding (Su et al., 2021) of the queries in place and of the keys on their way into the pages,
  * with the roundings of the eager modules: R(R(x cos) + R(rotated x sin)), or R(x cos + rotated x sin) where cosine and sine are
  * float32 beside another format (OLMo, Ernie).
  *

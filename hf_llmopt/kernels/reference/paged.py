@@ -46,7 +46,7 @@ def attention(
 ) -> Tensor:
     """Softmax attention over dense keys, grouped-query heads without repeating them.
 
-    `softmax(softcap(query @ key^T * scaling))  @ value` (Vaswani et al. 2017, eq. 1). `softcap(x) = c * tanh(x / c)`
+    `softmax(softcap(query @ key^T * scaling))  @ value` (Vaswani et al. 2017). `softcap(x) = c * tanh(x / c)`
     (Gemma 2). A sink is a logit per head that takes part in the softmax and has no value (gpt-oss).
 
     Args:

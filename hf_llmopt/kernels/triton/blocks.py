@@ -1,7 +1,7 @@
 """What both attention kernels do with a block of keys: find it in the pages, score it, add it to an online softmax.
 
 For rows of queries with scores `s` in units of log 2, the largest score so far `m`, the sum of weights `l` and the
-weighted values `o` (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1):
+weighted values `o` (Milakov and Gimelshein 2018; Dao et al. 2022):
 
     m' = max(m, max s)      l' = l 2^(m - m') + sum 2^(s - m')      o' = o 2^(m - m') + 2^(s - m') v
 

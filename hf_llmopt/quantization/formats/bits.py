@@ -1,7 +1,7 @@
 """Codes of a few bits as a dense stream of bits in int32 words.
 
-Eight codes of b bits fill b bytes. They are moved together as one int64, by halves (as in Warren, Hacker's Delight,
-section 7-4): twos of codes, then fours, then all eight become neighbours, each time with one shift.
+Eight codes of b bits fill b bytes. They are moved together as one int64, by halves (as in Warren, Hacker's
+Delight): twos of codes, then fours, then all eight become neighbours, each time with one shift.
 """
 
 from __future__ import annotations
