@@ -11,6 +11,7 @@ from .. import ui
 from ..command import Json, UserError
 from ..texts import read_text
 from .options import Markdown, Output, parent, require_folders
+from .shown import present
 
 
 def compare(
@@ -44,12 +45,6 @@ def compare(
     if output is not None:
         ui.save(output, found)
     tables = bench.tables(found, figures or not found["ratios"])
-    if json:
-        ui.emit(found)
-    elif markdown:
-        ui.say("\n\n".join(map(reports.markdown, tables)))
-    else:
-        for view in tables:
-            ui.table(view.title, view.columns, view.rows, view.names, view.caption)
+    present(found, tables, json, markdown)
     for line in bench.below(found, bound):
         ui.warn(f"below {bound:g} of what it was: {line}")

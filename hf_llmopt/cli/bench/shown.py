@@ -38,18 +38,14 @@ def record(report: dict[str, Any], output: Path | None, quick: bool) -> None:
         ui.talk("--quick: small and few of all, to see that it works; none of these figures counts")
 
 
-def show(report: dict[str, Any], tables: Sequence[Table], failures: Iterable[str], json: bool, markdown: bool) -> None:
+def present(report: dict[str, Any], tables: Sequence[Table], json: bool, markdown: bool) -> None:
     """Write a report to stdout.
 
     Args:
-        report: What was measured; `report["passed"]` says whether results were right.
+        report: What was found.
         tables: The same as tables.
-        failures: What was wrong, a line each.
         json: JSON instead of tables.
         markdown: Markdown tables.
-
-    Raises:
-        typer.Exit: With code 1, if it did not pass.
     """
     from hf_llmopt.bench import report as reports
 
@@ -60,6 +56,15 @@ def show(report: dict[str, Any], tables: Sequence[Table], failures: Iterable[str
     else:
         for view in tables:
             ui.table(view.title, view.columns, view.rows, view.names, view.caption)
+
+
+def show(report: dict[str, Any], tables: Sequence[Table], failures: Iterable[str], json: bool, markdown: bool) -> None:
+    """As `present`; then what was wrong, a line each.
+
+    Raises:
+        typer.Exit: With code 1, if `report["passed"]` says that it did not pass.
+    """
+    present(report, tables, json, markdown)
     if not report["passed"]:
         for line in failures:
             ui.fail(f"FAILED: {line}")
