@@ -190,6 +190,22 @@ def test_gptq_beats_rounding_to_nearest(bits: int, symmetric: bool) -> None:
     assert grid.scales.dtype == torch.float16
 
 
+def test_gptq_makes_up_for_what_came_before() -> None:
+    """The product is nearer to the one of the inputs that the model had, at first."""
+    exact, weight = inputs(2048, 64), torch.randn(32, 64)
+    x = dequantize(make_grid(exact, 3, 16))
+    hessian = gptq.Hessian(64, x.device)
+    for part, there in zip(x.split(500), exact.split(500), strict=True):
+        hessian.add(part, there)
+    assert torch.allclose(hessian.drift, (exact - x).T @ x / len(x), atol=1e-4)
+
+    def far(drift: torch.Tensor | None) -> float:
+        near = dequantize(gptq.gptq(weight, hessian.value, 4, 16, drift=drift))
+        return float((exact @ weight.T - x @ near.T).square().sum())
+
+    assert far(hessian.drift) < 0.97 * far(None)
+
+
 def test_inputs_that_are_always_zero_are_rounded_to_nearest() -> None:
     x, weight = inputs(512, 64), torch.randn(16, 64)
     x[:, 10:20] = 0
@@ -387,6 +403,56 @@ def test_inputs_come_from_what_is_quantized_already() -> None:
     grid = gptq.gptq(original, x.T @ x / len(x), 4, 8)
     name = "model.layers.1.mlp.down_proj"
     assert (grids[name].codes == grid.codes).float().mean() > 0.99
+
+
+def test_inputs_of_the_model_as_it_came_are_shown_beside_them() -> None:
+    """And the weights are the rounded ones again afterwards."""
+    model, original = build("llama"), build("llama")
+    seen: dict[str, list[torch.Tensor]] = {}
+    wanted: dict[str, torch.Tensor] = {}
+
+    def method(block: Block) -> dict[str, Grid]:
+        for stage in block.stages:
+            block.observe(stage, lambda names, x, exact: seen.setdefault(names[0], []).append(exact))
+            for name in itertools.chain(*stage):
+                block.replace(name, FALLBACK(block.weight(name)))
+        return {name: FALLBACK(block.weight(name)) for name in block.products}
+
+    for name, module in chosen(original).items():
+        module.register_forward_pre_hook(lambda m, args, name=name: wanted.update({name: args[0].flatten(0, 1)}))
+    with torch.no_grad():
+        original(TOKENS, use_cache=False)
+    walk(model, method, exact=True)
+    assert len(seen) == 4 * len(model.model.layers)
+    assert all(torch.allclose(torch.cat(parts), wanted[name], atol=1e-4) for name, parts in seen.items())
+    assert all(
+        torch.equal(module.weight, dequantize(FALLBACK(original.get_submodule(name).weight), module.weight.dtype))
+        for name, module in chosen(model).items()
+    )
+
+
+def test_of_products_that_read_some_tokens_nothing_is_shown_beside_them() -> None:
+    """In the model as it came, experts read others."""
+
+    class Some(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.mlp(x[:, :9]), x[:, 9:]], dim=1)
+
+    model, shown = build("llama"), {}
+    model.model.layers[1].mlp = Some(model.model.layers[1].mlp)
+
+    def method(block: Block) -> dict[str, Grid]:
+        for stage in block.stages:
+            block.observe(stage, lambda names, x, exact: shown.update(dict.fromkeys(names, exact is not None)))
+        return {name: FALLBACK(block.weight(name)) for name in block.products}
+
+    walk(model, method, exact=True)
+    assert shown.keys() == chosen(model).keys()
+    assert all(there != name.startswith("model.layers.1.mlp.") for name, there in shown.items())
 
 
 def test_products_that_too_few_tokens_reach_are_listed() -> None:

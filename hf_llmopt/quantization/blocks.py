@@ -24,10 +24,10 @@ from ..kernels.arguments import Grid
 from ..kernels.reference import dequantize
 from .finished import Finished, fingerprint
 from .offload import resident
+from .running import Reached, Runner
 from .stages import Flow, Stage
 
 ROUNDED = "rounded to nearest: too few tokens of the calibration set reach it"
-BATCH = 4096  # tokens that run through a block at once
 
 
 class Block:
@@ -44,7 +44,7 @@ class Block:
     """
 
     def __init__(
-        self, name: str, module: nn.Module, products: dict[str, nn.Module], run: _Runner, fallback: Fallback
+        self, name: str, module: nn.Module, products: dict[str, nn.Module], run: Runner, fallback: Fallback
     ) -> None:
         self.name = name
         self.module = module
@@ -55,6 +55,7 @@ class Block:
         self.batches = len(run.hidden)
         self._run = run
         self._fallback = fallback
+        self._came: dict[str, Tensor] = {}  # weights, before they were replaced
 
     def trace(self) -> None:
         """Find the stages: one sample is enough, but where experts choose their tokens."""
@@ -76,6 +77,8 @@ class Block:
         """From now on a product multiplies with what the grid stands for."""
         module: Any = self.products[name]
         near = dequantize(grid, module.weight.dtype).to(module.weight.device)
+        if self._run.exact is not None:
+            self._came.setdefault(name, module.weight.data)
         module.weight.data = near.T.contiguous() if isinstance(module, Conv1D) else near
 
     @torch.no_grad()
@@ -100,29 +103,62 @@ class Block:
         return self._run(batch)
 
     @torch.no_grad()
-    def observe(self, stage: Stage, see: Callable[[tuple[str, ...], Tensor], None]) -> None:
+    def observe(self, stage: Stage, see: Callable[[tuple[str, ...], Tensor, Tensor | None], None]) -> None:
         """Show what the products of a stage read, of all samples.
 
         Args:
             stage: One of `stages`.
-            see: Called with the names of products that read the same tensor, and the tensor, `[tokens, inputs]`.
+            see: Called with the names of products that read the same tensor, the tensor, `[tokens, inputs]`, and what
+                they read of the same tokens in the model as it came; `None` where that is not kept, or where products
+                read other tokens there, as experts do.
         """
         for batch in range(self.batches):
-            waiting = {names[0] for names in stage}
+            exact = {}
+            if self._run.exact is not None:
+                with self._as_it_came():
+                    exact = self._reads(stage, batch, exact=True)
+            tokens = self.inputs(batch).shape[:-1].numel()
+            for names, x in self._reads(stage, batch).items():
+                there = exact.get(names)
+                see(names, x, there if there is not None and len(there) == len(x) == tokens else None)
 
-            def watch(names: tuple[str, ...], waiting: set[str] = waiting) -> Callable[..., None]:
-                def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                    see(names, args[0].flatten(0, -2))
-                    waiting.discard(names[0])
-                    if not waiting:  # the rest of the block is not needed
-                        raise _Reached(args[0])
+    def _reads(self, stage: Stage, batch: int, exact: bool = False) -> dict[tuple[str, ...], Tensor]:
+        found: dict[tuple[str, ...], list[Tensor]] = {}
 
-                return hook
+        def watch(names: tuple[str, ...]) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                found.setdefault(names, []).append(args[0].flatten(0, -2))
+                if len(found) == len(stage):  # the rest of the block is not needed
+                    raise Reached(args[0])
 
-            with ExitStack() as stack:
-                for names in stage:
-                    stack.enter_context(self.products[names[0]].register_forward_pre_hook(watch(names)))
-                self._run(batch)
+            return hook
+
+        with ExitStack() as stack:
+            for names in stage:
+                stack.enter_context(self.products[names[0]].register_forward_pre_hook(watch(names)))
+            self._run(batch, exact=exact)
+        return {names: torch.cat(parts) for names, parts in found.items()}
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Go on to what the next block reads."""
+        self._run.advance()
+        if self._run.exact is not None:
+            with self._as_it_came():
+                self._run.advance(exact=True)
+        self._came.clear()
+
+    @contextmanager
+    def _as_it_came(self) -> Iterator[None]:
+        products: dict[str, Any] = {name: self.products[name] for name in self._came}
+        now = {name: module.weight.data for name, module in products.items()}
+        try:
+            for name, module in products.items():
+                module.weight.data = self._came[name]
+            yield
+        finally:
+            for name, module in products.items():
+                module.weight.data = now[name]
 
 
 Method = Callable[[Block], Mapping[str, Grid]]
@@ -138,6 +174,7 @@ def quantize_blocks(
     *,
     resume: str | Path | None = None,
     settings: str = "",
+    exact: bool = False,
     progress: bool = True,
     notes: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, Grid]]:
@@ -159,6 +196,8 @@ def quantize_blocks(
         resume: A folder for the grids of blocks that are done. A second run with the same model, settings and tokens
             finds them, and returns the same grids bit for bit. They are removed once all blocks are done.
         settings: Whatever else decides about the grids: everything that `method` was told.
+        exact: Keep beside what the blocks read what they read in the model as it came, and each block's weights until
+            it is done, so that `Block.observe` can show both. For methods that change no other parameters.
         progress: Show a bar, unless `transformers.utils.logging` switched bars off.
         notes: Gets the blocks' `Block.notes`.
 
@@ -174,7 +213,7 @@ def quantize_blocks(
     training = model.training
     model.eval()
     try:
-        run = _Runner(model, blocks, tokens)
+        run = Runner(model, blocks, tokens, exact)
         for index in logging.tqdm(range(len(blocks)), desc="Quantizing blocks", disable=not progress):
             name = f"{prefix}.{index}"
             products = {key: module for key, module in chosen.items() if key.startswith(f"{name}.")}
@@ -190,7 +229,7 @@ def quantize_blocks(
                         finished.save(block, found)
                 for key, grid in found.items():
                     block.replace(key, grid)
-                run.advance()
+                block.advance()
             notes |= block.notes
             yield from found.items()
     finally:
@@ -237,98 +276,3 @@ def find_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> tuple[str,
             'calibrated block by block. Use a method without calibration: "int4" or "int8".'
         )
     return best, lists[best]
-
-
-class _Reached(Exception):
-    """Ends a forward pass once what was wanted is there."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-class _Runner:
-    """Runs block `index` on batches of samples, whose hidden states before it are kept on the CPU."""
-
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
-        self.index = 0
-        self._model = model
-        self._blocks = blocks
-        self._tuples: dict[int, int] = {}  # how many values a block returns, where it returns a tuple
-        self._tokens = tokens.split(max(1, BATCH // tokens.shape[1]))
-        with torch.no_grad():
-            self.hidden = [
-                self._reach(ids, lambda forward, args, kwargs: _first(args, kwargs)).cpu() for ids in self._tokens
-            ]
-
-    def __call__(self, batch: int, first: int | None = None) -> Tensor:
-        """The block's output for a batch, or its `first` samples; under `enable_grad`, as a function of the input."""
-
-        def call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            hidden = self.hidden[batch][:first].to(_first(args, kwargs).device)
-            if torch.is_grad_enabled():
-                hidden.requires_grad_()
-            output = forward(hidden, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": hidden})
-            if isinstance(output, tuple):
-                self._tuples[self.index] = len(output)
-                return output[0]
-            return output
-
-        return self._reach(self._tokens[batch][:first], call)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Replace the hidden states by what the block makes of them."""
-        if self.index + 1 < len(self._blocks):
-            for batch in range(len(self.hidden)):
-                self.hidden[batch] = self(batch).cpu()
-
-    def _reach(self, ids: Tensor, call: Callable[..., Tensor]) -> Tensor:
-        """Run the model up to block `index`, skipping those before; `call` gets its forward and arguments."""
-        block = self._blocks[self.index]
-        forward = block.forward
-        embeddings: Any = self._model.get_input_embeddings()
-        device: torch.device = embeddings.weight.device  # meta: offloaded, and its hook takes ids from anywhere
-
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(call(forward, args, kwargs))
-
-        def skip(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, values = _first(args, kwargs), self._tuples.get(index)
-                return hidden if values is None else (hidden, *[None] * (values - 1))
-
-            return forward
-
-        with ExitStack() as stack:
-            for index in range(self.index):
-                stack.enter_context(_patched(self._blocks[index], skip(index)))
-            stack.enter_context(_patched(block, stop))
-            try:
-                self._model(input_ids=ids if device.type == "meta" else ids.to(device), use_cache=False)
-            except _Reached as reached:
-                return reached.value
-            except Exception as error:
-                raise CalibrationFailed(
-                    f"Block {self.index} of {type(self._model).__name__} cannot be run by itself on the calibration "
-                    f"set: {type(error).__name__}: {error}"
-                ) from error
-        raise CalibrationFailed(f"{type(self._model).__name__} does not call block {self.index} of its list.")
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-@contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another `forward` for a while; accelerate may have given it one already."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -19,7 +19,7 @@ from ..sealed import read, write
 if TYPE_CHECKING:
     from .blocks import Block
 
-FORMAT = "hf_llmopt block 2"
+FORMAT = "hf_llmopt block 3"
 SAMPLE = 64  # elements of each parameter that tell models apart
 
 

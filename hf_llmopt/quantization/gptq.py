@@ -19,10 +19,13 @@ from .grid import find_range, round_to
 
 BLOCK = 128  # inputs whose changes to the inputs behind them are added at once
 FEW = 64  # tokens; H of fewer says too little
+ALPHA = 0.5  # share of the drift that is made up for: see `gptq`
 
 
 class Hessian:
-    """The mean of `x x^T` over all tokens that a product read, float32.
+    """The mean of `x x^T` over all tokens that a product read, float32, and of `(x' - x) x^T` beside it.
+
+    `x'` is what the product reads of the token in the model as it came.
 
     Args:
         inputs: Of the product.
@@ -38,13 +41,19 @@ class Hessian:
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.value = torch.zeros(inputs, inputs, device=device)
+        self.drift: Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Count tokens, `[tokens, inputs]`."""
+    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Count tokens, `[tokens, inputs]`; without `exact`, x', as if nothing had drifted."""
         if len(x):
             wide, self.tokens = x.float(), self.tokens + len(x)
-            self.value.addmm_(wide.T, wide, beta=1 - len(x) / self.tokens, alpha=1 / self.tokens)
+            share: dict[str, float] = {"beta": 1 - len(x) / self.tokens, "alpha": 1 / self.tokens}
+            self.value.addmm_(wide.T, wide, **share)
+            if self.drift is None and exact is not None:
+                self.drift = torch.zeros_like(self.value)
+            if self.drift is not None:
+                self.drift.addmm_((wide if exact is None else exact.float()).sub(wide).T, wide, **share)
 
 
 def quantize_block(block: Block, **options: Any) -> dict[str, Grid]:
@@ -53,10 +62,12 @@ def quantize_block(block: Block, **options: Any) -> dict[str, Grid]:
     for stage in block.stages:
         hessians: dict[tuple[str, ...], Hessian] = {}
 
-        def see(names: tuple[str, ...], x: Tensor, hessians: dict[tuple[str, ...], Hessian] = hessians) -> None:
+        def see(
+            names: tuple[str, ...], x: Tensor, exact: Tensor | None, hessians: dict[tuple[str, ...], Hessian] = hessians
+        ) -> None:
             if names not in hessians:
                 hessians[names] = Hessian(x.shape[-1], x.device)
-            hessians[names].add(x)
+            hessians[names].add(x, exact)
 
         block.observe(stage, see)
         for names in stage:
@@ -65,7 +76,7 @@ def quantize_block(block: Block, **options: Any) -> dict[str, Grid]:
                 if hessian is None or hessian.tokens < FEW:
                     grids[name] = block.fall_back(name)
                 else:
-                    grids[name] = gptq(block.weight(name), hessian.value, **options)
+                    grids[name] = gptq(block.weight(name), hessian.value, drift=hessian.drift, **options)
                 block.replace(name, grids[name])
     return grids
 
@@ -81,8 +92,13 @@ def gptq(
     damping: float = 0.01,
     clip: bool = True,
     scale_dtype: torch.dtype = torch.float16,
+    drift: Tensor | None = None,
 ) -> Grid:
     """Quantize a weight so that its product with the calibration inputs changes little.
+
+    With `drift`, what the products before it changed in these inputs counts too, as in GPTAQ (Li et al. 2025, arXiv
+    2504.02692): `W X'`, of the inputs X' that the model had as it came, is nearest to `W + W (X' - X) X^T H^-1` times
+    X, and this is the weight that is rounded. Half of that step is taken: the whole fits the calibration set only.
 
     Args:
         weight: `[outputs, inputs]`.
@@ -95,6 +111,7 @@ def gptq(
         damping: Share of H's mean diagonal that is added to the diagonal; more, where H cannot be inverted otherwise.
         clip: Search the range of each group for the least loss.
         scale_dtype: What scales are stored in.
+        drift: `(X' - X) X^T`, with the same factor as `hessian`.
 
     Raises:
         CalibrationFailed: H is not finite.
@@ -112,6 +129,8 @@ def gptq(
     w = weight.float().T[order].contiguous()  # [inputs, outputs]: an input is a row
     h = hessian[order][:, order]
     u = _inverse_factor(h, damping)
+    if drift is not None:
+        w += ALPHA * (u.T @ (u @ (drift[order][:, order].T @ w)))
     importance = u.diagonal() ** -2  # the squared error of input i enters the loss with this factor
     importance = importance / importance.mean()  # the factor itself may be out of float32's range once squared
 

@@ -82,7 +82,7 @@ def _calibrated(model: PreTrainedModel, plan: Plan, notes: dict[str, str]) -> It
     chosen: dict[str, nn.Module] = {name: model.get_submodule(name) for name in plan.chosen}
     walk = quantize_blocks(
         model, partial(quantize_block, **options), lambda weight: plan.grid(weight, scheme), tokens, chosen,
-        resume=asked.resume, settings=repr((asked.method, options)), notes=notes,
+        resume=asked.resume, settings=repr((asked.method, options)), exact=asked.method == "gptq", notes=notes,
     )  # fmt: skip
     for name, grid in walk:
         del chosen[name]
