@@ -244,15 +244,18 @@ def wide_ways(bucket: int, outputs: int, x: Tensor, weight: Packed) -> tuple[Way
     """
     if bucket <= 16 or not many.serves(x, weight):
         return ()
-    return _wide_ways(bucket, outputs, weight.inputs // BLOCK, weight.scales.shape[1], weight.tile["SETS"])
+    groups, sets = weight.scales.shape[1], weight.tile["SETS"]
+    return _wide_ways(weight.kind, bucket, outputs, weight.inputs // BLOCK, groups, sets)
 
 
 @cache
-def _wide_ways(bucket: int, outputs: int, blocks: int, groups: int, sets: int) -> tuple[Way, ...]:
+def _wide_ways(kind: str, bucket: int, outputs: int, blocks: int, groups: int, sets: int) -> tuple[Way, ...]:
     ways: dict[Way, None] = {}
     for rows, columns, stages, warps, scaled in WIDE[min(bucket, max(WIDE))]:
         # After the product; before it where groups share a tile.
         scaled = 0 if groups == 1 else 1 if sets > 1 else scaled
+        if kind == "int8" and warps == 8:
+            stages -= 1  # so that two programs fit a processor
         for split in splits_of(-(-outputs // columns) * -(-bucket // rows) * warps, blocks):
             ways[Way("wide", (rows, columns, split, stages, warps, scaled))] = None
     return tuple(ways)
