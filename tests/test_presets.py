@@ -56,6 +56,10 @@ def test_parts_beside_a_preset() -> None:
         ("latency,throughput", "'latency' and 'throughput', which are for different ends"),
         (["memory", "int5"], "Did you mean 'int8'|Did you mean 'int4'"),
         (["kv_cache", {"attention": "sdpa"}], "Use one dict for sections"),
+        ({"latency": True}, "'latency' is a name, and a dict takes sections: llmopt='latency'"),
+        ({"int4": True}, "llmopt='int4' or {'quantization': {'method': 'int4'}}"),
+        ({"continuous_batching": True}, "or {'batching': True}"),
+        (b"latency", "got b'latency'"),
     ],
 )
 def test_near_misses(value: object, match: str) -> None:

@@ -137,7 +137,7 @@ class LLMOptConfig:
             return cls._from_dict({home: value})
         if isinstance(value, Mapping):
             return cls._from_dict(value)
-        if isinstance(value, Iterable):
+        if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
             return cls._from_names(list(value))
         raise InvalidOption(
             f"llmopt= takes True, False, a name, a list of names, a dict or an LLMOptConfig, got {value!r}."
@@ -180,6 +180,9 @@ class LLMOptConfig:
         for name in sections:
             if name not in allowed:
                 home = next((s for s, section in SECTIONS.items() if name in (o.name for o in fields(section))), None)
+                if name in PRESETS or name in PARTS:
+                    inside = f" or {{{PARTS[name][0]!r}: {PARTS[name][1] or True}}}" if name in PARTS else ""
+                    raise InvalidOption(f"{name!r} is a name, and a dict takes sections: llmopt={name!r}{inside}.")
                 if home is not None:
                     raise InvalidOption(f"{name!r} belongs to a section: {{{home!r}: {{{name!r}: ...}}}}.")
                 raise unknown("llmopt= section", name, allowed)
