@@ -17,7 +17,8 @@ from ..kv_cache import STATE_LAYERS, PagedCache
 from ..walk import modules
 from .prefill import MEDIA_INPUTS, has_content, media, reads_media
 
-# What `generate` hands to the decoding loop for a text prompt. Anything else that is not `None` is an input we do not
+# What `generate` hands to the decoding loop for a text prompt. Anything else that has content is not
+# a plain text's.
 TEXT_INPUTS = {
     "attention_mask",
     "position_ids",

@@ -94,8 +94,7 @@ def translate(
     if active.config.prompt_cache is not None:
         for request in requests:
             request.salt = active.config.prompt_cache.salt
-            whole = prompt.past is not None or prompt.embeds is not None or prompt.whole
-            if not whole and _is_plain(engine, request):
+            if prompt.past is None and prompt.embeds is None and not prompt.whole and _is_plain(engine, request):
                 request.prefix = Prefix(len(request.tokens), request.salt)
     rows = range(len(requests))
     groups = [
@@ -247,7 +246,7 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: Prompt, t
     if prompt.whole and prompt.gaps():
         raise NotServed(f"a row {prompt.whole} has masked tokens behind real ones (right padding?); pad on the left")
     if prompt.whole and not engine.store.dense:
-        raise NotServed("a prompt with images would leave compressed keys, which cannot be copied into pages")
+        raise NotServed(f"a prompt {prompt.whole} would leave compressed keys, which cannot be copied into pages")
     if engine.store.reads_columns and prompt.gaps():
         raise NotServed(
             "a row has masked tokens behind real ones (right padding?), and the model counts padded columns"
