@@ -16,25 +16,34 @@ from pathlib import Path
 from unittest.mock import patch
 
 SECONDS = 300
+SAID = ("out", "err")
 
 
 def run(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """What `python *argv` does: a script or `-m` and a module, with arguments; without a hub and without input."""
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder, name) for name in ("out", "err")]
-        process = _context().Process(target=_program, args=(argv, cwd, environment, said))
-        process.start()
+        process = start(*argv, into=Path(folder), cwd=cwd, **environment)
         process.join(SECONDS)
         late = process.exitcode is None
         process.kill()
         process.join()
-        out, err = (path.read_text("utf-8") for path in said)
+        out, err = (Path(folder, name).read_text("utf-8") for name in SAID)
     assert not late, f"{argv} still runs after {SECONDS} s\n{out}{err}"
     return subprocess.CompletedProcess(argv, process.exitcode, out, err)
 
 
+def start(*argv: str, into: Path, cwd: Path | None = None, **environment: str) -> multiprocessing.process.BaseProcess:
+    """Begins it. What it says stands in the files `out` and `err` of a folder, which are empty until then."""
+    for name in SAID:
+        (into / name).touch()
+    process = context().Process(target=_program, args=(argv, into, cwd, environment))
+    process.start()
+    return process
+
+
 @cache
-def _context() -> multiprocessing.context.ForkServerContext:
+def context() -> multiprocessing.context.ForkServerContext:
+    """How the process that has imported both is asked for another one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.pipelines"])
     with patch.dict(os.environ, HF_HUB_OFFLINE="1"):  # huggingface_hub reads it when it is imported
@@ -42,9 +51,9 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _program(argv: tuple[str, ...], cwd: Path | None, environment: dict[str, str], said: list[Path]) -> None:
-    for descriptor, path in zip((1, 2), said, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+def _program(argv: tuple[str, ...], into: Path, cwd: Path | None, environment: dict[str, str]) -> None:
+    for descriptor, name in enumerate(SAID, 1):
+        os.dup2(os.open(into / name, os.O_WRONLY), descriptor)
     if cwd is not None:
         os.chdir(cwd)
     os.environ.update(environment)

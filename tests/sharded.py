@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fresh
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,7 +20,8 @@ SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 50}
 def run(job: Callable[..., object], folder: Path, *args: object) -> list:
     """What `job(rank, *args)` returns on each rank; `None` for one that does not."""
     folder.mkdir()
-    torch.multiprocessing.spawn(_rank, (job, str(folder), *args), nprocs=RANKS)
+    fresh.context()
+    torch.multiprocessing.start_processes(_rank, (job, str(folder), *args), RANKS, start_method="forkserver")
     paths = [folder / f"{rank}.pt" for rank in range(RANKS)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 

@@ -363,7 +363,7 @@ def salt_of(request: Request) -> int:
     return -1 if request.prefix.salt is None else -2
 
 
-Traffic.TestCase.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+Traffic.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestTraffic = Traffic.TestCase
 
 

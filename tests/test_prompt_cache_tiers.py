@@ -2,12 +2,10 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from architectures import build
@@ -211,8 +209,6 @@ def test_a_tier_that_loses_is_skipped(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 WRITER = """
-import sys
-sys.path.insert(0, {tests!r})
 import torch
 from architectures import build
 import hf_llmopt
@@ -230,19 +226,20 @@ for seed in range(10**6):
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     """Two processes write into one folder and are killed at random moments: what is there is whole, and right."""
     llmopt = config(path=str(tmp_path / "cache"), disk_bytes=2_000_000)
-    script = WRITER.format(tests=str(Path(__file__).parent), llmopt=llmopt)
-    environment = {**os.environ, "PYTHONPATH": str(Path(hf_llmopt.__file__).parent.parent)}
+    script = tmp_path / "writer.py"
+    script.write_text(WRITER.format(llmopt=llmopt))
     for delay in (0.05, 0.13):
-        writers = [
-            subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) for _ in range(2)
-        ]
-        for writer in writers:
-            writer.stdout.readline()
+        said = [tmp_path / f"{delay}-{number}" for number in range(2)]
+        for folder in said:
+            folder.mkdir()
+        writers = [fresh.start(str(script), into=folder) for folder in said]
+        while not all((folder / "out").read_text() for folder in said):
+            assert all(writer.is_alive() for writer in writers)
+            time.sleep(0.001)
         time.sleep(delay)
         for writer in writers:
-            writer.send_signal(signal.SIGKILL)
-            writer.wait()
-            writer.stdout.close()
+            writer.kill()
+            writer.join()
     whole = [path for path in files(tmp_path) if path.suffix == ".safetensors"]
     assert len(whole) > 4
     for path in whole:
