@@ -20,9 +20,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import attention, quantization
 from .batching import BatchingPipeline
-from .config import LLMOptConfig, SpeculativeConfig
+from .config import LLMOptConfig
 from .errors import InstallConflict, InvalidOption, NotServed, UnsupportedModel
-from .generation import ACTIVE, Active, Prepared, handle_of, require_model, translate
+from .generation import ACTIVE, Active, Prepared, handle_of, named_drafter, require_model, translate
 from .stats import Stats
 
 _TASK = "text-generation"
@@ -254,44 +254,14 @@ def _assisted(active: Active, stock: Callable[..., Any], *args: Any, **kwargs: A
     """What assisted decoding returns: its arguments name who drafts."""
     call = inspect.signature(stock).bind(*args, **kwargs).arguments
     inputs = call.pop("model_kwargs", {})
-    generation_config, assistant = call["generation_config"], call.get("assistant_model")
-    early, lookup = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
-    own = getattr(generation_config, "use_mtp", None)  # 5.17 does not know it
-    if assistant is None and lookup is None and early is None and not own:
+    section = named_drafter(call, active)
+    if section is None:
         return _not_served("assisted decoding with the model's own heads", active, stock, *args, **kwargs)
-    if lookup is not None and (type(lookup) is not int or lookup < 1):
-        raise InvalidOption(f"prompt_lookup_num_tokens is a number of tokens from 1 on, got {lookup!r}.")
-    who: dict[str, Any] = dict.fromkeys(("draft_model", "tokenizer", "draft_tokenizer", "exit_layer"))
-    if own:
-        who |= {"method": "mtp"}
-    elif early is not None:
-        who |= {"method": "layer_skip", "exit_layer": early}
-    elif assistant is None:
-        who |= {"method": "suffix"}
-    else:
-        who |= {"method": "draft_model", "draft_model": assistant}
-        if call.get("assistant_tokenizer") is not None:
-            who |= {"tokenizer": call.get("tokenizer"), "draft_tokenizer": call["assistant_tokenizer"]}
-    section = active.config.speculative or SpeculativeConfig()
-    others = section.method not in ("auto", who["method"]) or section.draft_model not in (None, who["draft_model"])
-    if active.named and others:
-        raise InvalidOption(
-            f"llmopt= names the drafter {section.effective_method!r}, and {_NAMES[who['method']]}= of the same call "
-            f"another, {who['method']!r}. Leave one of them out."
-        )
-    active.config = replace(active.config, speculative=replace(section, **who))
+    active.config = replace(active.config, speculative=section)
     inputs["tokenizer"] = call.get("tokenizer")
     plain = {name: call[name] for name in _SAMPLED if name in call}
     return _serve(active, lambda **_: stock(*args, **kwargs), **plain, **inputs)
 
-
-# What names each drafter in transformers' own terms.
-_NAMES = {
-    "mtp": "use_mtp",
-    "layer_skip": "assistant_early_exit",
-    "suffix": "prompt_lookup_num_tokens",
-    "draft_model": "assistant_model",
-}
 
 # What the sampling loop takes by name; the rest are the model's inputs.
 _SAMPLED = (

@@ -1,6 +1,7 @@
 """transformers' `generate` in the engine's terms."""
 
 from .active import ACTIVE, Active, ModelHandle, Prepared, handle_of
+from .assisted import named_drafter
 from .choice import Chosen, choose
 from .group import Group
 from .row import Row, TokenLogprob, Wishes
@@ -21,6 +22,7 @@ __all__ = [
     "Wishes",
     "choose",
     "handle_of",
+    "named_drafter",
     "reason_against",
     "require_model",
     "translate",

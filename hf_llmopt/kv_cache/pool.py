@@ -133,9 +133,7 @@ class PagePool:
 
     def share(self, pages: Sequence[int]) -> None:
         """Add a reference to each page (page 0 is skipped)."""
-        for page in pages:
-            if not page:
-                continue
+        for page in filter(None, pages):
             if page in self.kept:
                 del self.kept[page]
                 self._hold(page)
@@ -147,9 +145,7 @@ class PagePool:
 
         Of pages that are kept, the last of the sequence are given up first: a prompt's beginning outlives its end.
         """
-        for page in reversed(pages):
-            if not page:
-                continue
+        for page in filter(None, reversed(pages)):
             if self._refs[page] <= 0:
                 raise AssertionError(f"page {page} was released more often than it was taken")
             self._refs[page] -= 1
