@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from architectures import build
-from sharded import NEW, PROMPTS, RANKS, SAMPLED, generate, load, run
+from sharded import MASK, NEW, PROMPTS, RANKS, SAMPLED, generate, load, run
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_llmopt
 from hf_llmopt import Engine, KVCacheConfig, LLMOptConfig, PromptCacheConfig
-from hf_llmopt.bench import kv_cache, workloads
+from hf_llmopt.bench import equality, kv_cache, workloads
 from hf_llmopt.bench.report import table
 from hf_llmopt.errors import LLMOptError
 from hf_llmopt.fusion import launched
@@ -36,7 +36,23 @@ def _job(rank: int, folders: dict[str, str], more: bool) -> dict:
     """Everything that is compared, by architecture."""
     found: dict = {name: _one(rank, folder, more, more or name == SERVED) for name, folder in folders.items()}
     shape = workloads.build("0.5b", miniature=True, ranks=RANKS)
-    return {**found, "bench": kv_cache.bench(shape, kv_cache.QUICK[:1], repeats=1)}
+    return {**found, "bench": kv_cache.bench(shape, kv_cache.QUICK[:1], repeats=1), "ties": _ties(shape)}
+
+
+def _ties(model: PreTrainedModel) -> tuple:
+    """Logits of a copy in float32, those that it should give, and what is said of another token in bfloat16."""
+    with torch.no_grad():
+        logits = model(PROMPTS).logits
+        model.bfloat16()
+        copied = equality.in_float32(model)
+        model.model.norm.weight.zero_()  # the copy has its own
+        found = copied(PROMPTS).logits
+    model.model.norm.weight.data.fill_(1.0)
+    tokens = generate(model)
+    other = tokens.clone()
+    other[0, -1] += 1
+    inputs = {"input_ids": PROMPTS, "attention_mask": MASK}
+    return logits, found, equality.compare(model, inputs, tokens, other)
 
 
 def _one(rank: int, folder: str, more: bool, serves: bool) -> dict:
@@ -205,6 +221,9 @@ def test_the_bench_measures_a_sharded_shape(quick) -> None:
         report = found["bench"]
         assert report["passed"], report["workloads"]
         assert "over 2 processes" in table(report).title
+        logits, found, outcome = found["ties"]
+        assert torch.allclose(found, logits, rtol=0.05, atol=0.05 * float(logits.abs().max()))
+        assert outcome.differences[0]["gap"] is not None
 
 
 def test_an_engine_takes_requests_on_rank_0(quick) -> None:

@@ -6,7 +6,8 @@ import copy
 import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
+from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def compare(
         return Equality(False, False, new)
     differences = []
     strict = exact is None and model.dtype in (torch.float32, torch.float64)
-    exact = cache(exact or (lambda: copy.deepcopy(model).float()))  # only once rows differ, and once for all of them
+    exact = cache(exact or partial(in_float32, model))  # only once rows differ, and once for all of them
     for row in range(expected.shape[0]):
         width = min(expected.shape[1], got.shape[1])
         unequal = (expected[row, :width] != got[row, :width]).nonzero()[:, 0]
@@ -132,6 +133,19 @@ def least(outcomes: Iterable[Equality]) -> Equality:
     return min(outcomes, key=lambda outcome: (outcome.same, outcome.identical))
 
 
+def in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model in float32; of a sharded one, called by all of its processes, as its copies are."""
+    found = copy.deepcopy(model).float()
+    for module in found.modules():
+        sharded: Any = vars(module).get("forward")
+        if getattr(sharded, "__module__", "").startswith("transformers.distributed."):  # runs the model's own module
+            del vars(module)["forward"]
+            held = getclosurevars(sharded).nonlocals
+            if "self" in held:
+                held["self"].install_forward(module, held["mesh"])
+    return found
+
+
 def rounding_noise(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
     """How far stock's own logits behind the first prompt move by rounding alone; 0 in float32.
 
@@ -142,7 +156,7 @@ def rounding_noise(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> floa
     if model.dtype in (torch.float32, torch.float64):
         return 0.0
     prefix = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
-    return _spread(_logits(model, lambda: copy.deepcopy(model).float(), prefix, len(inputs["input_ids"])))
+    return _spread(_logits(model, partial(in_float32, model), prefix, len(inputs["input_ids"])))
 
 
 def _difference(
