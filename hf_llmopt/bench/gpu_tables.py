@@ -1,4 +1,4 @@
-"""What reports of GPUs say that have no command of their own: decode steps, and products with quantized weights."""
+"""What reports of GPUs say that have no command of their own: decode steps, products with quantized weights."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def products(report: Mapping[str, Any]) -> list[Table]:
             f"{first['layers']} layers of Llama-3-8B's shape, {FORMATS[first['format']]}, in one CUDA graph",
         ),
     ]
+
+
+def layers(report: Mapping[str, Any]) -> list[Table]:
+    """How many times as fast as bfloat16 a layer's products are with quantized weights, and all of them together."""
+    cells: dict[str, dict[str, float]] = {}
+    for form, parts in report["microseconds"].items():
+        for name, found in parts.items():
+            cells[f"{FORMATS[form]}: {name}"] = {rows: dense / ours for rows, (dense, ours) in found.items()}
+        cells[f"{FORMATS[form]}: all"] = {
+            rows: sum(found[rows][0] for found in parts.values()) / sum(found[rows][1] for found in parts.values())
+            for rows in next(iter(parts.values()))
+        }
+    caption = f"{report['hardware']}; {report['shape']}; {report['what']}"
+    return [_grid("products of a layer, × bfloat16", "rows", cells, 2, caption)]
 
 
 def _grid(title: str, across: str, cells: Mapping[str, Mapping[str, float]], digits: int, caption: str) -> Table:

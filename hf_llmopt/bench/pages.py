@@ -61,6 +61,7 @@ TABLES: Mapping[str, Callable[[Report], list[Table]]] = {
     "peers": peers.tables,
     "prompt_cache": lambda found: [prompt_cache.table(found)],
     "quantization": quantization.tables,
+    "products of a layer on a GPU": gpu_tables.layers,
     "quantized kernels": gpu_tables.products,
     "serve": serve_tables.tables,
     "speculative": lambda found: [speculative.table(found)],
