@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,16 @@ def test_wrong_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.tried(model).served == models.WRONG
 
 
-def test_check_command(tmp_path: Path) -> None:
+def test_check_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("olmo").save_pretrained(tmp_path / "olmo")
+    warned: list[str] = []
+    transformers = logging.getLogger("transformers")
+    monkeypatch.setattr(transformers, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(transformers.handlers[0], "handle", lambda record: warned.append(record.getMessage()))
     shown = CliRunner().invoke(app, ["check", str(tmp_path / "olmo"), "--json"])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["served"] == models.EXACTLY
+    assert not [line for line in warned if "right-padding" in line]  # it is tried on purpose
     build("bloom").save_pretrained(tmp_path / "bloom")
     shown = CliRunner().invoke(app, ["check", str(tmp_path / "bloom")])
     assert shown.exit_code == 1

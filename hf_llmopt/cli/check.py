@@ -15,11 +15,19 @@ def check(model: Model, device: Device = None, json: Json = False) -> None:
 
     Ends with exit code 1 unless llmopt serves the model with the tokens of transformers.
     """
+    from transformers.utils import logging
+
     from hf_llmopt.bench.models import EXACTLY, LIMITED, tried
 
     from .models import load_model, place
 
-    trial = tried(place(load_model(model, "float32"), device))
+    loaded = place(load_model(model, "float32"), device)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns of padding on the right, which is tried on purpose
+    try:
+        trial = tried(loaded)
+    finally:
+        logging.set_verbosity(verbosity)
     if json:
         ui.emit({"model": model, **asdict(trial)})
     else:
