@@ -109,7 +109,7 @@ class RequestFailed(LLMOptError, RuntimeError):
 
 
 class CallbackFailed(LLMOptError, RuntimeError):
-    """A logits processor, criterion, streamer, drafter or eviction method of the user raised; see `__cause__`."""
+    """Something of the user's own (a logits processor, a method that was registered) raised, or gave what it must not."""
 
 
 class RequestCancelled(LLMOptError, RuntimeError):
