@@ -109,7 +109,7 @@ class RequestFailed(LLMOptError, RuntimeError):
 
 
 class CallbackFailed(LLMOptError, RuntimeError):
-    """Something of the user's own (a logits processor, a method that was registered) raised, or gave what it must not."""
+    """What is the user's own, a logits processor or what was registered, raised or gave what it must not."""
 
 
 class RequestCancelled(LLMOptError, RuntimeError):
