@@ -92,7 +92,9 @@ class Budget:
         # Rows of one group get equal room, so that their runs of pages lie at equal distances.
         spacing = [max(request.rooms[index] for request in members) for index in range(len(wanted))]
         self._store.provide([len(members) * a + b for a, b in zip(spacing, others, strict=True)])
-        if any(a + b > c for a, b, c in zip(wanted, others, self.capacity(), strict=True)):
+        # What is submitted fills its pages at once: those that others would have to give up come too late.
+        capacity = self.capacity(yielding=not group.submitted)
+        if any(a + b > c for a, b, c in zip(wanted, others, capacity, strict=True)):
             # Pages that are held by the caller's own caches, or by calls that this one is nested in, will not come
             nested = not group.submitted and all(other.thread == group.thread for other in groups)
             if nested or not groups:
@@ -110,10 +112,9 @@ class Budget:
                 totals[index] += max(0, room - (request.tables[index].held if request.tables else 0))
         return totals
 
-    def capacity(self) -> list[int]:
-        """Pages that are free, can be grown, or can be taken from unprotected requests, per cache group."""
-        yielding = [request for request in self._scheduler.running if not request.protected]
-        coming = self._scheduler.freed(yielding)
+    def capacity(self, yielding: bool) -> list[int]:
+        """Pages that are free, can be grown, or if `yielding` be taken from unprotected requests, per cache group."""
+        coming = self._scheduler.freed([r for r in self._scheduler.running if yielding and not r.protected])
         return [
             limit - pool.used + count
             for limit, pool, count in zip(self._store.limits(), self._scheduler.pools, coming, strict=True)

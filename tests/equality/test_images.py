@@ -1,6 +1,7 @@
 """Prompts with images: the model's own pass computes them, and every token behind them is decoded over pages."""
 
 from functools import cache
+from time import sleep
 
 import pytest
 import torch
@@ -108,6 +109,22 @@ def test_submitted():
     one = {name: value[:1] for name, value in inputs.items()}
     with Engine(model) as engine, pytest.raises(InvalidRequest, match="cannot share a prompt with images"):
         engine.submit(**one, **KW, **SAMPLED, num_return_sequences=2)
+
+
+def test_an_image_waits_for_the_pages_of_texts():
+    """Texts would give them up, but not at once, and a prompt with an image fills its own where it starts."""
+    model, inputs = tiny("llava")
+    image = {name: value[:1] for name, value in inputs.items()}
+    text = {"input_ids": torch.arange(5, 38)[None], "attention_mask": torch.ones(1, 33).long(), **KW, **GREEDY}
+    text["max_new_tokens"] = 19
+    expected = stock(model, **text)[0, 33:].tolist(), stock(model, **image, **KW, **GREEDY)[0, -NEW:].tolist()
+    with Engine(model, llmopt={"kv_cache": {"page_size": 4, "max_tokens": 52}}) as engine:
+        first = engine.submit(**text)
+        while not first.stats.generated_tokens:
+            sleep(0.001)
+        with engine.loop.lock:  # the text stays where it is
+            second = engine.submit(**image, **KW, **GREEDY)
+        assert (first.result(60), second.result(60)) == expected
 
 
 def test_what_is_not_served():
