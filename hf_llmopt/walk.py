@@ -55,6 +55,8 @@ def running(model: nn.Module) -> tuple[object, ...]:
 def _mark(module: nn.Module) -> tuple[object, ...]:
     named, kind = vars(module), type(module)
     own = named.get("forward")
+    if getattr(own, "for_a_pass", False):  # of another model that shares the module, in another thread
+        own = None
     if is_adapted(module) or RECORDED in named:  # active adapters are named by `prompt_cache.epoch.settings`
         named = {name: value for name, value in named.items() if name not in SWITCHED}
     plain = [v for v in named.values() if type(v) not in HOLDERS and isinstance(v, (int, float, str))]

@@ -48,11 +48,13 @@ from .sharded import share_of
 from .structure import Structure, recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
-_lock = threading.Lock()
+_passes = threading.Condition()  # guards `_users`, and is told when a pass has ended
 
 
 class Replacement:
     """A `forward` of one module instance that copies and pickles as the module's own."""
+
+    for_a_pass = True
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any], eager: Callable[..., Any] | None = None) -> None:
         self.module = weakref.ref(module)
@@ -124,7 +126,10 @@ class Fusion:
         if mark == self._mark:
             return False
         self._mark = ()  # a model that is refused is looked at again
-        self._recognise(model)
+        with _passes:
+            if not inside.now:  # passes of other threads hold replacements in modules that models share
+                _passes.wait_for(lambda: not any(_users[id(vars(module))] for module in modules(model)))
+            self._recognise(model)
         self._mark = mark
         return True
 
@@ -237,7 +242,7 @@ class Fusion:
         joined = tokens <= self._limit and self._proofs and None not in self._proofs.values()
         entries = self._outer if joined else self._entries
         former = inside.now
-        with _lock:
+        with _passes:
             for attributes, replacement in entries:
                 if not _users[id(attributes)]:
                     attributes["forward"] = replacement
@@ -248,12 +253,13 @@ class Fusion:
                 yield
         finally:
             inside.now = former
-            with _lock:
+            with _passes:
                 for attributes, _ in entries:
                     _users[id(attributes)] -= 1
                     if not _users[id(attributes)]:
                         del _users[id(attributes)]
                         attributes.pop("forward", None)
+                _passes.notify_all()
 
 
 def _global_hooks() -> int:
