@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2**27  # weights that are decoded at a time
 MOST_ROWS = 2048  # of which times are measured
+MANY = 8192  # outputs of a launch from which on tiles of 128 columns are faster
 SPLITS = (1, 2, 4, 8, 16)
 WARPS = 132 * 16  # of a product that is split further: 16 for each of an H100's processors
 # Configurations of `deep`, `wide` and `tiles` (without the split) by number of rows: each is the fastest somewhere.
@@ -40,7 +41,7 @@ WIDE = {
     32: ((32, 64, 4, 4, 0),),
     64: ((64, 64, 4, 4, 0), (64, 128, 4, 8, 0)),
     128: ((128, 64, 3, 4, 1), (128, 128, 3, 8, 1)),
-    256: ((128, 64, 3, 4, 0), (128, 64, 3, 4, 1), (128, 128, 3, 8, 1)),
+    256: ((128, 64, 3, 4, 0), (128, 128, 3, 8, 1)),
     512: ((128, 64, 3, 4, 0), (128, 64, 3, 4, 1), (128, 128, 3, 8, 1)),
     1024: ((128, 128, 3, 8, 1),),
 }
@@ -251,11 +252,13 @@ def wide_ways(bucket: int, outputs: int, x: Tensor, weight: Packed) -> tuple[Way
 @cache
 def _wide_ways(kind: str, bucket: int, outputs: int, blocks: int, groups: int, sets: int) -> tuple[Way, ...]:
     ways: dict[Way, None] = {}
-    for rows, columns, stages, warps, scaled in WIDE[min(bucket, max(WIDE))]:
+    configurations = WIDE[min(bucket, max(WIDE))]
+    if bucket <= 256:  # each kernel takes seconds to compile, and those of the other width never won
+        width = 128 if kind == "int4" and outputs >= MANY else 64
+        configurations = tuple(each for each in configurations if each[1] == width) or configurations
+    for rows, columns, stages, warps, scaled in configurations:
         # After the product; before it where groups share a tile.
         scaled = 0 if groups == 1 else 1 if sets > 1 else scaled
-        if kind == "int8" and warps == 8:
-            stages -= 1  # so that two programs fit a processor
         for split in splits_of(-(-outputs // columns) * -(-bucket // rows) * warps, blocks):
             ways[Way("wide", (rows, columns, split, stages, warps, scaled))] = None
     return tuple(ways)
