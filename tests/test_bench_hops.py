@@ -10,6 +10,7 @@ from hf_llmopt.bench import hops, hops_tables
 from hf_llmopt.cli import app
 
 REPORT = {
+    "bench": "hops",
     "environment": {"hardware": "a machine", "versions": {"torch": "2", "transformers": "5"}},
     "plan": {"requests": 4, "tokens": 8, "repeats": 2},
     "ways": {
