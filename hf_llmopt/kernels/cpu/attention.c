@@ -135,6 +135,12 @@ LOCAL void FN(part)(const attention *a, const int32_t *pages, long kv_head, cons
             long skipped[2] = {kv_head * bytes[0], kv_head * bytes[1]};
             for (long i = 0; i < bytes[0]; i += 64) __builtin_prefetch(key + skipped[0] + i);
             for (long i = 0; i < bytes[1]; i += 64) __builtin_prefetch(value + skipped[1] + i);
+            if (a->form) { /* rows begin anywhere in a line, and scales lie behind the codes of all heads */
+                __builtin_prefetch(key + skipped[0] + bytes[0] - 1);
+                __builtin_prefetch(value + skipped[1] + bytes[1] - 1);
+                __builtin_prefetch(key + a->kv_heads * bytes[0] + 2 * kv_head * page_parts(a->form));
+                __builtin_prefetch(value + a->kv_heads * bytes[1] + 2 * kv_head * page_parts(a->form));
+            }
             found[(next - from) / BLOCK % 2][0][t] = (const E *)(a->form ? key : key + skipped[0]);
             found[(next - from) / BLOCK % 2][1][t] = (const E *)(a->form ? value : value + skipped[1]);
             if (++place == a->page_size) place = 0, page++;
