@@ -119,7 +119,8 @@ def test_shared_pages_count_once_for_who_may_start(model) -> None:
     with Engine(served, config(80)) as engine:
         engine.submit(shared, max_new_tokens=1, **KW).result(60)
         engine.loop.on_step = watch
-        handles = [engine.submit(shared + text(2, seed), max_new_tokens=6, **KW) for seed in range(3)]
+        with engine.loop.lock:  # no step until all are there
+            handles = [engine.submit(shared + text(2, seed), max_new_tokens=6, **KW) for seed in range(3)]
         for seed, handle in enumerate(handles):
             assert handle.result(60) == stock(served, shared + text(2, seed), max_new_tokens=6)
             assert handle.stats.cached_tokens == 44

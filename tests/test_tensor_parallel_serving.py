@@ -130,7 +130,8 @@ def answers(url: str) -> list[object]:
             found.append([said(choice) for choice in answer.json()["choices"]])
     events = httpx.post(url + "/v1/completions", json={**COMPLETIONS[0], "stream": True}, timeout=60).text
     assert events.endswith("data: [DONE]\n\n")
-    return [*found, events.count('"text"')]
+    heard = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: {")]
+    return [*found, "".join(choice["text"] for event in heard for choice in event["choices"])]
 
 
 def said(choice: dict) -> object:
