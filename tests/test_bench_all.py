@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import signal
+import weakref
 from pathlib import Path
+from time import sleep
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +22,7 @@ from hf_llmopt.bench import all_cases, all_matrix, all_plan, all_tables, pages, 
 from hf_llmopt.bench.all_plan import Case, Plan, Source
 from hf_llmopt.bench.workloads import held_out_ids
 from hf_llmopt.cli import app
+from hf_llmopt.cli.bench import all as command
 
 pytestmark = pytest.mark.usefixtures("cheap_guesses")
 SMALL = Plan(
@@ -130,6 +135,29 @@ def test_other_measurements_are_not_mixed_in(measured) -> None:
     begun["seed"] = 7
     with pytest.raises(errors.InvalidOption, match=r"another seed, environment\.threads"):
         bench.bench(source(), SMALL, former=begun)
+
+
+def test_ctrl_c_while_garbage_is_collected_ends_it(monkeypatch) -> None:
+    """Each run collects garbage first. What a callback raises there goes nowhere, so the run went on."""
+
+    class Garbage:
+        pass
+
+    def collect(*_, **__) -> None:
+        garbage = Garbage()
+        garbage.itself = garbage
+        callback = weakref.finalize(garbage, signal.raise_signal, signal.SIGINT)
+        del garbage
+        gc.collect()
+        assert not callback.alive
+        sleep(9)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(command, "load_or_build", lambda *_: (build("llama"), None, "tiny"))
+    monkeypatch.setattr(bench, "bench", collect)
+    ended = CliRunner().invoke(app, ["bench", "all", "--quick"])
+    assert ended.exit_code == 130
+    assert ended.exception is None or isinstance(ended.exception, SystemExit)
 
 
 def test_what_is_wrong_is_found(monkeypatch, measured) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from . import ui
+from . import interrupt, ui
 
 
 class UserError(Exception):
@@ -23,7 +23,7 @@ class Command(TyperCommand):
         """Run the command."""
         from hf_llmopt.errors import LLMOptError
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interrupt.heard():
             warnings.showwarning = lambda message, *_, **__: ui.warn(str(message))
             try:
                 return super().invoke(ctx)
