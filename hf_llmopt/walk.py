@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from inspect import isfunction
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -14,6 +17,7 @@ HOLDERS = frozenset(
 # and outside such calls the hooks do nothing.
 RECORDS = "transformers.utils.output_capturing"
 RECORDED = "_output_capturing_hooks_installed"
+SHARDING = "transformers.distributed."  # the modules whose forwards stand in for those of a sharded model
 SWITCHED = frozenset({RECORDED, "_active_adapter", "_disable_adapters"})
 
 
@@ -75,6 +79,18 @@ def forward_hooks(module: nn.Module) -> list[int]:
     """
     found = module._forward_hooks
     return [key for key, hook in found.items() if getattr(hook, "__module__", None) != RECORDS] if found else []
+
+
+def sharded_forward(module: nn.Module) -> Any:
+    """What transformers' tensor parallel put in the place of a module's forward; `None` if it put nothing there.
+
+    Example:
+        >>> from torch import nn
+        >>> sharded_forward(nn.Linear(2, 2)) is None
+        True
+    """
+    own = vars(module).get("forward")
+    return own if isfunction(own) and own.__module__.startswith(SHARDING) else None
 
 
 def is_adapted(module: nn.Module) -> bool:

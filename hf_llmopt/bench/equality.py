@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_llmopt.walk import sharded_forward
+
 
 @dataclass(frozen=True)
 class Equality:
@@ -137,8 +139,8 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model in float32; of a sharded one, called by all of its processes, as its copies are."""
     found = copy.deepcopy(model).float()
     for module in found.modules():
-        sharded: Any = vars(module).get("forward")
-        if getattr(sharded, "__module__", "").startswith("transformers.distributed."):  # runs the model's own module
+        sharded = sharded_forward(module)
+        if sharded is not None:  # it runs the model's own module
             del vars(module)["forward"]
             held = getclosurevars(sharded).nonlocals
             if "self" in held:

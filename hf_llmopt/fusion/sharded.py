@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from inspect import getclosurevars, isfunction
+from inspect import getclosurevars
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ..walk import sharded_forward
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -75,8 +77,8 @@ def _kind(module: Any) -> str | None:
     from torch.distributed.tensor import DTensor, Replicate, Shard  # takes a while to import, and few need it
     from transformers.distributed import tensor_parallel
 
-    forward = module.forward
-    if not (isfunction(forward) and forward.__module__ == tensor_parallel.__name__):
+    forward = sharded_forward(module)
+    if forward is None:
         return None
     if forward.__qualname__.startswith(tensor_parallel.ReplicatedWithGradAllReduce.__name__):
         return "alike"

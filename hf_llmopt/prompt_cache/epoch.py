@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from ..walk import forward_hooks, is_adapted, modules, running
+from ..walk import forward_hooks, is_adapted, modules, running, sharded_forward
 
 SAMPLES = 4  # elements of each tensor that are compared before a hit
 
@@ -115,9 +115,9 @@ def runs_more(module: torch.nn.Module) -> bool:
     """Whether more runs than the class's own code, what accelerate moves and tensor parallel sums."""
     if forward_hooks(module) or module._forward_pre_hooks:
         return True
-    own, hook = module.__dict__.get("forward"), getattr(module, "_hf_hook", None)
-    known = getattr(own, "__module__", "").startswith("transformers.distributed.")
-    return own is not None and not known and not type(hook).__module__.startswith("accelerate.")
+    if "forward" not in vars(module) or sharded_forward(module) is not None:
+        return False
+    return not type(getattr(module, "_hf_hook", None)).__module__.startswith("accelerate.")
 
 
 def adapted(model: PreTrainedModel) -> list[Any]:
