@@ -199,6 +199,29 @@ def test_bfloat16_allows_near_ties(monkeypatch: pytest.MonkeyPatch, gap: float, 
     assert found.differences[0]["noise"] == pytest.approx(0.1)
 
 
+def test_noise_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", dtype=torch.bfloat16)
+
+    def logits(model: object, exact: object, prefix: torch.Tensor, rows: int) -> list[torch.Tensor]:
+        alone = torch.zeros(112)
+        alone[4], alone[9] = 1.0, 0.8
+        return [alone, alone + 0.1 * float(prefix[0])]
+
+    monkeypatch.setattr(equality, "_logits", logits)
+    expected = torch.tensor([[1, 4, 3], [3, 4, 3], [2, 4, 3]])
+
+    def compared(rows: int) -> equality.Equality:
+        inputs = {"input_ids": expected[:rows, :1], "attention_mask": torch.ones(rows, 1, dtype=torch.long)}
+        got = expected[:rows].clone()
+        got[:2, 1] = 9
+        return bench.compare(model, inputs, expected[:rows], got)
+
+    assert not compared(1).same, "its own draws are too few"
+    found = compared(3)
+    assert found.same
+    assert [difference["noise"] for difference in found.differences] == pytest.approx([0.3, 0.3])
+
+
 def test_noise_is_measured() -> None:
     model = build("llama", dtype=torch.bfloat16)
     forms = equality._logits(model, lambda: build("llama"), torch.tensor([5, 6, 7, 8]), 3)

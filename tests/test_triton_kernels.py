@@ -1,6 +1,7 @@
 """The Triton kernels against their plain-torch twins: on a GPU where there is one, else in Triton's interpreter."""
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,6 +255,31 @@ def test_the_fastest_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table.ways["key"] = "a way of another version"
     assert tuning.fastest("key", ways, lambda way: None, device) == Way("tiles", (2,))
     assert len(measured) == 2 * len(ways)
+
+
+def test_ways_are_compiled_beside_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, ways, inner = tuning.Table(tmp_path / "device.json"), [Way("deep", (n,)) for n in range(3)], [Way("tiles")]
+    compiled, timed, device, together = [], [], torch.device("cpu"), threading.Barrier(len(ways))
+
+    def part(way: Way) -> None:
+        compiled.append((way, threading.current_thread() is threading.main_thread(), torch.is_inference_mode_enabled()))
+
+    def call(way: Way) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            together.wait(10)  # breaks unless all are called at a time
+        if way == ways[0]:
+            assert tuning.fastest("part", inner, part, device) is None, "nothing is timed beside others"
+        if way == ways[1]:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tuning, "table", lambda device: table)
+    monkeypatch.setattr(tuning, "milliseconds", lambda call, way: timed.append(way) or float(len(timed)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with torch.inference_mode():
+        assert tuning.fastest("whole", ways, call, device) == ways[0]
+    assert timed == ways
+    assert compiled == [(inner[0], False, True)]
+    assert table.ways == {"whole": "deep 0"}
 
 
 # ------------------------------------------------------------------------------------------------------ on a GPU

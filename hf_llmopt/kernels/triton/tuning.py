@@ -6,6 +6,9 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -17,6 +20,17 @@ import triton
 from ..race import best_seconds
 
 REPEATS = 9
+UNFIT = triton.runtime.errors.OutOfResources, torch.OutOfMemoryError  # a way that does not fit the device
+COMPILERS = 8  # kernels that are compiled at a time
+
+_compiling: ContextVar[bool] = ContextVar("_compiling", default=False)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Way(NamedTuple):
@@ -85,12 +99,15 @@ def fastest(key: str, ways: Sequence[Way], call: Callable[[Way], Any], device: t
         device: That computes.
 
     Returns:
-        `None` where nothing may be measured: while a CUDA graph is captured.
+        `None` where nothing may be measured: while a CUDA graph is captured, and while the ways of a product that
+        contains this one are compiled.
     """
     kept, known = table(device), {str(way): way for way in ways}
     if kept.ways.get(key) in known:
         return known[kept.ways[key]]
     if torch.cuda.is_current_stream_capturing():
+        return None
+    if not _compile([partial(call, way) for way in ways], device):
         return None
     times = {way: milliseconds(call, way) for way in ways}
     way = min(ways, key=times.__getitem__)
@@ -126,6 +143,32 @@ def raced(key: str, ways: Mapping[str, Callable[[], Any]], device: torch.device)
     return name
 
 
+def _compile(calls: Sequence[Callable[[], Any]], device: torch.device) -> bool:
+    """Run calls for the kernels that they compile, several at a time: the compiler does not hold Python's lock.
+
+    Args:
+        calls: Each computes something; nothing of it is kept, nor what does not fit the device.
+        device: That computes.
+
+    Returns:
+        Whether they may be timed now; not within such a call, beside others.
+    """
+    inference, outermost = torch.is_inference_mode_enabled(), not _compiling.get()
+
+    def run(call: Callable[[], Any]) -> None:
+        _compiling.set(True)
+        with on(device), torch.inference_mode(inference), torch.no_grad(), suppress(*UNFIT):
+            call()
+
+    if outermost:
+        with ThreadPoolExecutor(min(COMPILERS, len(calls))) as pool:
+            list(pool.map(run, calls))
+    else:
+        for call in calls:
+            run(call)
+    return outermost
+
+
 def milliseconds(call: Callable[[Way], Any], way: Way) -> float:
     """Median time of a product on the device with cold caches; infinite if it does not fit the device.
 
@@ -137,13 +180,13 @@ def milliseconds(call: Callable[[Way], Any], way: Way) -> float:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(_aside(torch.cuda.current_device())):
-            call(way)  # compiles
+            call(way)
             torch.cuda.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
             call(way)
             graph.capture_end()
         return median(_replayed(graph, cold) for _ in range(REPEATS))
-    except (triton.runtime.errors.OutOfResources, torch.OutOfMemoryError):
+    except UNFIT:
         return float("inf")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from . import fp8, int_linear
 from . import wide as many
 from .int_linear import Packed, tile_of
 from .layout import BLOCK, pack_nibbles, unpack_nibbles
-from .tuning import Way, fastest
+from .tuning import Way, fastest, on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +135,7 @@ class TritonWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight `[outputs, inputs]`."""
-        with _on(self.tensors["words"].device):
+        with on(self.tensors["words"].device):
             weight = int_linear.dequantize(self.packed(), dtype)
         order = self.tensors.get("order")
         return weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
@@ -182,7 +181,7 @@ class TritonWeight:
         if len(rows) == 0:
             return x.new_zeros(*x.shape[:-1], len(weight.words))
         order = self.tensors.get("order")
-        with _on(x.device):
+        with on(x.device):
             rows = rows if order is None else rows.index_select(1, order)
             way = self._way(rows, weight, bias, activations)
             return compute(way, rows, weight, bias).view(*x.shape[:-1], -1)
@@ -200,13 +199,6 @@ class TritonWeight:
         if found is None:
             return ways[0]
         return self.ways.setdefault((bucket, x.dtype, activations), found)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def bucket_of(rows: int) -> int:
