@@ -244,6 +244,7 @@ def test_the_fastest_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tuning, "milliseconds", lambda call, way: measured.append(way) or times[way])
     capturing = SimpleNamespace(now=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     ways, device = list(times), torch.device("cpu")
     for _ in range(2):
         assert tuning.fastest("key", ways, lambda way: None, device) == Way("tiles", (2,))
@@ -275,6 +276,7 @@ def test_ways_are_compiled_beside_one_another(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tuning, "table", lambda device: table)
     monkeypatch.setattr(tuning, "milliseconds", lambda call, way: timed.append(way) or float(len(timed)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     with torch.inference_mode():
         assert tuning.fastest("whole", ways, call, device) == ways[0]
     assert timed == ways

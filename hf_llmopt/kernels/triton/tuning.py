@@ -161,7 +161,8 @@ def _compile(calls: Sequence[Callable[[], Any]], device: torch.device) -> bool:
             call()
 
     if outermost:
-        with ThreadPoolExecutor(min(COMPILERS, len(calls))) as pool:
+        # A thread has no CUDA context before it called the runtime, which Triton's launcher does not.
+        with ThreadPoolExecutor(min(COMPILERS, len(calls)), initializer=torch.cuda.synchronize, initargs=[device]) as pool:
             list(pool.map(run, calls))
     else:
         for call in calls:
