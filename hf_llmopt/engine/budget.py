@@ -85,7 +85,7 @@ class Budget:
         """
         self.check_fits(group)
         members = group.requests
-        if group.submitted and len(self._scheduler.running) >= self._config.batching.max_requests:
+        if group.submitted and self._scheduler.places() <= 0:
             return False
         wanted = self.outstanding(members)
         others = self.outstanding([request for request in self._scheduler.running if request.protected])
@@ -102,6 +102,15 @@ class Budget:
             return False
         for request in members:
             request.tables = request.tables or self._store.tables(spacing)
+            for cached, table in zip(self._store.groups, request.tables if request.brought else [], strict=False):
+                table.skip(cached.first_visible(request.brought - 1))
+        return True
+
+    def provided(self, group: Rows) -> bool:
+        """Whether the pages for the keys that a group brings are its own, or free."""
+        for index, pool in enumerate(self._scheduler.pools):
+            if sum(r.tables[index].missing(0, r.brought) for r in group.requests if r.awaits_keys) > pool.free:
+                return False
         return True
 
     def outstanding(self, requests: Sequence[Request]) -> list[int]:

@@ -292,7 +292,9 @@ class EngineLoop:
         That is the newest of those who run, or, if nobody runs, the first in the line: all others wait for it.
         """
         running = {request.group: None for request in self.scheduler.running if request.group is not None}
-        waiting = [group for group in running if any(request.remaining for request in group.requests)]
+        brings = {group for group in running if any(request.awaits_keys for request in group.requests)}
+        ready = {group for group in brings if self.budget.provided(group)}  # will start by itself
+        waiting = [g for g in running if g not in ready and any(request.remaining for request in g.requests)]
         first = self.scheduler.line.first()
         unread = any(request.pending is not None for request in self.scheduler.running)  # may be what ends it
         if unread or len(waiting) < len(running) or not (waiting or first):

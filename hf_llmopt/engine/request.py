@@ -78,6 +78,8 @@ class Request:
         adapter: The LoRA adapter its tokens go through, `None` for what is active in the model.
         on_prompt: Called with the place of a prompt token and the logits `[tokens, vocabulary]` from there on, or
             `None` if nobody wants logits inside the prompt.
+        brought: Leading tokens whose keys its group brings where it starts, from the caller's cache or a pass of the
+            model's own.
         prompt: Tokens of its prompt, if some are to be evicted.
         selection: What its prompt will lose to eviction; `None` if that is nothing, or done.
         evicted: Tokens that its pages lack in groups of full attention.
@@ -124,6 +126,7 @@ class Request:
     salt: str | None = None
     adapter: str | None = None
     on_prompt: Callable[[int, Any], None] | None = None
+    brought: int = 0
     prompt: int = 0
     selection: Selection | None = None
     evicted: int = 0
@@ -167,6 +170,11 @@ class Request:
         whole = self.embeds is None or self.computed >= len(self.embeds)  # embeddings are no tokens of a draft's pass
         plain = not self.masked_tail and self.on_prompt is None  # a query of its own; logits that are a prompt's
         return self.remaining == 1 and self.computed > 0 and whole and plain and self.error is None
+
+    @property
+    def awaits_keys(self) -> bool:
+        """Whether its group will bring keys, which come before anything is computed."""
+        return self.computed < self.brought
 
     @property
     def decodes(self) -> bool:

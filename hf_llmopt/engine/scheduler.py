@@ -67,7 +67,7 @@ class Scheduler:
         pools: The page pool of each cache group.
         policy: The line of those who wait.
         max_batch_tokens: Most tokens in a step.
-        max_requests: Most unprotected requests that hold pages at one time.
+        max_requests: Most requests that hold pages at one time, rows of `generate` calls not counted.
         tables: Makes the empty block tables of a request that starts.
         grow: Called with the free pages each pool should have; may enlarge the pools.
         saves: Whether the keys of a request that loses its pages are to be saved instead of computed again.
@@ -138,10 +138,10 @@ class Scheduler:
             if request.drafted and (request.remaining > budget or not self._free_for(request)):
                 request.retract()  # drafts are computed where there is room, and take it from nobody
             length = request.next_span(budget if request.decodes else max(1, budget - owed))
-            if self._reserve(request, length, plan):
-                budget -= self._plan_span(request, length, plan)
-            else:
+            if not self._reserve(request, request.brought if request.awaits_keys else length, plan):
                 short = True
+            elif not request.awaits_keys:  # its group fills them first
+                budget -= self._plan_span(request, length, plan)
         if not short:
             self._start_waiting(budget, plan)
         plan.spans.sort(key=lambda span: span[1])
@@ -181,7 +181,7 @@ class Scheduler:
 
     def _start_waiting(self, budget: int, plan: Plan) -> None:
         aside: list[Request] = []
-        places = self._places()
+        places = self.places()
         while budget > 0 and places > 0 and (request := self.line.first()) is not None:
             if request in plan.preempted:
                 break
@@ -211,8 +211,9 @@ class Scheduler:
         for request in aside:
             self.line.push(request)
 
-    def _places(self) -> int:
-        return self.max_requests - sum(not request.protected for request in self.running)
+    def places(self) -> int:
+        """How many more submitted requests may hold pages."""
+        return self.max_requests - sum(not r.protected or bool(r.group and r.group.submitted) for r in self.running)
 
     def _fits(self, request: Request) -> bool:
         """Whether pages for all of its tokens are free, and one for everybody who runs and may soon need one.
@@ -253,7 +254,7 @@ class Scheduler:
         needs, freed = self._needs(first), self.freed(behind)
         # Otherwise others hold so much that nobody's pages would help.
         if all(need <= pool.free + count for need, pool, count in zip(needs, self.pools, freed, strict=True)):
-            while not (self._places() > 0 and self._fits(first)):
+            while not (self.places() > 0 and self._fits(first)):
                 victim = self._victim(first, plan)
                 if victim is None:
                     break

@@ -38,10 +38,8 @@ def copy_in(store: PagedStore, requests: Sequence[Request], cache: Cache, mask: 
     """Copy the unmasked columns of a cache into the requests' pages; arguments as of `take_in`."""
     length, counts = mask.shape[1], mask.sum(dim=1).tolist()
     for request, count in zip(requests, counts, strict=True):
-        for group, table in zip(store.groups, request.tables, strict=True):
-            if count:
-                table.skip(group.first_visible(count - 1))
-                table.reserve(table.passed * store.page_size, count)
+        for table in request.tables:
+            table.reserve(0, count)
     for layer, spec in enumerate(store.layers):
         if not spec.stores:
             continue

@@ -124,8 +124,11 @@ class Group:
         return own if self.streamer is None else [*own, self.streamer]
 
     def start(self) -> bool:
-        """Join the engine, with its lock held; `False` if the group must wait for pages."""
-        if not self.engine.add(self):
+        """Join the engine, with its lock held; `False` if the group must wait for pages.
+
+        Those that keys are brought to are taken from others in the steps that follow, if none are free.
+        """
+        if not (self in self.engine.groups or self.engine.add(self)) or not self.engine.budget.provided(self):
             return False
         if self.on_start is not None:
             self.on_start()

@@ -98,6 +98,8 @@ def compute_whole(group: Group, mask: Tensor, generation_config: GenerationConfi
         group.stats.steps += 1
 
     group.on_start = on_start
+    for request in requests:
+        request.brought = len(request.tokens)
     speculative = engine.config.speculative
     if engine.speculator is not None and speculative is not None and speculative.effective_method != "suffix":
         for request in requests:

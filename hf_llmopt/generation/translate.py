@@ -170,10 +170,14 @@ def _check_rows(groups: Sequence[Group], prompt: Prompt, generation_config: Gene
 def _attach_caches(group: Group, prompt: Prompt, returns: bool, submitted: bool) -> None:
     """Fill the rows' pages from the caller's cache at the start, and keep them as a cache in the end."""
     engine, requests, past, length = group.engine, group.requests, prompt.past, group.input_ids.shape[1]
+    known = prompt.mask[:, : prompt.past_length]
+    if past is not None and not (isinstance(past, PagedCache) and goes_on(engine, past, known)):
+        for request, row in zip(requests, known, strict=True):
+            request.brought = int(row.sum())
 
     def on_start() -> None:
         if past is not None and prompt.past_length:
-            import_cache(engine, requests, past, prompt.mask[:, : prompt.past_length])
+            import_cache(engine, requests, past, known)
 
     def on_done() -> None:
         generated = group.input_ids.shape[1] - length

@@ -127,6 +127,46 @@ def test_an_image_waits_for_the_pages_of_texts():
         assert (first.result(60), second.result(60)) == expected
 
 
+@pytest.mark.parametrize("brings", ["an image", "keys"])
+def test_a_call_takes_the_pages_it_fills_at_once_from_texts(brings):
+    """A pass of the model's own, or the caller's cache, leaves keys for which texts give their pages up."""
+    model, inputs = tiny("llava")
+    given = {name: value[:1] for name, value in inputs.items()}
+    if brings == "keys":
+        given = {"input_ids": torch.arange(7, 31)[None], "attention_mask": torch.ones(1, 24).long()}
+    text = {"input_ids": torch.arange(5, 38)[None], "attention_mask": torch.ones(1, 33).long(), **KW, **GREEDY}
+    text["max_new_tokens"] = 19
+    expected = stock(model, **text)[0, 33:].tolist(), stock(model, **given, **KW, **GREEDY)
+    if brings == "keys":
+        given["past_key_values"] = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(given["input_ids"][:, :-2], past_key_values=given["past_key_values"])
+    config = {"kv_cache": {"page_size": 4, "max_tokens": 52}}
+    with Engine(model, llmopt=config) as engine:
+        handle = engine.submit(**text)
+        while not handle.stats.generated_tokens:
+            sleep(0.001)
+        with engine.loop.lock:  # the text stays where it is until the call waits
+            ours = model.generate(**given, **KW, **GREEDY, llmopt=config)
+        assert torch.equal(ours, expected[1])
+        assert model.llmopt.stats.served_by == "llmopt"
+        assert handle.result(60) == expected[0]
+        assert handle.stats.preemptions == 1
+        assert engine.loop.store.pages_used == 0
+
+
+def test_an_image_takes_a_place():
+    model, inputs = tiny("llava")
+    image = {name: value[:1] for name, value in inputs.items()}
+    text = {"input_ids": torch.arange(5, 38)[None], "attention_mask": torch.ones(1, 33).long()}
+    together = []
+    with Engine(model, llmopt={"batching": {"max_requests": 1}}) as engine:
+        engine.loop.on_step = lambda plan, began: together.append(len(engine.loop.scheduler.running))
+        handles = [engine.submit(**given, **KW, **GREEDY) for given in (image, text, image)]
+        assert all(len(handle.result(60)) == NEW for handle in handles)
+    assert max(together) == 1
+
+
 def test_what_is_not_served():
     model, inputs = tiny("llava")
     mask = inputs["attention_mask"].clone()
