@@ -46,6 +46,7 @@ def run(name: str, run_name: str = "__main__") -> None:
     runpy.run_path(str(TEMPLATES / f"{name}.py"), run_name=run_name)
 
 
+@pytest.mark.usefixtures("cheap_guesses")
 @pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.py")))
 def test_templates_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each asserts what it shows: served by llmopt, through what it registered."""
@@ -214,16 +215,19 @@ def test_a_drafter_that_fails_harms_no_request_of_an_engine(method: str, model) 
     llama.llmopt.release()
 
 
+class Summed(Scored):
+    """Keeps what the whole prompt looks at most."""
+
+    def looks(self, prompt: int) -> range:
+        return range(prompt)
+
+    def fold(self, scores: torch.Tensor, seen: torch.Tensor) -> None:
+        scores += seen.sum(dim=(1, 2))
+
+
 def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
-    class KeepsAll(Scored):
-        def looks(self, prompt: int) -> range:
-            return range(prompt)
-
-        def fold(self, scores: torch.Tensor, seen: torch.Tensor) -> None:
-            scores += seen.sum(dim=(1, 2))
-
     llama = model("llama")
-    hf_llmopt.register("eviction", "all", KeepsAll)
+    hf_llmopt.register("eviction", "all", Summed)
     ids = torch.randint(3, 60, (1, 90))
     settings = {"max_new_tokens": 6, "do_sample": False}
     stock = llama.generate(ids, **settings)
@@ -233,6 +237,15 @@ def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
         assert llama.llmopt.stats.evicted_tokens == evicted
         assert evicted or torch.equal(ours, stock)
     llama.llmopt.release()
+
+
+def failure(llama, kind: str, made: object, llmopt: object, message: str) -> CallbackFailed:
+    """What a call raises whose part of a kind is `made`; the error says so."""
+    hf_llmopt.register(kind, "wrong", made)  # type: ignore[arg-type]
+    with pytest.raises(CallbackFailed, match=f"{kind} 'wrong': {message}") as failed:
+        llama.generate(torch.randint(3, 60, (1, 90)), max_new_tokens=4, llmopt=llmopt)
+    llama.llmopt.release()
+    return failed.value
 
 
 @pytest.mark.parametrize(
@@ -257,22 +270,10 @@ def test_an_eviction_method_that_keeps_all_changes_nothing(model) -> None:
 )
 def test_mistakes_of_an_eviction_method_are_told_by_name(name: str, given, message: str, model) -> None:
     """And what it raised stands behind the error."""
-
-    class Wrong(Scored):
-        def looks(self, prompt: int) -> range:
-            return range(prompt)
-
-        def fold(self, scores: torch.Tensor, seen: torch.Tensor) -> None:
-            scores += seen.sum(dim=(1, 2))
-
-    setattr(Wrong, name, staticmethod(given))
-    llama = model("llama")
-    hf_llmopt.register("eviction", "wrong", Wrong)
-    ids = torch.randint(3, 60, (1, 90))
-    with pytest.raises(CallbackFailed, match=f"eviction 'wrong': {message}") as failed:
-        llama.generate(ids, max_new_tokens=4, llmopt={"kv_cache": {"eviction": "wrong", "keep_ratio": 0.8}})
-    assert isinstance(failed.value.__cause__, KeyError) == ("KeyError" in message)
-    llama.llmopt.release()
+    made = type("Wrong", (Summed,), {name: staticmethod(given)})
+    keyword = {"kv_cache": {"eviction": "wrong", "keep_ratio": 0.8}}
+    error = failure(model("llama"), "eviction", made, keyword, message)
+    assert isinstance(error.__cause__, KeyError) == ("KeyError" in message)
 
 
 NOT_MADE = {
@@ -288,11 +289,7 @@ NOT_MADE = {
 @pytest.mark.parametrize("name", NOT_MADE)
 def test_an_eviction_method_that_is_none_is_told(name: str, model) -> None:
     made, message = NOT_MADE[name]
-    llama = model("llama")
-    hf_llmopt.register("eviction", "wrong", made)
-    with pytest.raises(CallbackFailed, match=f"eviction 'wrong': .*{message}"):
-        llama.generate(torch.randint(3, 60, (1, 90)), max_new_tokens=4, llmopt={"kv_cache": {"eviction": "wrong"}})
-    llama.llmopt.release()
+    failure(model("llama"), "eviction", made, {"kv_cache": {"eviction": "wrong"}}, f".*{message}")
 
 
 WRONG_ATTENTION = {
@@ -308,18 +305,12 @@ WRONG_ATTENTION = {
 def test_mistakes_of_an_attention_are_told_by_its_name(name: str, model) -> None:
     """It is not the model that cannot be served: nothing falls through."""
     function, message = WRONG_ATTENTION[name]
-    llama = model("llama")
-    hf_llmopt.register("attention", "wrong", function)
-    with pytest.raises(CallbackFailed, match=f"attention 'wrong': {message}"):
-        llama.generate(torch.randint(3, 60, (1, 9)), max_new_tokens=4, llmopt={"attention": "wrong"})
-    llama.llmopt.release()
+    failure(model("llama"), "attention", function, {"attention": "wrong"}, message)
 
 
 def test_a_drafter_that_cannot_be_made_is_told(model) -> None:
-    llama = model("llama")
-    hf_llmopt.register("drafter", "wrong", lambda given: {}[7])
-    with pytest.raises(CallbackFailed, match="drafter 'wrong': making it raised KeyError: 7"):
-        llama.generate(torch.arange(3, 9)[None], max_new_tokens=2, llmopt={"speculative": "wrong"})
+    message = "making it raised KeyError: 7"
+    failure(model("llama"), "drafter", lambda given: {}[7], {"speculative": "wrong"}, message)
 
 
 PLAIN = {
