@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ..attention import Call, StepInputs, current_step
 from ..attention.gpu import why_not
 from ..kernels.arguments import Layer, Turns
-from ..kv_cache import LayerSpec
 from .kinds import inside
-from .proved import Proved
+from .proved import Proofs, Proved
 from .sharded import Reduce, Share
 from .structure import ROTATIONS, Candidate, Structure
 
@@ -61,22 +60,14 @@ class Launched(Proved):
     Args:
         layer: The eager layer.
         found: From `recognise`.
-        specs: What each layer of the model stores.
-        proofs: As in `Proved`.
+        proofs: Those of the model.
         share: What of the layer this process computes, if it is sharded.
     """
 
     compute = staticmethod(by_launches)
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        found: Candidate,
-        specs: list[LayerSpec],
-        proofs: dict[Any, Structure | None],
-        share: Share | None,
-    ) -> None:
-        super().__init__(layer if share is None else share.layer, found, specs, proofs)
+    def __init__(self, layer: nn.Module, found: Candidate, proofs: Proofs, share: Share | None) -> None:
+        super().__init__(layer if share is None else share.layer, found, proofs)
         self._eager = layer.forward
         self._share = share
 
@@ -84,7 +75,7 @@ class Launched(Proved):
         found = super()._structure(hidden_states, kwargs)
         if found is None or self._share is None or found.last() == self._share.parts:
             return found
-        self._proofs[self._signature] = None  # sums elsewhere than before the residual
+        self._proofs.structures[self._signature] = None  # sums elsewhere than before the residual
         return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,9 +15,8 @@ from ..attention import StepInputs, current_step
 from ..errors import UnsupportedModel
 from ..kernels import cpu
 from ..kernels.arguments import Layer, Stage
-from ..kv_cache import LayerSpec
 from .kinds import inside
-from .proved import Proved
+from .proved import Proofs, Proved
 from .structure import Candidate, Structure
 
 APART = (
@@ -42,22 +41,14 @@ class Joined(Proved):
     Args:
         layer: The eager layer.
         found: From `recognise`.
-        specs: What each layer of the model stores.
-        proofs: Structure of each signature of layers, `None` where none gave its result; filled here.
+        proofs: Those of the model.
         before: The layer before it.
     """
 
     compute = staticmethod(in_c)
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        found: Candidate,
-        specs: list[LayerSpec],
-        proofs: dict[Any, Structure | None],
-        before: Joined | None,
-    ) -> None:
-        super().__init__(layer, found, specs, proofs)
+    def __init__(self, layer: nn.Module, found: Candidate, proofs: Proofs, before: Joined | None) -> None:
+        super().__init__(layer, found, proofs)
         self._before = before
         self._next: Joined | None = None
         self._apart = False  # something was done to what the layer before gives
@@ -110,7 +101,7 @@ class Joined(Proved):
             layer._next, layer = None, layer._next
 
     def _stage(self, step: StepInputs, turns: Any) -> Stage:
-        structure = self._proofs[self._signature]
+        structure = self._proofs.structures[self._signature]
         assert structure is not None
         return structure.stage(self._bind(structure), self.found.layer, step, turns)
 

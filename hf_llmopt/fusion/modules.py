@@ -43,9 +43,9 @@ from .kinds import (
 )
 from .launched import Launched, launches
 from .layer import Joined
-from .proved import Proved
+from .proved import Proofs, Proved
 from .sharded import share_of
-from .structure import Structure, recognise
+from .structure import recognise
 
 _users: Counter[int] = Counter()  # passes that run through a module, by the id of its attributes: models may share it
 _passes = threading.Condition()  # guards `_users`, and is told when a pass has ended
@@ -111,7 +111,7 @@ class Fusion:
         self.timed = timed
         self.replaced: dict[str, int] = {}
         self.refused: dict[str, int] = {}
-        self._proofs: dict[Any, Structure | None] = {}
+        self._proofs = Proofs(specs, {})
         self._entries: list[tuple[dict[str, Any], Replacement]] = []
         self._outer = self._entries  # those that are not inside a joined layer
         self._limit = 0  # tokens up to which joined layers serve
@@ -139,7 +139,7 @@ class Fusion:
         if not (self.launched or cpu.available()) or _global_hooks():
             return self._require_all(model)
         rows = (lambda module: 1 << 30) if self.launched else self._rows(model)
-        self._proofs, inner = {}, set[int]()
+        self._proofs, inner = Proofs(self.specs, {}), set[int]()
         last: Joined | None = None
         replacement: Proved
         # Who calls the layers may do anything with what they give, unless it is known code.
@@ -151,9 +151,9 @@ class Fusion:
             found = self._try("decoder layer", recognise, own, rows) if known else None
             if found is not None:
                 if self.launched:
-                    replacement = Launched(module, found, self.specs, self._proofs, share)
+                    replacement = Launched(module, found, self._proofs, share)
                 else:
-                    replacement = last = Joined(module, found, self.specs, self._proofs, last)
+                    replacement = last = Joined(module, found, self._proofs, last)
                 self._add(module, "decoder layer", replacement)
                 self._limit = min(self._limit, found.limit) if inner else found.limit
                 inner.update(id(child.__dict__) for child in module.modules() if child is not module)
@@ -239,7 +239,7 @@ class Fusion:
         if self._hooks != RemovableHandle.next_id:  # by a processor or criterion, since the last pass
             self.refresh(model, running(model))
         # Where joined layers serve the pass, nothing inside them is called.
-        joined = tokens <= self._limit and self._proofs and None not in self._proofs.values()
+        joined = tokens <= self._limit and self._proofs.structures and None not in self._proofs.structures.values()
         entries = self._outer if joined else self._entries
         former = inside.now
         with _passes:

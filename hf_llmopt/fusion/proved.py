@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +17,42 @@ from .watch import Compute, prove
 LayerForward = Callable[..., Any]
 
 
+class Proofs(NamedTuple):
+    """What is known of a model's layers. Those that differ only in their weights are watched once.
+
+    Attributes:
+        specs: What each layer stores.
+        structures: Of each signature of layers; `None` where none gave its result. Filled as layers run.
+    """
+
+    specs: list[LayerSpec]
+    structures: dict[Any, Structure | None]
+
+
 class Proved:
-    """A decoder layer's replacement. Layers that differ only in their weights are watched once.
+    """A decoder layer's replacement.
 
     Args:
         layer: The eager layer.
         found: From `recognise`.
-        specs: What each layer of the model stores.
-        proofs: Structure of each signature of layers, `None` where none gave its result; filled here.
+        proofs: Those of the model.
     """
 
     compute: Compute  # a layer, whatever its structure
 
-    def __init__(
-        self, layer: nn.Module, found: Candidate, specs: list[LayerSpec], proofs: dict[Any, Structure | None]
-    ) -> None:
+    def __init__(self, layer: nn.Module, found: Candidate, proofs: Proofs) -> None:
         self.found = found
         self._layer = weakref.ref(layer)
         self._eager: LayerForward = layer.forward
         self._dtype = next(layer.parameters()).dtype
         self._signature = _signature(layer)
-        self._specs = specs
         self._proofs = proofs
         self._bound: Layer | None = None
 
     @property
     def is_eager(self) -> bool:
         """Whether no structure gave the layer's result."""
-        return self._proofs.get(self._signature, False) is None
+        return self._proofs.structures.get(self._signature, False) is None
 
     def _serves(self, args: tuple[Any, ...], turns: Any) -> bool:
         """Whether a call is one that can be replaced: hidden states `[1, tokens, hidden]` of the layer's format."""
@@ -56,12 +64,12 @@ class Proved:
         )
 
     def _structure(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Structure | None:
-        if self._signature not in self._proofs:
-            spec = self._specs[self.found.layer]
-            self._proofs[self._signature] = prove(
-                self._own(), self.found, hidden_states, spec, kwargs, type(self).compute
+        specs, structures = self._proofs
+        if self._signature not in structures:
+            structures[self._signature] = prove(
+                self._own(), self.found, hidden_states, specs[self.found.layer], kwargs, type(self).compute
             )
-        return self._proofs[self._signature]
+        return structures[self._signature]
 
     def _own(self) -> nn.Module:
         layer = self._layer()
