@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import hf_llmopt
 from hf_llmopt import demo
 from hf_llmopt.cli import app, ui
-from hf_llmopt.cli.bench.shown import record
+from hf_llmopt.cli.bench.shown import Ending
 from hf_llmopt.cli.command import UserError
 from hf_llmopt.demo.tokens import train_tokenizer
 from hf_llmopt.kernels import cpu
@@ -379,12 +379,12 @@ def test_a_report_that_cannot_be_written_is_not_lost(tmp_path, capsys) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # as a full disk
     try:
         with pytest.raises(UserError, match=r"--output '.*report\.json' cannot be written: File too large"):
-            record({"figure": 1, "text": "a" * 200}, path, quick=False)
+            Ending(output=path).record({"figure": 1, "text": "a" * 200})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     assert json.loads(capsys.readouterr().out)["figure"] == 1
     assert path.read_text() == "what was there"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match="No space left on device"):
-        record({"figure": 2}, Path("/dev/full"), quick=False)
+        Ending(output=Path("/dev/full")).record({"figure": 2})
     assert json.loads(capsys.readouterr().out)["figure"] == 2

@@ -8,25 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from .. import ui
-from ..command import Device, Dtype, Json, UserError
+from ..command import Device, Dtype, UserError
 from .options import (
-    Markdown,
     Model,
-    Output,
     Plots,
-    Quick,
     Saved,
     Seed,
     Shape,
     load_or_build,
-    parent,
     read_report,
-    require_folders,
     require_known,
 )
-from .shown import record, show
+from .shown import Ending, ends
 
 
+@ends
 def every(
     model: Model = None,
     shape: Shape = None,
@@ -40,15 +36,13 @@ def every(
     dtype: Dtype = "bfloat16",
     device: Device = None,
     seed: Seed = 0,
-    quick: Quick = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the report in --output, where a run of the same was ended.")
     ] = False,
-    markdown: Markdown = False,
-    output: Output = None,
     saved: Saved = None,
     plots: Plots = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure every part alone, the presets, and all combinations, against stock transformers.
 
@@ -60,14 +54,15 @@ def every(
     from hf_llmopt.bench import all_plan, all_tables
     from hf_llmopt.bench import slide as drawing
 
-    require_folders(parent(output), plots)
+    ending.require_folders(plots)
     require_known("section", only, bench.SECTIONS)
-    if resume and output is None:
+    if resume and ending.output is None:
         raise UserError("--resume goes on with the report in a file: give --output FILE too")
     if saved is not None:
         report = read_report(saved, "all")
     else:
-        former = read_report(output, "all") if resume and output is not None and output.exists() else None
+        begun = ending.output if resume else None
+        former = read_report(begun, "all") if begun is not None and begun.exists() else None
         loaded, texts, name = load_or_build(model, shape, dtype, device, seed)
         own = str(loaded.dtype).removeprefix("torch.")
         first: dict[str, Any] = {own: loaded}
@@ -78,24 +73,24 @@ def every(
 
         source = all_plan.Source(name, load, own, texts, seed)
         plan = all_plan.Plan() if name == "demo" else all_plan.in_small(all_plan.Plan())
-        plan = all_plan.in_miniature(plan) if quick else plan
+        plan = all_plan.in_miniature(plan) if ending.quick else plan
         plan = replace(plan, repeats=repeat) if repeat is not None else plan
 
         def keep(report: dict[str, Any]) -> None:
-            if output is not None:
-                ui.save(output, {**report, "quick": quick})
+            if ending.output is not None:
+                ui.save(ending.output, {**report, "quick": ending.quick})
 
         sections = only or bench.SECTIONS
         with ui.progress("all", bench.runs_of(plan, own, sections, former)) as on_run:
             report = bench.bench(source, plan, only=sections, former=former, keep=keep, on_run=on_run)
-        record(report, output, quick)
+        ending.record(report)
     if plots is not None:
         for name, theme in (("all", "light"), ("all-dark", "dark")):
             (plots / f"{name}.svg").write_text(drawing.slide(report, theme), "utf-8")
-    if markdown and not json:
+    if ending.markdown and not ending.json:
         ui.say(all_tables.page(report))
         raise typer.Exit(0 if report["passed"] else 1)
-    show(report, all_tables.tables(report), bench.failures(report), json, markdown)
-    if not json:
+    ending.show(report, all_tables.tables(report), bench.failures(report))
+    if not ending.json:
         for line in all_tables.verdicts(report):
             ui.say(line)

@@ -8,23 +8,20 @@ from typing import Annotated
 import typer
 
 from .. import ui
-from ..command import Device, Dtype, Json
+from ..command import Device, Dtype
 from .options import (
-    Markdown,
     Model,
-    Output,
-    Quick,
     Repeat,
     Seed,
     Shape,
     load_or_build,
     parent,
-    require_folders,
     require_known,
 )
-from .shown import record, show
+from .shown import Ending, ends
 
 
+@ends
 def continuous_batching(
     model: Model = None,
     shape: Shape = None,
@@ -48,11 +45,9 @@ def continuous_batching(
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
     timeline: Annotated[Path | None, typer.Option(help="Draw the recorded schedule into this SVG file.")] = None,
-    output: Output = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure requests that come and go, against a loop of stock `generate` and stock's own continuous batching.
 
@@ -63,12 +58,12 @@ def continuous_batching(
     from hf_llmopt.bench import continuous_batching_tables as views
     from hf_llmopt.bench import plots, requests
 
-    require_folders(parent(output), parent(timeline))
+    ending.require_folders(parent(timeline))
     require_known("load", load_, requests.LOADS_BY_NAME)
     loaded, texts, name = load_or_build(model, shape, dtype, device, seed)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", 2**20)
     named = [requests.LOADS_BY_NAME[name] for name in load_ or requests.DEFAULT]
-    chosen = list(requests.QUICK) if quick else [requests.in_miniature(item, limit) for item in named]
+    chosen = list(requests.QUICK) if ending.quick else [requests.in_miniature(item, limit) for item in named]
     with ui.progress("continuous_batching", bench.runs_of(chosen, repeat)) as on_run:
         report = bench.bench(
             loaded,
@@ -81,7 +76,7 @@ def continuous_batching(
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
     report["model"]["name"] = name
-    record(report, output, quick)
+    ending.record(report)
     if timeline is not None:
         timeline.write_text(plots.schedule(report["timeline"]), "utf-8")
-    show(report, views.tables(report), views.failures(report), json, markdown)
+    ending.show(report, views.tables(report), views.failures(report))

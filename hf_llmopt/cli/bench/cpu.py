@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from .. import ui
-from ..command import Json
-from .options import Markdown, Output, Quick, Repeat, Seed, chosen, parent, require_folders
-from .shown import record, show
+from .options import Repeat, Seed, chosen
+from .shown import Ending, ends
 
 
+@ends
 def cpu(
     only: Annotated[
         list[str] | None,
@@ -23,10 +23,8 @@ def cpu(
     ] = None,
     repeat: Repeat = 5,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure decode steps, throughput, the distance to the memory's bandwidth and the shares of a step.
 
@@ -38,13 +36,17 @@ def cpu(
     from hf_llmopt.bench import cpu as bench
     from hf_llmopt.bench import cpu_tables as views
 
-    require_folders(parent(output))
+    ending.require_folders()
     if not ui.talks():
         logging.disable_progress_bar()
     experiments = chosen("experiment", only, {item.name: item for item in bench.EXPERIMENTS})
     with ui.progress("cpu", sum(bench.runs_of(item, repeat) for item in experiments)) as on_run:
         report = bench.bench(
-            experiments, repeats=repeat, seed=seed, quick=quick, on_run=lambda name, run: on_run(f"{name}: {run}")
+            experiments,
+            repeats=repeat,
+            seed=seed,
+            quick=ending.quick,
+            on_run=lambda name, run: on_run(f"{name}: {run}"),
         )
-    record(report, output, quick)
-    show(report, views.tables(report), views.failures(report), json, markdown)
+    ending.record(report)
+    ending.show(report, views.tables(report), views.failures(report))

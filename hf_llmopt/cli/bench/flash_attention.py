@@ -7,23 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from .. import ui
-from ..command import Json, UserError
+from ..command import UserError
 from .options import (
-    Markdown,
-    Output,
     Plots,
-    Quick,
     Repeat,
     Saved,
     Seed,
-    parent,
     read_report,
-    require_folders,
     require_known,
 )
-from .shown import record, show
+from .shown import Ending, ends
 
 
+@ends
 def flash_attention(
     device: Annotated[
         str | None, typer.Option(metavar="cuda|cpu", help="Where; by default on a CUDA device if there is one.")
@@ -34,12 +30,10 @@ def flash_attention(
     ] = None,
     repeat: Repeat = 5,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
     saved: Saved = None,
     plots: Plots = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure prompts and decoding against torch's attention, on the CPU the memory of prompts too.
 
@@ -53,7 +47,7 @@ def flash_attention(
     from hf_llmopt.bench import plots as drawings
     from hf_llmopt.kernels import cpu
 
-    require_folders(parent(output), plots)
+    ending.require_folders(plots)
     require_known("device", None if device is None else [device], ("cuda", "cpu"))
     require_known("part", only, on_cpu.PARTS)
     device = device or ("cuda" if torch.cuda.is_available() and not only else "cpu")
@@ -63,19 +57,19 @@ def flash_attention(
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("found no CUDA device; --device cpu measures the CPU, --report FILE shows a saved report")
     elif device == "cuda":
-        prefills = ((1, 1024, 1024), (1, 2048, 512)) if quick else on_gpu.PREFILLS
-        decodes = ((2, 4096),) if quick else on_gpu.DECODES
+        prefills = ((1, 1024, 1024), (1, 2048, 512)) if ending.quick else on_gpu.PREFILLS
+        decodes = ((2, 4096),) if ending.quick else on_gpu.DECODES
         with ui.progress("flash_attention", len(prefills) + len(decodes)) as on_run:
             report = on_gpu.bench(prefills, decodes, seed, on_run)
     elif not cpu.available():
         raise UserError(f"the C kernels cannot run: {cpu.why_not()}")
     else:
-        parts, size = only or on_cpu.PARTS, on_cpu.QUICK if quick else on_cpu.Size()
+        parts, size = only or on_cpu.PARTS, on_cpu.QUICK if ending.quick else on_cpu.Size()
         with ui.progress("flash_attention", on_cpu.steps(parts, size)) as on_run:
             report = on_cpu.bench(parts, size, repeat, seed, on_run)
     if saved is None:
-        record(report, output, quick)
+        ending.record(report)
     if plots is not None and report.get("prompts"):
         (plots / "flash_attention-cpu.svg").write_text(drawings.prompts(report["prompts"]), "utf-8")
     measured = on_gpu if "device" in report else on_cpu
-    show(report, measured.tables(report), measured.failures(report), json, markdown)
+    ending.show(report, measured.tables(report), measured.failures(report))

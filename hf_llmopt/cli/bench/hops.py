@@ -9,22 +9,21 @@ from typing import Annotated
 import typer
 
 from .. import ui
-from ..command import Dtype, Json, UserError
-from .options import Markdown, Model, Output, Quick, Repeat, Saved, parent, read_report, require_folders
-from .shown import record, show
+from ..command import Dtype, UserError
+from .options import Model, Repeat, Saved, read_report
+from .shown import Ending, ends
 
 
+@ends
 def hops(
     model: Model = None,
     requests: Annotated[int, typer.Option(min=1, help="For one token, in each run.")] = 40,
     tokens: Annotated[int, typer.Option(min=2, help="Of answers that are streamed.")] = 64,
     repeat: Repeat = 5,
     dtype: Dtype = "float32",
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
     saved: Saved = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure what a request and a token cost on the way: HTTP, Ray Serve (if it is installed), all-reduces.
 
@@ -33,7 +32,7 @@ def hops(
     from hf_llmopt.bench import hops as bench
     from hf_llmopt.bench import hops_tables
 
-    require_folders(parent(output))
+    ending.require_folders()
     if saved is not None:
         report = read_report(saved, "hops")
     else:
@@ -43,7 +42,7 @@ def hops(
         from ..models import load
 
         name = model or "demo"
-        plan = bench.Plan(4, 8, 2, bench.SIZES[:1]) if quick else bench.Plan(requests, tokens, repeat)
+        plan = bench.Plan(4, 8, 2, bench.SIZES[:1]) if ending.quick else bench.Plan(requests, tokens, repeat)
         loaded, tokenizer = load(name, dtype, "cpu")
         servers = bench.commands(serve_process.ours(name, dtype, "cpu", "true"))
         runs = plan.repeats * (1 + len(servers))
@@ -52,5 +51,5 @@ def hops(
                 report = bench.bench(engine, tokenizer, servers, name, Path(logs), plan, lambda way, *_: on_run(way))
             except serve_process.NoServer as error:
                 raise UserError(f"a server did not start: {error}") from error
-        record(report, output, quick)
-    show(report, hops_tables.tables(report), report.get("reasons", ()), json, markdown)
+        ending.record(report)
+    ending.show(report, hops_tables.tables(report), report.get("reasons", ()))

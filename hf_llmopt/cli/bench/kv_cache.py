@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .. import ui
-from ..command import Device, Dtype, Json, UserError
+from ..command import Device, Dtype, UserError
 from .options import (
-    Markdown,
     Model,
-    Output,
-    Quick,
     Repeat,
     Seed,
     Shape,
     chosen,
     load_or_build,
     meet,
-    parent,
-    require_folders,
 )
-from .shown import record, show
-
-if TYPE_CHECKING:
-    pass
+from .shown import Ending, ends
 
 
+@ends
 def kv_cache(
     model: Model = None,
     shape: Shape = None,
@@ -66,13 +59,11 @@ def kv_cache(
             help="Every workload once more with graphs=True; a GPU replays graphs anyway where it can.",
         ),
     ] = False,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
     plots: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --long: also draw a picture into this folder, SVG.")
     ] = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure ragged batches with the paged cache, with stock's cache and without a cache.
 
@@ -82,19 +73,19 @@ def kv_cache(
     from hf_llmopt.bench import kv_cache as kv
     from hf_llmopt.bench import report as reports
 
-    require_folders(parent(output), plots)
+    ending.require_folders(plots)
     if eviction and not long:
         raise UserError("--eviction is a part of --long: give both")
     if long:
         if model is not None or shape is not None or workload:
             raise UserError("--long has models and contexts of its own: leave out --model, --shape and --workload")
         if eviction:
-            _eviction(seed, quick, markdown, output, json)
+            _eviction(seed, ending)
         else:
-            _long(repeat, seed, quick, markdown, output, plots, json)
+            _long(repeat, seed, plots, ending)
         return
-    known = {item.name: item for item in (kv.QUICK if quick else kv.WORKLOADS)}
-    if not (workload or quick or (model in (None, "demo") and shape is None)):
+    known = {item.name: item for item in (kv.QUICK if ending.quick else kv.WORKLOADS)}
+    if not (workload or ending.quick or (model in (None, "demo") and shape is None)):
         workload = [name for name in known if name not in kv.WITHOUT_CACHE]
     workloads = chosen("workload", workload, known)
     rank, ranks = meet(device)
@@ -113,13 +104,11 @@ def kv_cache(
     if rank:
         return  # the first one tells
     report["model"]["name"] = name
-    record(report, output, quick)
-    show(report, [reports.table(report)], reports.failures(report), json, markdown)
+    ending.record(report)
+    ending.show(report, [reports.table(report)], reports.failures(report))
 
 
-def _long(
-    repeat: int, seed: int, quick: bool, markdown: bool, output: Path | None, plots: Path | None, json: bool
-) -> None:
+def _long(repeat: int, seed: int, plots: Path | None, ending: Ending) -> None:
     from transformers.utils import logging
 
     from hf_llmopt.bench import kv_cache_long as kv
@@ -131,20 +120,20 @@ def _long(
     if not ui.talks():
         logging.disable_progress_bar()
     with ui.progress("kv_cache --long", kv.steps()) as on_run:
-        report = kv.bench(repeat, seed, quick, on_run)
-    record(report, output, quick)
+        report = kv.bench(repeat, seed, ending.quick, on_run)
+    ending.record(report)
     if plots is not None:
         (plots / "kv_cache-long.svg").write_text(drawings.page_formats(report), "utf-8")
-    show(report, kv.tables(report), kv.failures(report), json, markdown)
+    ending.show(report, kv.tables(report), kv.failures(report))
 
 
-def _eviction(seed: int, quick: bool, markdown: bool, output: Path | None, json: bool) -> None:
+def _eviction(seed: int, ending: Ending) -> None:
     from hf_llmopt.bench import eviction
 
     loaded, texts, _ = load_or_build("demo", None, "float32", None, seed)
     assert texts is not None
-    sizes: dict[str, Any] = {"rows": 4, "following": 16, "ratios": (0.25,)} if quick else {}
+    sizes: dict[str, Any] = {"rows": 4, "following": 16, "ratios": (0.25,)} if ending.quick else {}
     with ui.progress("kv_cache --long --eviction", eviction.cases(sizes.get("ratios", eviction.RATIOS))) as on_run:
         report = eviction.bench(loaded, texts, seed=seed, on_run=on_run, **sizes)
-    record(report, output, quick)
-    show(report, [eviction.table(report)], eviction.failures(report), json, markdown)
+    ending.record(report)
+    ending.show(report, [eviction.table(report)], eviction.failures(report))

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from .. import ui
-from ..command import Dtype, Json
-from .options import Markdown, Model, Output, Quick, Repeat, Seed, Shape, load_or_build, parent, require_folders
-from .shown import record, show
+from ..command import Dtype
+from .options import Model, Repeat, Seed, Shape, load_or_build
+from .shown import Ending, ends
 
 
+@ends
 def peers(
     model: Model = None,
     shape: Shape = None,
@@ -21,10 +22,8 @@ def peers(
     repeat: Repeat = 3,
     dtype: Dtype = "bfloat16",
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure stock transformers in all its modes, OpenVINO and llama.cpp if installed, and ours, on the CPU.
 
@@ -34,12 +33,12 @@ def peers(
     from hf_llmopt import demo
     from hf_llmopt.bench import peers as bench
 
-    require_folders(parent(output))
+    ending.require_folders()
     loaded, _, name = load_or_build(model, shape, dtype, "cpu", seed)
     draft: Any = demo.load(draft=True, dtype=loaded.dtype)[0] if name == "demo" else None
-    works = bench.QUICK if quick else bench.WORKS
+    works = bench.QUICK if ending.quick else bench.WORKS
     with ui.progress("peers", bench.runs_of(loaded, draft, works, repeat, compiled)) as on_run:
         report = bench.bench(loaded, draft, works, repeats=repeat, seed=seed, compiled=compiled, on_run=on_run)
     report["model"]["name"] = name
-    record(report, output, quick)
-    show(report, bench.tables(report), report["reasons"], json, markdown)
+    ending.record(report)
+    ending.show(report, bench.tables(report), report["reasons"])

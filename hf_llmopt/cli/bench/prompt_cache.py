@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import ui
-from ..command import Device, Dtype, Json
-from .options import Markdown, Model, Output, Quick, Repeat, Seed, Shape, chosen, load_or_build, parent, require_folders
-from .shown import record, show
-
-if TYPE_CHECKING:
-    pass
+from ..command import Device, Dtype
+from .options import Model, Repeat, Seed, Shape, chosen, load_or_build
+from .shown import Ending, ends
 
 
+@ends
 def prompt_cache(
     model: Model = None,
     shape: Shape = None,
@@ -29,10 +27,8 @@ def prompt_cache(
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure the time to the first token of prompts whose beginning is found in memory, on disk, or not at all.
 
@@ -42,8 +38,8 @@ def prompt_cache(
     from hf_llmopt.bench import prompt_cache as pc
     from hf_llmopt.bench import report as reports
 
-    require_folders(parent(output))
-    workloads = chosen("workload", workload, {item.name: item for item in (pc.QUICK if quick else pc.WORKLOADS)})
+    ending.require_folders()
+    workloads = chosen("workload", workload, {item.name: item for item in (pc.QUICK if ending.quick else pc.WORKLOADS)})
     loaded, texts, name = load_or_build(model, shape, dtype, device, seed)
     with ui.progress("prompt_cache", sum(pc.runs_of(item, repeat) for item in workloads)) as on_run:
         report = pc.bench(
@@ -55,5 +51,5 @@ def prompt_cache(
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
     report["model"]["name"] = name
-    record(report, output, quick)
-    show(report, [pc.table(report)], reports.failures(report), json, markdown)
+    ending.record(report)
+    ending.show(report, [pc.table(report)], reports.failures(report))

@@ -7,24 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from .. import ui
-from ..command import Json, UserError
+from ..command import UserError
 from ..models import usable
 from .options import (
-    Markdown,
-    Output,
     Plots,
-    Quick,
     Repeat,
     Saved,
     Seed,
-    parent,
     read_report,
-    require_folders,
     require_known,
 )
-from .shown import record, show
+from .shown import Ending, ends
 
 
+@ends
 def quantization(
     only: Annotated[
         list[str] | None,
@@ -44,12 +40,10 @@ def quantization(
     ] = "cpu",
     repeat: Repeat = 5,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
     plots: Plots = None,
     saved: Saved = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure decode steps, prompts, perplexity, memory while loading, and llama.cpp where it is installed.
 
@@ -63,7 +57,7 @@ def quantization(
     from hf_llmopt.bench.quantized import METHODS
     from hf_llmopt.bench.workloads import SHAPES
 
-    require_folders(parent(output), plots)
+    ending.require_folders(plots)
     for what, given, known in (
         ("part", only, bench.PARTS),
         ("shape", shape, SHAPES),
@@ -82,14 +76,14 @@ def quantization(
             "methods": methods or tuple(METHODS), "repeats": repeat,
         }  # fmt: skip
         with ui.progress("quantization", bench.runs_of(**chosen)) as on_run:
-            report = bench.bench(**chosen, seed=seed, quick=quick, device=device, on_run=on_run)
-        record(report, output, quick)
+            report = bench.bench(**chosen, seed=seed, quick=ending.quick, device=device, on_run=on_run)
+        ending.record(report)
     if plots is not None:
         for found in report.get("speed", ()):
             (plots / f"quantization-{found['shape']}.svg").write_text(drawings.quantized_speed(found), "utf-8")
         if "quality" in report:
             (plots / "quantization-quality.svg").write_text(drawings.quantized_quality(report["quality"]), "utf-8")
-    show(report, bench.tables(report), bench.failures(report), json, markdown)
+    ending.show(report, bench.tables(report), bench.failures(report))
 
 
 def _rows(text: str) -> list[int]:

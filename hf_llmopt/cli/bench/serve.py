@@ -9,29 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import ui
-from ..command import Device, Dtype, Json, Llmopt, UserError, keyword
+from ..command import Device, Dtype, Llmopt, UserError, keyword
 from .options import (
-    Markdown,
     Model,
-    Output,
     Plots,
-    Quick,
     Repeat,
     Saved,
     Seed,
     Shape,
     chosen,
     load_or_build,
-    parent,
     read_report,
-    require_folders,
 )
-from .shown import record, show
+from .shown import Ending, ends
 
 if TYPE_CHECKING:
     from hf_llmopt.bench.serve import Plan
 
 
+@ends
 def serve(
     model: Model = None,
     shape: Shape = None,
@@ -53,12 +49,10 @@ def serve(
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
     plots: Plots = None,
     saved: Saved = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure the server: latencies and goodput at several request rates, and what HTTP costs above the engine.
 
@@ -70,12 +64,12 @@ def serve(
     from hf_llmopt.bench import serve_load, serve_tables
     from hf_llmopt.bench.continuous_batching import Limits
 
-    require_folders(parent(output), plots)
+    ending.require_folders(plots)
     if saved is not None:
         report = read_report(saved, "serve")
     else:
         plan = bench.Plan(
-            serve_load.QUICK if quick else serve_load.Load(requests, groups),
+            serve_load.QUICK if ending.quick else serve_load.Load(requests, groups),
             tuple(rate or ()),
             Limits(first, each),
             clients,
@@ -84,10 +78,10 @@ def serve(
             seed,
         )
         report = _measure(plan, model, shape, llmopt, stock, dtype, device)
-        record(report, output, quick)
+        ending.record(report)
     if plots is not None and report["points"]:
         (plots / "serve.svg").write_text(drawings.served(report["points"]), "utf-8")
-    show(report, serve_tables.tables(report), report.get("reasons", ()), json, markdown)
+    ending.show(report, serve_tables.tables(report), report.get("reasons", ()))
 
 
 def _measure(

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from .. import ui
-from ..command import Device, Dtype, Json, UserError
+from ..command import Device, Dtype, UserError
 from ..texts import read_text
-from .options import Markdown, Output, Plots, Quick, Repeat, Seed, chosen, parent, require_folders, require_known
-from .shown import record, show
+from .options import Plots, Repeat, Seed, chosen, require_known
+from .shown import Ending, ends
 
 
+@ends
 def speculative(
     model: Annotated[str, typer.Option(help="A folder, a name on the hub, or `demo`, the embedded model.")] = "demo",
     draft: Annotated[
@@ -36,11 +37,9 @@ def speculative(
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
-    quick: Quick = False,
-    markdown: Markdown = False,
-    output: Output = None,
     plots: Plots = None,
-    json: Json = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Measure drafts from the text and from a draft model, greedily, on code, on editing and on random tokens.
 
@@ -54,12 +53,12 @@ def speculative(
     if oracle is not None:
         if draft or prompts or workload or plots or model != "demo":
             raise typer.BadParameter("--oracle takes a shape, and no model, prompts or pictures", param_hint="--oracle")
-        return _oracle(oracle, weights, repeat, seed, quick, markdown, output, json)
+        return _oracle(oracle, weights, repeat, seed, ending)
 
     from ..models import load as load_model
 
-    require_folders(parent(output), plots)
-    known = {item.name: item for item in (bench.QUICK if quick else bench.WORKLOADS)}
+    ending.require_folders(plots)
+    known = {item.name: item for item in (bench.QUICK if ending.quick else bench.WORKLOADS)}
     workloads = chosen("workload", workload, known)
     loaded, tokenizer = load_model(model, dtype, device)
     second = None
@@ -90,11 +89,11 @@ def speculative(
             on_run=lambda name, way: on_run(f"{name}, {way}"),
         )
     report["model"]["name"] = model
-    record(report, output, quick)
+    ending.record(report)
     if plots is not None:
         (plots / "speculative.svg").write_text(drawings.speculation(report), "utf-8")
     failures = [f"{item['name']}: {reason}" for item in report["workloads"] for reason in item["reasons"]]
-    show(report, [bench.table(report)], failures, json, markdown)
+    ending.show(report, [bench.table(report)], failures)
 
 
 def _oracle(
@@ -102,30 +101,27 @@ def _oracle(
     weights: str,
     repeat: int,
     seed: int,
-    quick: bool,
-    markdown: bool,
-    output: Path | None,
-    json: bool,
+    ending: Ending,
 ) -> None:
     from hf_llmopt.bench import speculative_oracle as bench
     from hf_llmopt.bench.quantized import METHODS
     from hf_llmopt.bench.workloads import SHAPES
 
-    require_folders(parent(output))
+    ending.require_folders()
     require_known("shape", [shape], SHAPES)
     require_known("weights", [weights], ["bfloat16", *METHODS])
     with ui.progress("speculative", len(bench.ROWS) * (1 + len(bench.RIGHT)) * (repeat + 1)) as on_run:
         report = bench.bench(
             shape,
             None if weights == "bfloat16" else weights,
-            new_tokens=8 if quick else 64,
+            new_tokens=8 if ending.quick else 64,
             repeats=repeat,
             seed=seed,
-            miniature=quick,
+            miniature=ending.quick,
             on_run=on_run,
         )
-    record(report, output, quick)
+    ending.record(report)
     failures = [
         f"{case['rows']} rows: other tokens than plain decoding" for case in report["cases"] if not case["passed"]
     ]
-    show(report, bench.tables(report), failures, json, markdown)
+    ending.show(report, bench.tables(report), failures)
