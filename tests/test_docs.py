@@ -76,6 +76,7 @@ def test_blocks_are_found() -> None:
     assert blocks(page) == [Block("python", "x = 1\n", 2), Block("console", "$ y\n", 5)]
 
 
+@pytest.mark.usefixtures("cheap_guesses")
 @pytest.mark.parametrize("page", PAGES, ids=called)
 def test_python_blocks_run(page: Path) -> None:
     """The blocks of a page share one namespace, as if typed one after the other; a failure shows the page's line.
