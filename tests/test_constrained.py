@@ -101,6 +101,7 @@ def test_hundreds_of_answers_obey(pair, grammars) -> None:
             check(json.loads(text))
 
 
+@pytest.mark.usefixtures("cheap_guesses")
 def test_drafts_and_lost_pages_change_nothing(pair, grammars) -> None:
     grammar = grammars.json_schema(SCHEMA)
     plain, _ = texts(pair, grammar, True, 9)

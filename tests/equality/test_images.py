@@ -76,6 +76,7 @@ def test_the_returned_cache_goes_on():
     assert model.llmopt.stats.cached_tokens > 0
 
 
+@pytest.mark.usefixtures("cheap_guesses")
 def test_guesses_need_the_ids_alone():
     """Suffixes of an image's answer are guessed from its ids; a draft model would have to see the image."""
     model, inputs = tiny("llava")
