@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import ui
-from .command import Device, Dtype, ServedLlmopt, TensorParallel, UserError, keyword
+from .command import Device, Dtype, MaxModelLen, ServedLlmopt, TensorParallel, UserError, keyword
 from .service import end_if_lost, room
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def batch(
     model: Annotated[str, typer.Option(help="A folder, a name on the hub, or `demo` for the embedded model.")] = "demo",
     llmopt: ServedLlmopt = "true",
     served_name: Annotated[str | None, typer.Option(help="What requests call the model; by default MODEL.")] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
-    ] = None,
+    max_model_len: MaxModelLen = None,
     tool_parser: Annotated[
         str | None,
         typer.Option(

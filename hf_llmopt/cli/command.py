@@ -105,6 +105,9 @@ ServedLlmopt = Annotated[
         "stock transformers, is refused.",
     ),
 ]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="0 is greedy. Without it the model's own settings hold.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import ui
-from .command import Device, Dtype, ServedLlmopt, TensorParallel, UserError, keyword
+from .command import Device, Dtype, MaxModelLen, Model, ServedLlmopt, TensorParallel, UserError, keyword
 from .replicas import serve_replicas
 from .service import MAX_BODY_BYTES, MAX_WAITING, bound, end_if_lost, keys_of, make, room
 
@@ -16,9 +16,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a name on the hub, or `demo` for the embedded model.")
-    ] = "demo",
+    model: Model = "demo",
     llmopt: ServedLlmopt = "true",
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine reaches the default.")] = (
         "127.0.0.1"
@@ -29,9 +27,7 @@ def serve(
         Path | None,
         typer.Option(help="Keys that are let in, one a line, # for comments; HF_LLMOPT_API_KEYS adds others."),
     ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; by default the model's positions.")
-    ] = None,
+    max_model_len: MaxModelLen = None,
     max_waiting: Annotated[
         int,
         typer.Option(
