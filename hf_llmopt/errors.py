@@ -29,7 +29,8 @@ LLMOptError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -130,6 +131,15 @@ class EngineClosed(LLMOptError, RuntimeError):
 
 class InstallConflict(LLMOptError, RuntimeError):
     """Another library changed a transformers attribute after hf_llmopt did."""
+
+
+@contextmanager
+def about(module: str) -> Iterator[None]:
+    """Errors about weights begin with the name of the module whose weights they are."""
+    try:
+        yield
+    except (CalibrationFailed, InvalidCheckpoint, UnsupportedQuantization) as error:
+        raise type(error)(f"{module}: {error}") from error.__cause__
 
 
 def unknown(what: str, given: object, allowed: Iterable[str]) -> InvalidOption:

@@ -23,7 +23,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     data = safetensors.torch.save(tensors, sealed)
     if not path.parent.is_dir():  # else the error would name the temporary file
         raise FileNotFoundError(ENOENT, f"There is no such folder to write {path.name!r} in", str(path.parent))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # readable by its owner only
+    handle, temporary = tempfile.mkstemp(".tmp", f"{path.stem}.", path.parent)  # readable by its owner only
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from architectures import build
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_llmopt.errors import CalibrationFailed, UnsupportedQuantization
+import hf_llmopt
+from hf_llmopt.errors import CalibrationFailed, InvalidOption, UnsupportedQuantization
 from hf_llmopt.kernels.arguments import Grid
 from hf_llmopt.kernels.reference import dequantize
 from hf_llmopt.quantization import gptq
@@ -282,6 +285,8 @@ def test_no_more_is_read_than_is_used() -> None:
         ([[1] * 7 + [-1]], "token id -1"),
         (7, "got int"),
         ([0.5, 0.25], "got float"),
+        (torch.tensor(5), "1 tokens, too few"),
+        (b"abcdefghijkl", "got bytes"),
         ([object()], "got object"),
         ([{"label": 1}], "has 'label', not"),
     ],
@@ -459,9 +464,26 @@ def test_products_that_too_few_tokens_reach_are_listed() -> None:
     model = build("llama")
     model.extra = nn.Linear(64, 64)  # outside of the blocks
     model.model.layers[0].mlp.unused = nn.Linear(64, 64)
-    with pytest.warns(UserWarning, match=r"reach 2 products .* model\.layers\.0\.mlp\.unused, extra"):
+    with pytest.warns(UserWarning, match=r"reach 2 product\(s\) .* model\.layers\.0\.mlp\.unused, extra\. More"):
         grids = walk(model)
     assert torch.equal(dequantize(grids["extra"]), model.extra.weight)
+
+
+def test_a_warning_names_three_of_many_products() -> None:
+    with pytest.warns(UserWarning, match=r"reach 21 product\(s\) .*q_proj, [^ ]*k_proj, [^ ]*v_proj, …\. "):
+        dict(quantize_blocks(build("llama"), lambda block: {}, FALLBACK, TOKENS[:1], chosen(build("llama"))))
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_block_that_fails_is_left_as_it_came(name: str) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = math.inf
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    asked = {"method": name, "calibration": torch.randint(3, 112, (8, 32)), "samples": 8, "length": 32}
+    with pytest.raises(UnsupportedQuantization, match=r"^model\.layers\.0: A weight has NaN"):
+        hf_llmopt.optimize(model, llmopt={"quantization": asked})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_models_that_cannot_be_walked() -> None:
@@ -529,6 +551,26 @@ def test_files_of_other_calibrations_are_not_used(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="ignored, and its block quantized again"):
         assert len(begin()) == 2
     assert begin() == ["model.layers.1"]
+
+
+def test_a_file_that_a_killed_process_began_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(Killed))
+        killed.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            walk(build("llama"), METHOD, resume=tmp_path)
+    (begun,) = tmp_path.iterdir()
+    assert begun.suffix == ".tmp"
+    walk(build("llama"), METHOD, resume=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder_to_resume_from(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    for folder in (path, path / "inside"):
+        with pytest.raises(InvalidOption, match=r"QuantizationConfig\(resume='.*file.* is no folder"):
+            walk(build("llama"), METHOD, resume=folder)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "both"])

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..errors import CalibrationFailed
+from ..errors import CalibrationFailed, about
 from ..kernels.arguments import Grid
 from ..kernels.reference import dequantize
 from .finished import Finished, fingerprint
@@ -182,7 +182,7 @@ def quantize_blocks(
 
     Each block is quantized while it reads what the quantized blocks before it made. A block's grids are yielded as soon
     as it is done, so that its modules can be exchanged at once. If they stay they hold the rounded weights, unless they
-    are offloaded.
+    are offloaded. A block that fails is left as it came.
 
     Args:
         model: A causal language model, on one device, several, or offloaded by accelerate: then one block at a time is
@@ -218,7 +218,7 @@ def quantize_blocks(
             name = f"{prefix}.{index}"
             products = {key: module for key, module in chosen.items() if key.startswith(f"{name}.")}
             run.index = index
-            with resident(blocks[index], without=products.values()):
+            with resident(blocks[index], without=products.values()), _whole(name, blocks[index]):
                 block = Block(name, blocks[index], products, run, fallback)
                 found = finished.load(block) if finished else None
                 if found is None:
@@ -247,11 +247,25 @@ def quantize_blocks(
     rounded = [name for name, why in notes.items() if why == ROUNDED]
     if rounded:
         warnings.warn(
-            f"llmopt: too few tokens of the calibration set reach {len(rounded)} products to calibrate them; they were "
-            f"rounded to nearest: {', '.join(rounded)}.",
+            f"llmopt: too few tokens of the calibration set reach {len(rounded)} product(s) to calibrate them; they "
+            f"were rounded to nearest: {', '.join(rounded[:3])}{', …' if len(rounded) > 3 else ''}. More samples help; "
+            "model.llmopt.quantization.notes lists all.",
             UserWarning,
             stacklevel=2,
         )
+
+
+@contextmanager
+def _whole(name: str, block: nn.Module) -> Iterator[None]:
+    """Who fails in a block leaves its parameters as they came, and says which block it was."""
+    came = {parameter: parameter.data for parameter in block.parameters()}
+    try:
+        with about(name):
+            yield
+    except BaseException:
+        for parameter, data in came.items():
+            parameter.data = data
+        raise
 
 
 def find_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> tuple[str, nn.ModuleList]:

@@ -66,7 +66,7 @@ def pack(calibration: Any, tokenizer: Any, samples: int, length: int, vocabulary
 
 def _items(calibration: Any) -> Iterable[Any]:
     """The texts or rows of ids of whatever was given."""
-    if isinstance(calibration, str) or (isinstance(calibration, Tensor) and calibration.ndim == 1):
+    if isinstance(calibration, (str, bytes)) or getattr(calibration, "ndim", 2) < 2:  # of a tensor or an array
         return [calibration]
     if isinstance(calibration, Mapping):  # what a tokenizer returns; or columns
         rows: Any = calibration.get("input_ids", calibration.get("text"))

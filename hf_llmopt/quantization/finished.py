@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import InvalidOption
 from ..kernels.arguments import Grid
 from ..sealed import read, write
 
@@ -29,11 +31,23 @@ class Finished:
     Args:
         folder: Made if it is not there.
         key: See `fingerprint`.
+
+    Raises:
+        InvalidOption: The folder cannot be made, or not be written.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.folder, os.W_OK)
+        except OSError:  # a file stands in its place, say
+            writable = False
+        if not writable:
+            raise InvalidOption(
+                f"QuantizationConfig(resume={str(folder)!r}) is no folder that this process may write, nor can it be "
+                "made. Name another one, or leave it out."
+            )
         self.key = key
 
     def path(self, block: Block) -> Path:
@@ -85,8 +99,8 @@ class Finished:
         }
 
     def clear(self) -> None:
-        """Remove the files of this calibration."""
-        for path in self.folder.glob(f"{self.key[:16]}-*.safetensors"):
+        """Remove the files of this calibration, and those that a killed process began."""
+        for path in self.folder.glob(f"{self.key[:16]}-*"):
             path.unlink(missing_ok=True)
 
 

@@ -184,7 +184,10 @@ def _inverse_factor(h: Tensor, damping: float) -> Tensor:
     mean = h.diagonal().sum() / (~dead).sum() if not dead.all() else torch.ones_like(h[0, 0])
     h = h + torch.diag(dead * mean)
     if not h.isfinite().all():
-        raise CalibrationFailed("A layer reads NaN or infinite values on the calibration set.")
+        raise CalibrationFailed(
+            "A product reads NaN or infinite values on the calibration set. Check the weights, or load them with "
+            'dtype="bfloat16" or "float32": float16 ends at 65504.'
+        )
     while True:
         damped = h + torch.diag((damping * mean).expand(len(h)))
         lower, failed = torch.linalg.cholesky_ex(damped)
