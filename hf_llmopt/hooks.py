@@ -131,6 +131,8 @@ def _from_pretrained(original: Any) -> Any:
         token = quantization.LOADING.set(config or _pipelines_config(kwargs.get("config")))
         try:
             model = original.__func__(cls, *args, **kwargs)
+        except quantization.Unloadable as stopped:
+            raise stopped.error from None
         finally:
             quantization.LOADING.reset(token)
         loaded = model[0] if isinstance(model, tuple) else model  # output_loading_info=True

@@ -11,6 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 from architectures import build
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
@@ -298,7 +299,7 @@ def test_modules_that_do_not_fit_stay_and_are_listed(tmp_path):
 
 
 def test_errors_come_before_work_is_lost(folder, tmp_path):
-    with pytest.raises(UnsupportedQuantization, match="no multiple of the group size 40"):
+    with pytest.raises(UnsupportedQuantization, match=r"no multiple of the group size 40.* divisor of 32, as 8\."):
         load(folder, config("int4", group_size=40))
     model = load(folder, "int4")
     for again in ("int8", "int4", "gptq"):
@@ -355,8 +356,6 @@ def test_a_pipelines_keyword_reaches_no_other_model(words_folder, tmp_path):
 
 
 def test_files_with_missing_tensors_are_refused(folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     load(folder, "int4").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -370,6 +369,39 @@ def test_files_with_missing_tensors_are_refused(folder, tmp_path):
         # transformers finds tensors of another shape itself from some version on
         with pytest.raises((InvalidCheckpoint, RuntimeError), match=f"{what}|ignore_mismatched_sizes"):
             load(tmp_path, True)
+
+
+def test_a_damaged_tensor_is_named(folder, tmp_path):
+    load(folder, "int4").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for leaf, wrong in (("qweight", torch.float32), ("scales", torch.int32)):
+        name = f"model.layers.1.mlp.up_proj.{leaf}"
+        save_file(tensors | {name: tensors[name].to(wrong)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InvalidCheckpoint, match=rf"^model\.layers\.1\.mlp\.up_proj: .*'{leaf}' should be in"):
+            load(tmp_path, True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantized_files_whose_config_does_not_say_so_are_not_quantized_again(folder, tmp_path, method):
+    """Codes of int8 were taken for weights, and the model said nothing but nonsense."""
+    load(folder, method).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    words = json.loads(path.read_text())
+    del words["quantization_config"]
+    path.write_text(json.dumps(words))
+    for again in METHODS:
+        with pytest.raises(InvalidCheckpoint, match=r"21 weights are quantized in the files, .* It is missing"):
+            load(tmp_path, again)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    for quantize in (lambda: load(tmp_path, "int8"), lambda: hf_llmopt.optimize(model, llmopt="int8")):
+        with pytest.raises(UnsupportedQuantization, match=r"^model\.layers\.1\.mlp\.up_proj: A weight has NaN"):
+            quantize()
 
 
 @pytest.mark.parametrize("entry", [{"bits": "4"}, {"group_size": 0}, {"sym": "yes"}], ids=str)

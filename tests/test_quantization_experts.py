@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import hf_llmopt
 from hf_llmopt import QuantizationConfig
+from hf_llmopt.errors import CalibrationFailed, UnsupportedQuantization
 from hf_llmopt.quantization.experts import Expert, Experts, unfuse
 from hf_llmopt.quantization.linear import QuantizedLinear
 from hf_llmopt.quantization.plan import ROUTER, plan
@@ -37,7 +39,7 @@ def fused_weights(model: nn.Module) -> int:
 def test_unfused_experts_compute_the_same(name: str) -> None:
     model = build(name)
     before, fused, size = logits(model), fused_weights(model), sum(p.numel() for p in model.parameters())
-    assert unfuse(model) == []
+    assert unfuse(model).left == []
     linears = [m for e in model.modules() if isinstance(e, Experts) for m in e.modules() if type(m) is nn.Linear]
     assert sum(m.weight.numel() for m in linears) == fused > 0
     assert fused_weights(model) == 0
@@ -71,7 +73,7 @@ def test_experts_that_nothing_is_known_of_stay_and_are_listed() -> None:
     for name in names:
         experts = model.get_submodule(name)
         experts.__class__ = type("OtherExperts", (type(experts),), {})
-    assert unfuse(model) == names
+    assert unfuse(model).left == names
     assert torch.equal(logits(model), before)
     with pytest.warns(UserWarning, match=r"2 product\(s\) stay as they are, as .*cannot be told apart"):
         hf_llmopt.optimize(model, llmopt="int8")
@@ -94,7 +96,7 @@ def test_routers_stay_as_they_are(name: str, method: str) -> None:
         config = AutoConfig.for_model(name)
         config.num_hidden_layers = 3
         model = AutoModelForCausalLM.from_config(config)
-    found = plan(model, QuantizationConfig(method), unfuse(model))
+    found = plan(model, QuantizationConfig(method), unfuse(model).left)
     routers = {name for name, why in found.skipped.items() if why == ROUTER}
     assert {".".join(name.split(".")[-2:]).removeprefix("mlp.") for name in routers} == ROUTERS[name]
     assert not any(name.split(".")[-2] in ("router", "gate") for name in found.chosen)
@@ -167,6 +169,57 @@ def test_skipped_experts_are_saved_and_read_again(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "quantized")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", llmopt=True)
     assert len([module for module in again.modules() if isinstance(module, QuantizedLinear)]) == 4 * 3
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("loading", [True, False], ids=["loading", "loaded"])
+@pytest.mark.parametrize(("name", "skip"), [("gpt_oss", "experts.0.down_proj"), ("qwen3_moe", "layers.1")])
+def test_files_in_which_some_experts_are_quantized_are_read_again(name, skip, loading, tmp_path: Path) -> None:
+    """The others were read as if all were fused: with random weights in their place."""
+    llmopt, model = {"quantization": {"method": "int8", "skip": (skip,), "activations": "none"}}, build(name)
+    if loading:
+        model.save_pretrained(tmp_path / "full")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", llmopt=llmopt)
+    else:
+        hf_llmopt.optimize(model, llmopt=llmopt)
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantized", llmopt={"quantization": {"activations": "none"}}
+    )
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_refused_call_leaves_fused_experts(tmp_path: Path) -> None:
+    model = build("mixtral")
+    before, modules = model.state_dict(), [type(module) for module in model.modules()]
+    for refused in ({"group_size": 40}, {"method": "gptq", "calibration": []}, {"skip": ["layers"]}):
+        with pytest.raises((UnsupportedQuantization, CalibrationFailed)):
+            hf_llmopt.optimize(model, llmopt={"quantization": refused})
+        assert [type(module) for module in model.modules()] == modules
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert model.state_dict().keys() == before.keys()
+    hf_llmopt.optimize(model, llmopt={"quantization": {"method": "int8", "skip": ["experts"]}})
+    assert fused_weights(model) == fused_weights(build("mixtral")), "what stays is not taken apart"
+
+
+@pytest.mark.parametrize(("name", "after"), [("qwen3_moe", 5), ("llama4_text", 5), ("mixtral", 17)])
+def test_files_of_a_model_whose_quantization_was_stopped(name: str, after: int, tmp_path: Path, monkeypatch) -> None:
+    """Among experts; before the first; in a model whose files call them otherwise."""
+    made, make = itertools.count(), QuantizedLinear.from_grid
+
+    def from_grid(*args: Any) -> QuantizedLinear:
+        if next(made) == after:
+            raise KeyboardInterrupt
+        return make(*args)
+
+    monkeypatch.setattr(QuantizedLinear, "from_grid", from_grid)
+    model = build(name)
+    with pytest.raises(KeyboardInterrupt):
+        hf_llmopt.optimize(model, llmopt=GROUPS)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, llmopt=True)
+    assert again.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(logits(again), logits(model))
 
 

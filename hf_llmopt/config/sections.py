@@ -248,7 +248,7 @@ class QuantizationConfig(Section):
             al. 2022) also see what the layers read, on `calibration`.
         bits: Of a code: 2, 3, 4 or 8. `None`: 8 for int8, fp8 and smoothquant, 4 for the others.
         group_size: Inputs that share a scale; -1 for all inputs of an output. `None`: -1 for int8, fp8 and
-            smoothquant, else the largest of 128, 64 and 32 that divides the inputs of every product.
+            smoothquant, else that of 128, 64 and 32 which divides the inputs of most weights.
         symmetric: No zeros: codes stand around the middle. `None`: no zeros, but for awq.
         act_order: GPTQ rounds the inputs with the largest activations first.
         damping: GPTQ adds this share of the Hessian's mean diagonal to its diagonal.

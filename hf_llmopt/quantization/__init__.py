@@ -6,7 +6,7 @@ from .head import QuantizedHead
 from .in_place import quantize
 from .linear import QuantizedLinear
 from .loading import LOADING, answering, has, require_entry, stored_quantized
-from .quantizer import Quantizer
+from .quantizer import Quantizer, Unloadable
 from .report import QuantizationReport
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "Scheme",
+    "Unloadable",
     "answering",
     "has",
     "make_grid",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class Experts(nn.ModuleList):
     """All experts of a layer. Each token visits those that the router chose for it.
 
     Args:
-        eager: A module for which `can_unfuse` holds. Its parameters are gone afterwards.
+        eager: A module for which `can_unfuse` holds. It is left as it is, and its weights are shared.
 
     Example:
         >>> from transformers import MixtralConfig
@@ -108,7 +108,6 @@ class Experts(nn.ModuleList):
         fused = {name: parameter.detach() for name, parameter in eager.named_parameters()}
         code: Any = copy.copy(eager)  # only code and numbers
         code._parameters = {}
-        eager._parameters.clear()
         self.fused = tuple(fused)
         self.layout, gated = _layout_and_gate(code)
         for expert in range(len(fused["down_proj"])):
@@ -192,23 +191,46 @@ def _gated(act: Callable[[Tensor], Tensor], joined: Tensor) -> Tensor:
     return up * act(gate)
 
 
-def unfuse(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """Put `Experts` in the place of every module of fused experts, and return the names of those that must stay.
+class Unfused(NamedTuple):
+    """What became of a model's modules of fused experts.
 
-    The latter hold three-dimensional weights too, but nothing says how they are multiplied.
+    Attributes:
+        whole: Those that gave their places to `Experts`, by name. As long as they are kept, so is their memory.
+        left: Names of those that must stay: they hold three-dimensional weights too, but nothing says how they are
+            multiplied.
+    """
+
+    whole: dict[str, nn.Module]
+    left: list[str]
+
+    def hold(self, products: Iterable[str]) -> bool:
+        """Whether one of these products is an expert's."""
+        inside = tuple(f"{name}." for name in self.whole)
+        return any(name.startswith(inside) for name in products)
+
+    def undo(self, model: nn.Module, unless: Iterable[str] = ()) -> None:
+        """Put the modules back, unless one of them holds one of these products: of all layers, or of none."""
+        if not self.hold(unless):
+            while self.whole:
+                name, module = self.whole.popitem()
+                Experts(module).load_state_dict(model.get_submodule(name).state_dict())  # what others saw of a change
+                model.set_submodule(name, module)
+
+
+def unfuse(model: nn.Module) -> Unfused:
+    """Put `Experts` in the place of every module of fused experts.
 
     Args:
         model: A model, with weights or on the meta device.
-        wanted: Whether a product is to be quantized, by its name: `model.layers.0.mlp.experts.0.down_proj`.
     """
-    left = []
+    found = Unfused({}, [])
     for name, module in list(model.named_modules()):
         if can_unfuse(module):
-            if wanted(f"{name}.0.down_proj"):
-                model.set_submodule(name, RoutedExperts(module) if _is_routed(module) else Experts(module))
+            model.set_submodule(name, RoutedExperts(module) if _is_routed(module) else Experts(module))
+            found.whole[name] = module
         elif "Experts" in type(module).__name__ and any(p.dim() == 3 for p in module.parameters(recurse=False)):
-            left.append(name)
-    return left
+            found.left.append(name)
+    return found
 
 
 def conversions(found: list[WeightTransform], model: nn.Module) -> list[WeightTransform]:

@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from ..config import CALIBRATED, QuantizationConfig
+from ..errors import about
 from ..kernels.arguments import Grid
 from . import awq, gptq, smoothquant
 from .blocks import quantize_blocks
 from .calibration import pack
-from .experts import unfuse
+from .experts import names_in_files, unfuse
 from .linear import QuantizedLinear
 from .loading import require_full
 from .plan import Plan, plan
@@ -35,12 +36,17 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
     """
     require_full(model)
     asked = replace(asked, method=asked.effective_method)
-    found = plan(model, asked, unfuse(model))
-    quantizer = Quantizer(WeightConfig(found.recipe), asked, pre_quantized=False)
-    quantizer.use(found)
+    quantizer = Quantizer(WeightConfig(), asked, pre_quantized=False)
+    experts = unfuse(model)
+    in_files = names_in_files(model)
     try:
+        found = plan(model, asked, experts.left)
+        quantizer.use(found)
+        experts.undo(model, unless=found.chosen)
         with torch.no_grad():
             for name, grid in _grids(model, found, quantizer.notes):
+                if experts.hold([name]):
+                    experts.whole.clear()  # whose memory is free as soon as their products are quantized
                 module: Any = model.get_submodule(name)
                 new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
                 new.prepare()
@@ -49,8 +55,9 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
                 model.set_submodule(name, new)
                 quantizer.freed.after(module.weight.numel())
     finally:
+        experts.undo(model)  # of which nothing was quantized
         if quantizer.names:  # if it was stopped, the model is what it is now, and its files say so
-            quantizer.use(found.only(quantizer.names))
+            quantizer.use(found.only(quantizer.names, in_files))
             method = quantizer.quantization_config.quant_method
             vars(model).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=method)
             quantizer.postprocess_model(model)
@@ -64,7 +71,9 @@ def _grids(model: PreTrainedModel, plan: Plan, notes: dict[str, str]) -> Iterato
     for name in tqdm(list(plan.chosen), desc="Quantizing weights"):
         module: Any = model.get_submodule(name)
         weight = module.weight.T if type(module) is Conv1D else module.weight
-        yield name, plan.grid(weight, plan.chosen[name])
+        with about(name):
+            grid = plan.grid(weight, plan.chosen[name])
+        yield name, grid
 
 
 def _calibrated(model: PreTrainedModel, plan: Plan, notes: dict[str, str]) -> Iterator[tuple[str, Grid]]:

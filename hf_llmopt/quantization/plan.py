@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +54,15 @@ class Plan:
     skipped: dict[str, str]
     recipe: Recipe
 
-    def only(self, names: set[str]) -> Plan:
-        """The plan for some of the chosen products, the others left as they are."""
+    def only(self, names: set[str], in_files: Callable[[str], str]) -> Plan:
+        """The plan for some of the chosen products, the others left as they are; `in_files` as `names_in_files`."""
         left = {name: STOPPED for name in self.chosen if name not in names}
         if not left:
             return self
         chosen = {name: scheme for name, scheme in self.chosen.items() if name in names}
         skipped = self.skipped | left
         how = self.config.effective_method, self.bits, self.group_size, self.symmetric, self.config.act_order
-        recipe = Recipe.for_method(*how, skipped, self.config.format)
+        recipe = Recipe.for_method(*how, map(in_files, skipped), self.config.format)
         return replace(self, chosen=chosen, skipped=skipped, recipe=recipe)
 
     def grid(self, weight: Tensor, scheme: Scheme) -> Grid:
@@ -121,9 +122,11 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Collection[s
             skipped[name] = reason
     if set(left) <= set(skipped):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it has no nn.Linear"
+        common = gcd(*(inputs for inputs, _ in left.values()))
+        sizes = f"Leave group_size out, or choose a divisor of {common}, as {gcd(group_size, common)}."
+        remedy = sizes if left and config.group_size else "Skip less." if config.skip else "Load it without a method."
         raise UnsupportedQuantization(
-            f"No product of {type(model).__name__} can be quantized with {config!r} ({reasons}). "
-            "Leave group_size out, or choose one that divides."
+            f"No product of {type(model).__name__} can be quantized with {config!r} ({reasons}). {remedy}"
         )
     while True:
         recipe = Recipe.for_method(*how, [in_files(name) for name in skipped], config.format)

@@ -6,6 +6,7 @@ Which model gets one is decided in `loading.py`; a model that is loaded already,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import QuantizationConfig
-from ..errors import InvalidCheckpoint
+from ..errors import InvalidCheckpoint, UnsupportedQuantization, about
 from . import formats
-from .experts import conversions, keep_apart, names_in_files, unfuse
+from .experts import Experts, conversions, keep_apart, names_in_files, unfuse
 from .formats import Recipe, Scheme
 from .head import QuantizedHead
 from .heap import Freed
@@ -60,6 +61,7 @@ class Quantizer(HfQuantizer):
         self.asked = asked
         self.plan: Plan | None = None
         self.names: set[str] = set()  # of the modules that are ours
+        self.experts: set[str] = set()  # names of `Experts`; all of one may come from one tensor
         self.element_sizes: dict[str, int] = {}  # bytes of what they store as `weight`, which is full until it is read
         self.bytes_before = 0
         self.notes: dict[str, str] = {}  # what a calibration could not do for some of them
@@ -67,31 +69,28 @@ class Quantizer(HfQuantizer):
         self._loading: PreTrainedModel | None = None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        recipe: Any = self.quantization_config.recipe
-        fused = unfuse(model, lambda name: recipe is None or recipe.scheme_of(name, AS_LINEAR) is not None)
+        experts = unfuse(model)
         self._loading = model
-        if not self.pre_quantized:
-            self.use(plan(model, self.asked, fused))
-        chosen = self._stored(model, kwargs.get("checkpoint_files")) if self.plan is None else self.plan.chosen
+        shapes = _shapes(kwargs.get("checkpoint_files") or ())
+        if self.pre_quantized:
+            chosen = self._stored(model, shapes)
+        else:
+            self.use(found := plan(model, self.asked, experts.left))
+            chosen = found.chosen
+            formats.stored_in(shapes, {}, map(names_in_files(model), chosen))  # that the files are full
+        experts.undo(model, unless=chosen)
+        self.experts = {name for name, module in model.named_modules() if isinstance(module, Experts)}
         for name, scheme in chosen.items():
             self._swap(model, name, model.get_submodule(name), scheme)
 
-    def _stored(self, model: PreTrainedModel, files: list[str] | None) -> dict[str, Scheme]:
-        """How the files hold each product that they hold quantized."""
+    def _stored(self, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[str, Scheme]:
+        """How the files, with tensors of these shapes, hold each product that they hold quantized."""
         recipe: Any = self.quantization_config.recipe
         in_file = names_in_files(model)
         products = [name for name, module in model.named_modules() if inputs_and_outputs(module) is not None]
         in_files = {name: in_file(name) for name in products}
         found = {name: recipe.scheme_of(in_files[name], AS_LINEAR) for name in products}
         schemes = {in_files[name]: scheme for name, scheme in found.items() if scheme is not None}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in files or ():
-            if str(file).endswith(".safetensors"):
-                try:
-                    with safe_open(file, "pt") as tensors:
-                        shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-                except (SafetensorError, OSError) as error:  # torn, or one of several that is missing
-                    raise InvalidCheckpoint(f"{file} cannot be read: {error}. Download or save it again.") from error
         modules = {name.rpartition(".")[0] for name in shapes}
         # What transformers renames while it loads is found incomplete afterwards, if it is.
         known = {name: scheme for name, scheme in schemes.items() if name in modules}
@@ -135,7 +134,8 @@ class Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:  # noqa: D102
         name, _, leaf = param_name.rpartition(".")
-        return not self.pre_quantized and leaf == "weight" and name in self.names
+        ours = name in self.names or name.rsplit(".", 2)[0] in self.experts
+        return not self.pre_quantized and leaf == "weight" and ours
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of an element once it is loaded; the other tensors that a module stores are counted too."""
@@ -158,7 +158,8 @@ class Quantizer(HfQuantizer):
             _require_all(name, module)
             module.requires_grad_(False)
             module.activations = self.asked.activations == "auto"
-            module.prepare()
+            with about(name):
+                module.prepare()
             self.freed.after(module.in_features * module.out_features)
         head = model.get_output_embeddings()
         if self.asked.head_bits and type(head) is nn.Linear:
@@ -207,6 +208,18 @@ class Quantizer(HfQuantizer):
         return True
 
 
+class Unloadable(BaseException):
+    """Carries an error out of transformers, which would collect it, load the rest and point to a table.
+
+    Attributes:
+        error: What is to be raised instead.
+    """
+
+    def __init__(self, error: UnsupportedQuantization) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Quantize(ConversionOps):
     """A full weight, as it comes from a file, becomes what its module stores."""
 
@@ -234,13 +247,30 @@ class _Quantize(ConversionOps):
             shape = module.out_features, module.in_features
             if weight.shape != shape and weight.T.shape == shape:
                 weight = weight.T  # GPT-2's Conv1D
-            stored = formats.pack(self.quantizer.plan.grid(weight, module.scheme), module.scheme, weight.dtype)
+            try:
+                with about(name):
+                    stored = formats.pack(self.quantizer.plan.grid(weight, module.scheme), module.scheme, weight.dtype)
+            except UnsupportedQuantization as error:
+                raise Unloadable(error) from error
             if "weight" not in stored:
                 del module._parameters["weight"]
                 missing_keys.discard(key)
             made |= {f"{name}.{leaf}": nn.Parameter(tensor, requires_grad=False) for leaf, tensor in stored.items()}
             self.quantizer.freed.after(weight.numel())
         return made
+
+
+def _shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in safetensors files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            try:
+                with safe_open(file, "pt") as tensors:
+                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:  # torn, or one of several that is missing
+                raise InvalidCheckpoint(f"{file} cannot be read: {error}. Download or save it again.") from error
+    return shapes
 
 
 def _require_all(name: str, module: QuantizedLinear) -> None:

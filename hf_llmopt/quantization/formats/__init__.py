@@ -83,7 +83,7 @@ def stored_in(names: Iterable[str], schemes: Mapping[str, Scheme], dense: Iterab
     if odd:
         raise InvalidCheckpoint(
             f"{len(odd)} weights are quantized in the files, and not by their quantization_config: {'; '.join(odd[:3])}"
-            f"{'; …' if len(odd) > 3 else ''}. It belongs to another checkpoint, or leaves out too much."
+            f"{'; …' if len(odd) > 3 else ''}. It is missing, leaves out too much, or belongs to another checkpoint."
         )
     for module, scheme in schemes.items():
         wanted = _format(scheme).layout(scheme, 1, 1, torch.float32).keys() - OPTIONAL
