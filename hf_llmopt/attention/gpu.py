@@ -96,7 +96,7 @@ def _parts(step: StepInputs) -> list[range]:
 
 
 def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
-    from ..kernels.triton import decode, extend
+    from ..kernels.triton import decode
 
     layer, query, *_ = call
     device = query.device
@@ -110,16 +110,42 @@ def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
         tiles = step.tiles(layer, device, spans, longest)
         shape, split = decode.plan(tokens, seen, len(tiles), longest)
         return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
-    group = tokens.shape[1] // seen.shape.kv_heads
-    if seen.tree is None and _hopper(tokens, seen, group):
+    found, name = prefill(
+        tokens, seen, partial(step.tiles, layer, device, spans), windowed, partial(step.are_runs, layer, spans)
+    )
+    step.note(name)
+    return found[None]
+
+
+def prefill(
+    query: Tensor,
+    seen: Seen,
+    tiles: Callable[[int], Tensor],
+    windowed: bool,
+    are_runs: Callable[[int], bool] = lambda size: True,
+) -> tuple[Tensor, str]:
+    """The kernel for long spans that this device and these heads have.
+
+    Args:
+        query: `[tokens, heads, key_dim]`.
+        seen: What they attend to.
+        tiles: The spans cut into tiles of at most so many tokens, as `extend.extend` takes them.
+        windowed: Whether any query does not see its request's first token.
+        are_runs: Whether aligned blocks of so many tokens of a request lie in neighbouring slots.
+
+    Returns:
+        `[tokens, heads, value_dim]`, and the kernel's name.
+    """
+    from ..kernels.triton import extend
+
+    group = query.shape[1] // seen.shape.kv_heads
+    if seen.tree is None and _hopper(query, seen, group):
         from ..kernels.triton import hopper
 
-        if step.are_runs(layer, spans, hopper.KEYS):
-            step.note("hopper-extend")
-            return hopper.extend(tokens, seen, step.tiles(layer, device, spans, hopper.ROWS // group), windowed)[None]
-    step.note("triton-extend")
-    shape = extend.shape_for(tokens, seen)
-    return extend.extend(tokens, seen, step.tiles(layer, device, spans, shape.rows // group), shape, windowed)[None]
+        if are_runs(hopper.KEYS):
+            return hopper.extend(query, seen, tiles(hopper.ROWS // group), windowed), "hopper-extend"
+    shape = extend.shape_for(query, seen)
+    return extend.extend(query, seen, tiles(shape.rows // group), shape, windowed), "triton-extend"
 
 
 def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
@@ -130,7 +156,8 @@ def _hopper(query: Tensor, seen: Seen, group: int) -> bool:
         return False
     from ..kernels.triton import hopper
 
-    return group <= hopper.ROWS and {query.shape[2], seen.shape.value_dim} <= set(hopper.WIDTHS)
+    fits = group <= hopper.ROWS and {query.shape[2], seen.shape.value_dim} <= set(hopper.WIDTHS)
+    return fits and hopper.reads(seen.keys) and hopper.reads(seen.values)
 
 
 def _class_of(step: StepInputs, call: Call, spans: range) -> str:

@@ -1,7 +1,9 @@
 """Plain forwards, `model(input_ids)`, of a model whose user chose `attn_implementation="llmopt"`.
 
-Prompts are computed by the C kernel for long spans where that wins, on the keys and values that the model hands over.
-Everything else, training above all, takes torch's attention: it has gradients.
+Prompts are computed by a kernel for long spans where that wins, on the keys and values that the model hands over. On a
+CPU it is the one in C. On a GPU it is one in Triton: always where torch would need a mask, by which it loses its fast
+kernels, or would write the scores down (softcaps, sinks); else whichever of the two was faster when such shapes were
+first met. Everything else, training above all, takes torch's attention: it has gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels import cpu, reference
 from ..kernels.arguments import Seen
 from ..kernels.race import best_seconds
+from . import gpu
+from .strided import attention as strided
+from .strided import items
 
 # Measured on 2 cores of an AMD EPYC with AVX-512, all formats and shapes of heads: from here on no shape is slower than
 # in torch, and few are below.
@@ -51,23 +56,23 @@ def limits(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """What every token sees, in two numbers instead of a mask; the arguments are those of transformers' mask functions.
+    """What every token sees, in numbers instead of a mask; the arguments are those of transformers' mask functions.
 
     Windows, chunks and padding on either side can be said so. A padded token sees itself where that leaves nothing.
 
     Returns:
-        First visible token and end of the visible ones, int32 `[batch, 1, tokens, 2]`; `None` where causality says it
-        all, where two numbers cannot say it, and where the kernel would not be used.
+        Row, first visible token and end of the visible ones, int32 `[batch, 1, tokens, 3]`; `None` where causality says
+        it all, where a first and an end cannot say it, and where no kernel would be used.
     """
     device = torch.device(device)
-    if torch.is_grad_enabled() or not _serves(q_length, dtype, device):
+    if torch.is_grad_enabled() or _kernel(q_length, dtype, device) is None:
         return None
     if not allow_is_causal_skip or use_vmap:  # a mask of another kind than those below
         return None
     if isinstance(q_offset, Tensor) or (q_offset, kv_offset, kv_length) != (0, 0, q_length):
         return None
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if not padded and (local_size is None or q_length <= local_size):
+    if not padded and (local_size is None or q_length < local_size):
         return None
     token = torch.arange(q_length, device=device)
     first, end = torch.zeros_like(token)[None], (token + 1)[None]
@@ -88,7 +93,7 @@ def limits(
         first, end = first.maximum(start), end.minimum(start + count)
         some = first < end
         first, end = first.where(some, token), end.where(some, token + 1)
-    return torch.stack([first, end], -1).int().expand(batch_size, -1, -1)[:, None]
+    return items(batch_size, first, end)
 
 
 def attention(
@@ -109,25 +114,26 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    limited = attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 2
+    limited = attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[-1] == 3
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias, **kwargs}
+    theirs = partial(ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, **options)
+    plain = softcap is None and s_aux is None
     if (
         (limited or (attention_mask is None and is_causal and query.shape[2] == key.shape[2]))
         and not (module.training or dropout or (torch.is_grad_enabled() and _learns(query, key, value, s_aux)))
         and query.dtype == key.dtype == value.dtype
-        and max(query.shape[3], value.shape[3]) <= cpu.MAX_DIM
         and position_bias is None
-        and _serves(query.shape[2], query.dtype, query.device)
+        and (kernel := _kernel(query.shape[2], query.dtype, query.device, max(query.shape[3], value.shape[3])))
     ):
-        return _ours(query, key, value, attention_mask, scaling, softcap, s_aux), None
+        ours = partial(kernel, query, key, value, attention_mask, scaling, softcap, s_aux)
+        if kernel is not strided or limited or not plain or _faster(ours, partial(theirs, None), query, value):
+            return ours(), None
     if limited:
         assert attention_mask is not None
         index = torch.arange(key.shape[2], device=key.device)
-        attention_mask = (index >= attention_mask[..., :1]) & (index < attention_mask[..., 1:])
-    if softcap is None and s_aux is None:
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-        output: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, **options, **kwargs
-        )
+        attention_mask = (index >= attention_mask[..., 1:2]) & (index < attention_mask[..., 2:])
+    if plain:
+        output: tuple[Tensor, None] = theirs(attention_mask)
         return output
     if attention_mask is None and is_causal:
         index = torch.arange(key.shape[2], device=query.device)
@@ -147,13 +153,40 @@ def _learns(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _serves(tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel computes prompts of this length here, and is not slower than torch."""
-    if tokens < LONG or device.type != "cpu" or dtype not in cpu.DTYPES or not cpu.available():
-        return False
+def _kernel(tokens: int, dtype: torch.dtype, device: torch.device, widest: int = 0) -> Callable[..., Tensor] | None:
+    """What computes prompts of this length here, if it is not slower than torch.
+
+    Args:
+        tokens: Of a row.
+        dtype: Of queries, keys and values.
+        device: Where they lie.
+        widest: Head.
+    """
+    if tokens < LONG or dtype not in cpu.DTYPES:
+        return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False  # it reads addresses
-    return _wins(dtype, torch.get_num_threads(), cpu.used())
+        return None  # they read addresses
+    if device.type == "cpu":
+        serves = widest <= cpu.MAX_DIM and cpu.available() and _wins(dtype, torch.get_num_threads(), cpu.used())
+        return _ours if serves else None
+    if widest > gpu.WIDEST or not _has_triton(device) or torch.cuda.is_current_stream_capturing():
+        return None
+    return strided
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    return gpu.why_not(device) is None
+
+
+def _faster(ours: Callable[[], Any], theirs: Callable[[], Any], query: Tensor, value: Tensor) -> bool:
+    """Whether ours was faster on this kind of GPU when shapes like these were first met: counts are rounded up."""
+    from ..kernels.triton import tuning
+
+    (rows, heads, tokens, width), (_, kv_heads, _, value_width) = query.shape, value.shape
+    counts = " ".join(str(1 << (count - 1).bit_length()) for count in (rows, tokens))
+    key = f"plain {query.dtype} heads {heads}/{kv_heads} {width}/{value_width} rows, tokens {counts}"
+    return tuning.raced(key, {"sdpa": theirs, "triton": ours}, query.device) == "triton"
 
 
 @cache
@@ -193,11 +226,8 @@ def _ours(
     queries = query.transpose(1, 2).flatten(0, 1)
     queries = queries if queries.stride(2) == 1 else queries.contiguous()
     rows = torch.arange(batch, dtype=torch.int32, device="cpu")
-    items = torch.zeros(batch, tokens, 3, dtype=torch.int32, device="cpu")
-    items[..., 0] = rows[:, None]
     if seen is None:
-        items[..., 2] = torch.arange(1, tokens + 1, device="cpu")
-    else:
-        items[..., 1:] = seen[:, 0]
-    pages = Seen(keys, values, rows[:, None], items, tokens, tokens, scaling, softcap, sinks)
+        token = torch.arange(tokens, device="cpu")[None]
+        seen = items(batch, torch.zeros_like(token), token + 1)
+    pages = Seen(keys, values, rows[:, None], seen, tokens, tokens, scaling, softcap, sinks)
     return cpu.attention(queries, pages).unflatten(0, (batch, tokens))

@@ -83,7 +83,7 @@ def _blocks(
 @triton.jit
 def _extend(
     query, out, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
-    QUERY_TOKEN, QUERY_HEAD, TILES, PAGES,
+    QUERY_TOKEN, QUERY_HEAD, TILES, PAGES, KEY_HEAD, VALUE_HEAD,
     KEY_SLOT: tl.constexpr, VALUE_SLOT: tl.constexpr, KEY_SCALES: tl.constexpr, VALUE_SCALES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
@@ -131,8 +131,8 @@ def _extend(
         whole = tl.minimum(tl.cdiv(latest, BLOCK_N) * BLOCK_N, stop)
     whole_stop = tl.maximum(whole_stop // BLOCK_N * BLOCK_N, whole)
     pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
-    keys += head * KEY_DIM
-    values += head * VALUE_DIM
+    keys += head.to(tl.int64) * (KEY_DIM if KEY_HEAD is None else KEY_HEAD)
+    values += head.to(tl.int64) * (VALUE_DIM if VALUE_HEAD is None else VALUE_HEAD)
     if WINDOWED:
         total, largest, weight = _blocks(
             q, total, largest, weight, begin, whole, lowest, stop, pages, first, end, branch, head,
@@ -186,10 +186,12 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, shape: Shape, windowed: boo
     """
     pages, constants = arguments(query, seen)
     out = query.new_empty(*query.shape[:2], seen.shape.value_dim)
+    # Heads of pages follow one another, and stay a constant; those of dense keys lie as far apart as there are tokens.
+    apart = (None if part.stride(1) == part.shape[2] else part.stride(1) for part in (seen.keys, seen.values))
     _extend[(len(tiles) * seen.shape.kv_heads,)](
         query, out, *pages, tiles,
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
-        query.stride(0), query.stride(1), len(tiles), seen.table.shape[1],
+        query.stride(0), query.stride(1), len(tiles), seen.table.shape[1], *apart,
         **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
         STAGES=shape.stages, WINDOWED=windowed, num_warps=shape.warps,
     )  # fmt: skip

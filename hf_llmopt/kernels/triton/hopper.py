@@ -66,6 +66,7 @@ def _tile(tiles, items, tile, TILES, KV_HEADS: gl.constexpr, WINDOWED: gl.conste
 @gluon.jit
 def _fetch(
     keys, values, k, v, k_full, k_free, v_full, v_free, table, items, tiles, TILES, PAGES,
+    KEY_ROWS, KEY_COLUMNS, VALUE_ROWS, VALUE_COLUMNS,
     KV_HEADS: gl.constexpr, PAGE: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
@@ -82,10 +83,10 @@ def _fetch(
             slot = gl.load(pages + token // PAGE) * PAGE + token % PAGE
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), BLOCK_N * KEY_DIM * 2)
-            fetch(keys, [slot, head * KEY_DIM], k_full.index(stage), k.index(stage))
+            fetch(keys, [slot + head * KEY_ROWS, head * KEY_COLUMNS], k_full.index(stage), k.index(stage))
             mbarrier.wait(v_free.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), BLOCK_N * VALUE_DIM * 2)
-            fetch(values, [slot, head * VALUE_DIM], v_full.index(stage), v.index(stage))
+            fetch(values, [slot + head * VALUE_ROWS, head * VALUE_COLUMNS], v_full.index(stage), v.index(stage))
             i += 1
     # Keys of a tile that does not exist, so that the last one ends as the others do.
     mbarrier.wait(k_free.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
@@ -121,9 +122,12 @@ def _bounds(
     row = part * 64 + gl.arange(0, 64, LAYOUT)
     token = row // GROUP
     first = token * 0
+    end += token
     if WINDOWED:
-        first = gl.load(items + (start + token) * 3 + 1, mask=row < count * GROUP, other=0)
-    return first, end + token
+        at = items + (start + token) * 3
+        first = gl.load(at + 1, mask=row < count * GROUP, other=0)
+        end = gl.load(at + 2, mask=row < count * GROUP, other=0)  # padding on the right ends it sooner
+    return first, end
 
 
 @gluon.jit
@@ -299,6 +303,7 @@ def _multiply(
 @gluon.jit
 def _extend(
     query, out, keys, values, table, items, tiles, sinks, factor, cap, QUERY_TOKEN, QUERY_HEAD, TILES, PAGES,
+    KEY_ROWS, KEY_COLUMNS, VALUE_ROWS, VALUE_COLUMNS,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -332,12 +337,29 @@ def _extend(
             )),
             (_fetch, (
                 keys, values, k, v, k_full, k_free, v_full, v_free, table, items, tiles, TILES, PAGES,
+                KEY_ROWS, KEY_COLUMNS, VALUE_ROWS, VALUE_COLUMNS,
                 KV_HEADS, PAGE, KEY_DIM, VALUE_DIM, BLOCK_N, STAGES, WINDOWED,
             )),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+def reads(pages: Tensor) -> bool:
+    """Whether the copy engine can fetch blocks of a head: rows of a matrix, 16 bytes apart or a multiple of that."""
+    slot, head, _ = pages.stride()
+    return pages.data_ptr() % 16 == 0 and slot % 8 == 0 and (head < slot or head % slot == 0)
+
+
+def _described(pages: Tensor) -> tuple[TensorDescriptor, int, int]:
+    """Slots as a matrix for the copy engine, and how many rows and columns of it a head is behind the one before."""
+    slots, kv_heads, width = pages.shape
+    slot, head, _ = pages.stride()
+    rows, columns = divmod(head, slot)
+    shape = slots + (kv_heads - 1) * rows, (kv_heads - 1) * columns + width
+    matrix = pages.as_strided(shape, (slot, 1))
+    return TensorDescriptor.from_tensor(matrix, [KEYS, width], gl.NVMMASharedLayout(128, 16)), rows, columns
 
 
 def extend(query: Tensor, seen: Seen, tiles: Tensor, windowed: bool = True) -> Tensor:
@@ -355,16 +377,12 @@ def extend(query: Tensor, seen: Seen, tiles: Tensor, windowed: bool = True) -> T
     kv_heads, key_dim, value_dim = seen.shape
     heads = query.shape[1]
     out = query.new_empty(len(query), heads, value_dim)
-    layout = gl.NVMMASharedLayout(128, 16)
-    keys, values = (
-        TensorDescriptor.from_tensor(pages.flatten(1), [KEYS, pages.shape[2]], layout)
-        for pages in (seen.keys, seen.values)
-    )
+    (keys, *key_head), (values, *value_head) = (_described(pages) for pages in (seen.keys, seen.values))
     programs = len(tiles) * kv_heads
     _extend[(min(programs, multiprocessors(query.device)),)](
         query, out, keys, values, seen.table, seen.items, tiles, seen.sinks, seen.scaling * LOG2E,
         seen.softcap * LOG2E if seen.softcap else None, query.stride(0), query.stride(1), programs,
-        seen.table.shape[1],
+        seen.table.shape[1], *key_head, *value_head,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=seen.page_size, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_N=KEYS, STAGES=STAGES, WINDOWED=windowed, num_warps=4,
         DTYPE=gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16,
