@@ -1,5 +1,5 @@
-"""Compiles the kernels of a decoder layer for GPUs, which need not be there: what the interpreter takes, a compiler may
-not. Run without TRITON_INTERPRET; prints how many it compiled."""
+"""Compiles the kernels of a decoder layer, and of attention over long spans, for GPUs that need not be there: what the
+interpreter takes, a compiler may not. Run without TRITON_INTERPRET; prints how many it compiled."""
 
 import itertools
 import re
@@ -8,8 +8,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from hf_llmopt.kernels.triton import argmax, few, gated, int_linear, norm, rotary, wide
+from hf_llmopt.kernels.triton import argmax, extend, few, gated, hopper, int_linear, norm, rotary, wide
 
 CAPABILITIES = (80, 90)
 POINTERS = {"slots": "*i64", "best": "*fp32", "where": "*i32", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
@@ -107,7 +109,37 @@ def hopper_cases() -> Any:
     yield wide._join, {"PARTS": 1, "SPLIT": 4, "BLOCK_N": 512, **biases}, 4
 
 
+def compile_attention(capability: int, kernel: Any, **constants: Any) -> None:
+    """Of long spans. Heads lie apart by numbers that are known only at the launch, as those of dense keys do."""
+    known = dict.fromkeys(("table", "items", "tiles"), "*i32") | dict.fromkeys(("factor", "cap"), "fp32")
+    if kernel is hopper._extend:
+        known |= dict.fromkeys(("keys", "values"), f"tensordesc<bf16[128, 128],{gl.NVMMASharedLayout(128, 16)!r}>")
+    types, divisible = {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        types[name] = "constexpr" if name in constants else known.get(name) or ("i32" if name.isupper() else "*bf16")
+        if types[name].startswith("*") or name in ("QUERY_TOKEN", "QUERY_HEAD"):
+            divisible[at,] = [["tt.divisibility", 16]]
+    source = GluonASTSource if kernel is hopper._extend else ASTSource
+    triton.compile(source(kernel, types, constants, divisible), target=GPUTarget("cuda", capability, 32))
+
+
+def attention_cases() -> Any:
+    """Capabilities, kernels and their constants."""
+    heads = {"KV_HEADS": 8, "GROUP": 4, "PAGE": 1, "KEY_DIM": 128, "VALUE_DIM": 128, "DTYPE": triton.language.bfloat16}
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_V": 128, "STAGES": 3}
+    pages = {"KEY_SLOT": 128, "VALUE_SLOT": 128, "KEY_SCALES": 0, "VALUE_SCALES": 0, "FORM": ""}
+    none = {"key_scales": None, "value_scales": None, "tree": None}
+    for windowed, more in itertools.product((False, True), ({"sinks": None, "cap": None}, {})):
+        for capability in CAPABILITIES:
+            yield capability, extend._extend, {**heads, **tile, **pages, **none, **more, "WINDOWED": windowed}
+        fixed = {"DTYPE": gl.bfloat16, "BLOCK_N": hopper.KEYS, "STAGES": hopper.STAGES, "WINDOWED": windowed}
+        yield 90, hopper._extend, {**heads, **fixed, **more}
+
+
 count = 0
+for capability, kernel, constants in attention_cases():
+    compile_attention(capability, kernel, **constants)
+    count += 1
 for capability, (kernel, constants) in itertools.product(CAPABILITIES, cases()):
     compile_for(capability, kernel, **constants)
     count += 1
