@@ -24,6 +24,7 @@ from hf_llmopt.cli import app
 from hf_llmopt.demo.tokens import train_tokenizer
 from hf_llmopt.errors import InvalidLogits, InvalidOption, InvalidText
 
+EVICTING = '{"kv_cache": {"eviction": "snapkv"}}'
 TEXT = "def f(x):\n    return x + 1\n" * 12
 
 
@@ -258,6 +259,8 @@ def test_command_perplexity(folders: list[Path], text: Path, tiny: torch.nn.Modu
     assert {key: report[key] for key in expected} == pytest.approx(expected)
     assert (report["text"], report["context"], report["dtype"]) == (str(text), 16, "float32")
     shown = ok(*args)
+    assert f"{folders[0]}, float32: " in shown.stdout
+    assert f"{folders[0]}, int8, float32: " in ok(*args, "--llmopt", "int8").stdout
     assert f"{expected['perplexity']:.4g} [{expected['low']:.4g}, {expected['high']:.4g}]" in shown.stdout
     assert "single window" in ok("perplexity", folders[0], "--text", text).stderr
 
@@ -321,13 +324,15 @@ def test_command_compares_no_files_with_themselves(folders: list[Path], text: Pa
         (("perplexity", "{folder}", "--text", "{text}", "--llmopt", "int44"), "Did you mean 'int4'?"),
         (("logits", "{folder}", "--text", "{text}"), "nothing to compare with"),
         (("logits", "{folder}", "--text", "{text}", "--llmopt", "kv_cache"), "give --against another model"),
+        (("perplexity", "{folder}", "--text", "{text}", "--llmopt", EVICTING), "eviction='snapkv' gives up tokens"),
+        (("logits", "{folder}", "--text", "{text}", "--llmopt", EVICTING), "bench kv_cache --long --eviction"),
     ],
 )
 def test_command_errors(folders: list[Path], text: Path, tmp_path: Path, args: tuple[str, ...], says: str) -> None:
     (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty").write_text(" \n")
     names = {"folder": folders[0], "text": text, "latin": tmp_path / "latin", "empty": tmp_path / "empty"}
-    result = run(*(arg.format(**names) for arg in args))
+    result = run(*(arg if arg == EVICTING else arg.format(**names) for arg in args))
     assert result.exit_code == 1
     assert says in result.stderr
     assert result.stdout == ""

@@ -124,6 +124,7 @@ def perplexity(
 
     Raises:
         InvalidLogits: The model's logits contain NaN.
+        InvalidOption: The model's default config evicts.
 
     Example:
         >>> from hf_llmopt import demo
@@ -148,10 +149,16 @@ def logits(model: PreTrainedModel, sample: Sample) -> Iterator[Tensor]:
 
     Raises:
         InvalidLogits: They contain NaN.
+        InvalidOption: The model's default config evicts, which a pass over a whole text does not.
         NotServed: The model is not served, so that there are no pages.
     """
     handle = vars(model).get("llmopt")
     config = None if handle is None else handle.config
+    if config is not None and config.kv_cache.eviction is not None:
+        raise InvalidOption(
+            f"eviction={config.kv_cache.eviction!r} gives up tokens while text is generated; the passes measured here "
+            "see all of them. Leave it out; `hf-llmopt bench kv_cache --long --eviction` measures what it costs."
+        )
     cache = None
     if config is not None and config.kv_cache.dtype != "auto":
         cache = _paged_cache(model, config, sample.windows[0].ids[:1])

@@ -77,7 +77,7 @@ def perplexity(
         ["bits per byte", f"{found.bits_per_byte:.4f}"],
         ["tokens", f"{found.tokens:,} in {len(sample.windows):,} windows"],
     ]
-    ui.table(f"{model}, {_dtype(loaded)}: {report['text']}", ["", ""], rows, 1)
+    ui.table(f"{_name(model, wanted, llmopt)}, {_dtype(loaded)}: {report['text']}", ["", ""], rows, 1)
     _warn(sample)
 
 
@@ -146,8 +146,8 @@ def logits(
         ["largest", f"{found.largest:.4g}"],
         ["tokens", f"{found.tokens:,} in {len(sample.windows):,} windows"],
     ]
-    name = model if wanted is False else f"{model}, {llmopt},"
-    ui.table(f"{name} against {reference}, {_dtype(loaded)}: {report['text']}", ["", ""], rows, 1)
+    title = f"{_name(model, wanted, llmopt)}, against {reference}, {_dtype(loaded)}: {report['text']}"
+    ui.table(title, ["", ""], rows, 1)
     _warn(sample)
 
 
@@ -156,7 +156,7 @@ def _only_exact(wanted: Any) -> bool:
     from hf_llmopt.config import LLMOptConfig
 
     config = LLMOptConfig.parse(wanted)
-    return config is None or (config.quantization is None and config.kv_cache.dtype == "auto")
+    return config is None or config.exact
 
 
 def _only_format(wanted: Any) -> bool:
@@ -197,6 +197,10 @@ def _said(rows: Any, on_window: Any) -> Any:
 def _about(path: Path | None, sample: Sample) -> dict[str, Any]:
     longest = max(len(window.ids) for window in sample.windows) - 1
     return {"text": str(path) if path else HELD_OUT, "context": longest, "windows": len(sample.windows)}
+
+
+def _name(model: str, wanted: Any, llmopt: str) -> str:
+    return model if wanted is False else f"{model}, {llmopt}"
 
 
 def _dtype(model: Any) -> str:
