@@ -270,7 +270,8 @@ def test_the_setting_is_of_what_changes_answers() -> None:
     assert same.setting == Recipe().setting
     others = [{"llmopt": "int4"}, {"llmopt": {"kv_cache": "int8"}}, {"dtype": "float32"}, {"served_name": "x"}]
     others += [{"max_model_len": 64}, {"tool_parser": "none"}, {"model": "other"}]
-    assert len({Recipe(**other).setting for other in [{}, *others]}) == 8
+    others += [{"llmopt": {"quantization": {"method": "gptq", "calibration": [text]}}} for text in ("one", "two")]
+    assert len({Recipe(**other).setting for other in [{}, *others]}) == 10
 
 
 def test_failed_requests_are_tried_again_if_that_is_asked_for(tmp_path) -> None:

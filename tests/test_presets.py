@@ -9,7 +9,14 @@ import torch
 from architectures import build
 
 import hf_llmopt
-from hf_llmopt import BatchingConfig, KVCacheConfig, LLMOptConfig, PromptCacheConfig, SpeculativeConfig
+from hf_llmopt import (
+    BatchingConfig,
+    KVCacheConfig,
+    LLMOptConfig,
+    PromptCacheConfig,
+    QuantizationConfig,
+    SpeculativeConfig,
+)
 from hf_llmopt.cli.command import keyword
 from hf_llmopt.cli.service import config_of
 from hf_llmopt.config import PARTS, PRESETS
@@ -59,12 +66,21 @@ def test_parts_beside_a_preset() -> None:
         ({"latency": True}, "'latency' is a name, and a dict takes sections: llmopt='latency'"),
         ({"int4": True}, "llmopt='int4' or {'quantization': {'method': 'int4'}}"),
         ({"continuous_batching": True}, "or {'batching': True}"),
+        ({"kv_cache": "sink"}, "'sink' is a value of eviction. Give {'eviction': 'sink'}"),
+        ({"kv_cache": {"eviction": "SnapKV"}}, "Did you mean 'snapkv'"),
         (b"latency", "got b'latency'"),
     ],
 )
 def test_near_misses(value: object, match: str) -> None:
     with pytest.raises(InvalidOption, match=match):
         LLMOptConfig.parse(value)
+
+
+def test_a_calibration_set_does_not_fill_the_screen() -> None:
+    asked = QuantizationConfig("gptq", calibration=["a text"] * 1000, samples=8)
+    assert repr(asked) == "QuantizationConfig(method='gptq', calibration=<list of 1,000>, samples=8)"
+    assert "calibration=<generator>" in repr(QuantizationConfig("gptq", calibration=(text for text in ["a"])))
+    assert "draft_model='org/small'" in repr(LLMOptConfig(speculative={"draft_model": "org/small"}))
 
 
 def test_on_the_command_line() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sized
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import InvalidOption, unknown
@@ -39,7 +39,7 @@ class Section:
         if value is None and default is None:
             return
         if rule["choices"]:
-            choices = (*rule["choices"], *OWN.get(rule["own"], ()))
+            choices = _choices(type(self).__dataclass_fields__[name])
             if not any(value == choice and alike(value, choice) for choice in choices):
                 raise unknown(f"{where}: value", value, choices)
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
@@ -62,6 +62,12 @@ class Section:
         if value is True:
             return cls()
         if isinstance(value, str) and cls.main is not None:
+            homes = [each.name for each in fields(cls) if value in _choices(each)]
+            if homes and cls.main not in homes and _choices(cls.__dataclass_fields__[cls.main]):
+                raise InvalidOption(
+                    f"{cls.__name__}: a string by itself is its {cls.main}, and {value!r} is a value of {homes[0]}. "
+                    f"Give {{{homes[0]!r}: {value!r}}}."
+                )
             value = {cls.main: value}
         if not isinstance(value, Mapping):
             forms = "True, a dict" + (f", a string ({cls.main})" if cls.main else "")
@@ -73,12 +79,25 @@ class Section:
         return cls(**value)
 
 
+def _choices(option: Field[Any]) -> tuple[Any, ...]:
+    """The values that an option takes, those that users have registered too; none if it takes any of its kind."""
+    return (*option.metadata["choices"], *OWN.get(option.metadata["own"], ()))
+
+
 def alike(value: Any, choice: Any) -> bool:
     """Whether equal values are of one kind: to Python 4.0 is 4, and True is 1."""
     return isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool)
 
 
 def short_repr(self: Any) -> str:
-    """Show what differs from the default: the shortest call that rebuilds the object."""
-    changed = [(o.name, getattr(self, o.name)) for o in fields(self) if getattr(self, o.name) != o.default]
-    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed)})"
+    """Show what differs from the default: the shortest call that rebuilds the object, but for models and texts."""
+    changed = [(o, getattr(self, o.name)) for o in fields(self) if getattr(self, o.name) != o.default]
+    return f"{type(self).__name__}({', '.join(f'{option.name}={_shown(option, value)}' for option, value in changed)})"
+
+
+def _shown(option: Field[Any], value: Any) -> str:
+    """A value as its `repr`; a calibration set or a model, which may fill pages, by its class and length."""
+    if option.metadata.get("kind") is not object or (isinstance(value, str) and len(value) <= 200):
+        return repr(value)
+    size = f" of {len(value):,}" if isinstance(value, Sized) else ""
+    return f"<{type(value).__name__}{size}>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Recipe(BaseModel):
             self.dtype,
             self.max_model_len,
             self.tool_parser,
-            repr(config.quantization),
+            repr(config.quantization and astuple(config.quantization)),
             *(pages.dtype, pages.eviction, pages.keep_tokens, pages.keep_ratio),
         ]
         return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
