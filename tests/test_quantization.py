@@ -108,7 +108,7 @@ def test_an_equal_config_asks_for_what_is_there():
     model, calibration = build("llama"), torch.randint(3, 100, (4, 64))
 
     def asked():
-        return config("gptq", symmetric=False, group_size=32, calibration=calibration, length=64)
+        return config("gptq", symmetric=False, group_size=32, calibration=calibration, samples=4, length=64)
 
     hf_llmopt.optimize(model, llmopt=asked())
     assert greedy(model, llmopt=asked()) == greedy(model)
@@ -530,6 +530,12 @@ def test_options_of_a_calibration_are_refused_where_there_is_none(method, option
     with pytest.raises(InvalidOption, match=f"{next(iter(option))}=.*sees only the weights.*'gptq'"):
         QuantizationConfig(method, **option)
     QuantizationConfig("gptq", **option)
+
+
+def test_it_is_said_that_a_calibration_set_is_small():
+    asked = config("gptq", calibration=torch.randint(3, 100, (3, 48)), samples=7, length=48)
+    with pytest.warns(UserWarning, match="fills 3 of 7 samples of 48 tokens"):
+        hf_llmopt.optimize(build("llama"), llmopt=asked)
 
 
 def test_the_name_of_a_file_is_no_calibration(words_folder, tmp_path):

@@ -280,7 +280,7 @@ def test_no_more_is_read_than_is_used() -> None:
         ([], "nothing in it"),
         ([""], "nothing in it"),
         ("", "nothing in it"),
-        (["ab", "c"], "3 tokens, too few for one sample of 8"),
+        (["ab", "c"], "3 tokens, too few for one sample of 8. Give more, or a smaller length="),
         ([[1] * 7 + [50]], "token id 50, the model knows 0 to 49"),
         ([[1] * 7 + [-1]], "token id -1"),
         (7, "got int"),

@@ -159,7 +159,7 @@ def test_smoothquant_moves_outliers_into_weights(name: str) -> None:
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_by_the_keyword(method: str, tmp_path: Path) -> None:
     ids = torch.randint(3, 112, (16, 32), generator=torch.Generator().manual_seed(0))
-    config = {"method": method, "calibration": ids.tolist(), "length": 32, "activations": "none"}
+    config = {"method": method, "calibration": ids.tolist(), "samples": 16, "length": 32, "activations": "none"}
     model = hf_llmopt.optimize(build("llama"), llmopt={"quantization": config})
     assert len(model.llmopt.quantization.quantized) == 3 * 7
     model.save_pretrained(tmp_path)

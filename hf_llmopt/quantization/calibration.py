@@ -50,9 +50,9 @@ def pack(calibration: Any, tokenizer: Any, samples: int, length: int, vocabulary
     count = min(samples, len(ids) // length)
     if count == 0:
         amount = f"{len(ids)} tokens, too few for one sample of {length}" if ids else "nothing in it"
-        hint = ""
+        hint = " Give more, or a smaller length=." if ids else ""
         if isinstance(calibration, str) and os.path.isfile(calibration):
-            hint = " The text given is the name of a file: pass what it holds, [Path(name).read_text()]."
+            hint += " The text given is the name of a file: pass what it holds, [Path(name).read_text()]."
         raise CalibrationFailed(f"The calibration set has {amount}.{hint} {REMEDY}")
     packed = torch.tensor(ids[: count * length]).view(count, length)
     wrong = packed[(packed < 0) | (packed >= vocabulary)]

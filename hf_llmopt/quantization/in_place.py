@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -103,4 +104,12 @@ def _calibration_tokens(model: PreTrainedModel, asked: QuantizationConfig) -> Te
     with suppress(Exception):  # token ids need none; for texts, `pack` says that there is none
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     embedding: Any = model.get_input_embeddings()
-    return pack(asked.calibration, tokenizer, asked.samples, asked.length, embedding.weight.shape[0])
+    tokens = pack(asked.calibration, tokenizer, asked.samples, asked.length, embedding.weight.shape[0])
+    if 2 * len(tokens) < asked.samples:
+        warnings.warn(
+            f"llmopt: the calibration set fills {len(tokens)} of {asked.samples} samples of {asked.length} tokens; a "
+            "method that fits few inputs may do worse on others. Give more texts, or say so with samples=.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return tokens
