@@ -38,6 +38,7 @@ KEYS = 128  # of a block
 STAGES = 2  # blocks that are fetched ahead
 WIDTHS = (64, 128)
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton before 3.7
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -161,9 +162,7 @@ def _queries(
     token = start + gl.minimum(row // GROUP, count - 1)  # rows beyond the tile repeat its last token
     d = gl.arange(0, KEY_DIM, gl.SliceLayout(0, LOADS))
     places = query + token.to(gl.int64)[:, None] * QUERY_TOKEN
-    async_copy.async_copy_global_to_shared(
-        q, places + ((head * GROUP + row % GROUP) * QUERY_HEAD)[:, None] + d[None, :]
-    )
+    copy(q, places + ((head * GROUP + row % GROUP) * QUERY_HEAD)[:, None] + d[None, :])
     async_copy.commit_group()
 
 
