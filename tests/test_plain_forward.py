@@ -31,9 +31,9 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     return calls
 
 
-def both(name: str, dtype: torch.dtype = torch.float32):
+def both(name: str, dtype: torch.dtype = torch.float32, **options):
     """A model as transformers has it, and the same with our attention."""
-    stock, model = (build(name, dtype=dtype) for _ in range(2))
+    stock, model = (build(name, dtype=dtype, **options) for _ in range(2))
     model.set_attn_implementation("llmopt")
     return stock, model
 
@@ -69,7 +69,17 @@ def test_padding_on_either_side_is_no_mask(name: str, padding: str, ours) -> Non
     assert len(ours) == model.config.num_hidden_layers
 
 
-def test_what_two_numbers_cannot_say_is_torchs(ours) -> None:
+def test_a_window_as_long_as_the_prompt_is_no_mask(ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own function makes one there."""
+    stock, model = both("mistral", sliding_window=TOKENS)
+    ids = tokens(model)
+    with torch.no_grad():
+        expected = stock(ids).logits
+        monkeypatch.setattr(plain, "sdpa_mask", lambda **_: pytest.fail("a mask is made"))
+        torch.testing.assert_close(model(ids).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_what_a_first_and_an_end_cannot_say_is_torchs(ours) -> None:
     stock, model = both("mistral")
     ids, holes = tokens(model), torch.ones(2, TOKENS, dtype=torch.long)
     holes[1, 30:40] = 0
