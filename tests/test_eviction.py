@@ -332,6 +332,24 @@ def test_sequences_of_one_prompt_share_what_is_kept(model, method):
         assert {table.pages[0] for table in tables} == {tables[0].pages[0]}, "the kept part is held once"
 
 
+@scored
+@pytest.mark.parametrize("places", [2, 256])
+def test_submitted_sequences_of_one_prompt_are_single_ones(model, method, places):
+    """Those that start late find a prompt that has lost tokens; memory that is shared with others grows."""
+    served, ids = model("llama"), prompt(114)["input_ids"][0].tolist()
+    settings = {"max_new_tokens": 12, "do_sample": True, "top_k": 30, "eos_token_id": None, "pad_token_id": 0}
+    kept = {"page_size": 8, "eviction": method, "keep_ratio": 0.5}
+    with Engine(served, {"kv_cache": kept}) as engine:
+        expected = [engine.submit(ids, **settings, seed=7 + index).result() for index in range(3)]
+    served.llmopt.release()  # a pool of its own
+    with Engine(served, {"kv_cache": kept, "batching": {"max_requests": places}}) as engine:
+        before = engine.submit(ids[:9], **{**settings, "max_new_tokens": 5}, seed=1)
+        handle = engine.submit(ids, **settings, seed=7, num_return_sequences=3)
+        assert [choice.result() for choice in handle.choices] == expected
+        assert all(choice.stats.evicted_tokens == 57 for choice in handle.choices)
+        assert len(before.result()) == 5
+
+
 class Forced(LogitsProcessor):
     """Lets nothing but given tokens be chosen."""
 

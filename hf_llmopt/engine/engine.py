@@ -186,9 +186,12 @@ class EngineLoop:
         began = perf_counter()
         self.mover.move(plan)
         if not plan.spans:
-            if not plan.preempted:
+            held = any(request.held for request in self.scheduler.running)
+            if held:
+                self._evict()
+            elif not plan.preempted:
                 self._starve()
-            return bool(plan.preempted)
+            return held or bool(plan.preempted)
         try:
             self._run(plan.spans)
         except Exception as failure:

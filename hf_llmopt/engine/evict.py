@@ -106,7 +106,8 @@ class Evictor:
 
         Args:
             running: Requests that hold pages.
-            awaited: Those whose prompt others are about to share: at its very end it stays whole for a step.
+            awaited: Those whose prompt others are about to share. At its very end it stays whole until they have:
+                rows of one call keep in step; one that was submitted waits for a step.
             runner: Computes prompts again, for methods that want it.
             grow: Called with the free pages each pool should have.
 
@@ -116,8 +117,12 @@ class Evictor:
         failed: list[tuple[Request, Exception]] = []
         done: dict[int, Request] = {}  # by their scores: requests with the same prompt share what is kept
         for request in running:
-            if request.masked_tail or (request.computed == request.prompt and request in awaited):
+            if request.masked_tail:
                 continue
+            if request.computed == request.prompt and request in awaited and not request.held:
+                request.held = request.group is not None and request.group.submitted
+                continue
+            request.held = False
             selection = request.selection
             try:
                 self._drop(request)
@@ -167,8 +172,9 @@ class Evictor:
                     for layer in self.store.groups[index].layers
                 }
                 table, total = request.tables[index], selection.kept + rest
-                if table.lacks(total) > 0:
-                    grow([max(0, table.lacks(total)) if group == index else 0 for group in range(len(request.tables))])
+                if (lacks := table.lacks(total)) > 0:
+                    wanted = lacks + table.pool.free
+                    grow([wanted if group == index else 0 for group in range(len(request.tables))])
                 if table.lacks(total) > 0:
                     return  # pages that others share do not come back: once those have ended
                 settled = selection.prompt - self.scored.recent
@@ -210,13 +216,14 @@ class Evictor:
     ) -> None:
         """Compute the prompt once more behind itself, piece by piece, and look how it attends to what came first."""
         end, tables, size = request.computed, request.tables, self.method.replayed
+        position = request.next_position - request.remaining  # behind the end, where one that waited has a token
         for start in range(0, selection.prompt, size - REPEATED):
             tokens = request.tokens[max(0, start - REPEATED) : selection.prompt][:size]
             stop = end + len(tokens)
             piece = Request(
                 tokens=request.tokens[:end] + tokens,
-                positions=request.positions[:end] + list(islice(count(request.next_position), len(tokens))),
-                next_position=request.next_position + len(tokens),
+                positions=request.positions[:end] + list(islice(count(position), len(tokens))),
+                next_position=position + len(tokens),
                 rooms=[],
                 left_padding=request.left_padding,
                 adapter=request.adapter,

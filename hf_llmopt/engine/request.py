@@ -83,6 +83,7 @@ class Request:
         prompt: Tokens of its prompt, if some are to be evicted.
         selection: What its prompt will lose to eviction; `None` if that is nothing, or done.
         evicted: Tokens that its pages lack in groups of full attention.
+        held: It stays out of the next pass, in which others share its prompt before that loses tokens.
         group: Who is told about logits, errors and figures; set when the request is added to an engine.
         computed: Tokens whose keys are in pages, or in `swapped`.
         swapped: Keys and values that lie in host memory until the request goes on, or `None`.
@@ -130,6 +131,7 @@ class Request:
     prompt: int = 0
     selection: Selection | None = None
     evicted: int = 0
+    held: bool = False
     group: Rows | None = None
     computed: int = 0
     swapped: Any = None
@@ -303,4 +305,5 @@ class Request:
         for table in self.tables:
             table.clear()
         self.tables = []
+        self.held = False
         self.moves.clear()

@@ -122,7 +122,7 @@ class Scheduler:
         budget = self.max_batch_tokens
         if self.line.preempts:
             self._make_way(plan)
-        ready = [request for request in self.running if request.remaining and request.error is None]
+        ready = [r for r in self.running if r.remaining and r.error is None and not r.held]
         # Protected requests come first: they cannot be preempted, so everybody else must be able to give way to them.
         ready.sort(key=lambda request: (not request.protected, not request.decodes, self.line.rank(request)))
         owed = sum(request.remaining for request in ready if request.decodes)  # a long prompt must not stall these
@@ -138,10 +138,9 @@ class Scheduler:
             if request.drafted and (request.remaining > budget or not self._free_for(request)):
                 request.retract()  # drafts are computed where there is room, and take it from nobody
             length = request.next_span(budget if request.decodes else max(1, budget - owed))
-            if not self._reserve(request, request.brought if request.awaits_keys else length, plan):
-                short = True
-            elif not request.awaits_keys:  # its group fills them first
-                budget -= self._plan_span(request, length, plan)
+            held = self._reserve(request, request.brought if request.awaits_keys else length, plan)
+            short |= not held
+            budget -= self._plan_span(request, length, plan) if held and not request.awaits_keys else 0
         if not short:
             self._start_waiting(budget, plan)
         plan.spans.sort(key=lambda span: span[1])
@@ -271,8 +270,9 @@ class Scheduler:
         if parent is None or request.computed:
             return False
         wanted = len(request.tokens) - 1
-        passed = any(table.passed for table in parent.tables) and parent.computed > wanted + 1
-        if parent.finished or wanted <= 0 or passed or any(table.settled > wanted for table in parent.tables):
+        lost = request.selection is not None and parent.selection is None  # evicted from
+        lost |= any(t.settled > wanted or (t.passed and parent.computed > wanted + 1) for t in parent.tables)
+        if parent.finished or wanted <= 0 or lost:
             request.parent = None
             return False
         if parent.computed < wanted or not parent.tables:
