@@ -1,7 +1,9 @@
 """Replayed passes, recorded by an emulation: it runs the same operators and kernels again, in the same memory, and no
 Python of the model."""
 
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_llmopt import Engine, LLMOptConfig
+from hf_llmopt.attention import FixedInputs
 from hf_llmopt.bench import kv_cache
 from hf_llmopt.bench.report import table
 from hf_llmopt.bench.workloads import Workload
-from hf_llmopt.engine import capture, fixed
+from hf_llmopt.engine import capture, fixed, graphs
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.kernels import cpu
 
@@ -201,6 +204,76 @@ def test_pieces_of_a_prompt() -> None:
     check(model, inputs, llmopt, 7, max_new_tokens=2)  # but for the first, up to 6, and what is left, 2 tokens
 
 
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 17 to 24 tokens are of one kind, recorded when it is met again."""
+    monkeypatch.setattr(fixed, "COARSE", 8)
+    monkeypatch.setattr(fixed, "COARSE_CONTEXT", 64)
+    monkeypatch.setattr(graphs, "OFTEN", 1)
+
+
+def prompt_of(length: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 90, (1, length), generator=torch.Generator().manual_seed(length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+def test_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With padding behind them, and with none; behind windows, with sinks."""
+    coarse(monkeypatch)
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    model = one_layer() if name == "llama" else build(name, **layers)
+
+    def logits(length: int, **more: Any) -> Tensor:  # alone: the cache in an output holds pages
+        arguments = {**KW, "max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+        return model.generate(**prompt_of(length), **arguments, **more).logits[0]
+
+    replayed = []
+    for length in (24, 17, 21, 24, 19):
+        assert torch.allclose(logits(length, llmopt=config()), logits(length), atol=1e-5)
+        stats = model.llmopt.stats
+        assert (stats.served_by, stats.no_graphs) == ("llmopt", None)
+        replayed.append(stats.graph_steps)
+    assert replayed == [0, 0, 1, 1, 1]
+    assert "triton-extend" in stats.attention
+
+
+def test_parts_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one attends to the first one's pages; its decoding has a graph of its own."""
+    coarse(monkeypatch)
+    model, llmopt = one_layer(), config(batching={"max_batch_tokens": 24})
+    check(model, prompt_of(43), llmopt, 3)  # decoding
+    check(model, prompt_of(42), llmopt, 7)
+    assert {key.length for key in model.llmopt.engine.runner.graphs._graphs} == {1, 24}
+
+
+def test_prompts_over_quantized_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse(monkeypatch)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    model, llmopt = one_layer(), config(kv_cache={"dtype": "int8", "page_size": 4})
+    calls = [{**prompt_of(length), **KW, "max_new_tokens": 1} for length in (24, 17, 22)]
+    expected = [model.generate(**call, llmopt={**llmopt, "graphs": False}) for call in calls]
+    for call, tokens, steps in zip(calls, expected, (0, 0, 1), strict=True):
+        assert torch.equal(model.generate(**call, llmopt=llmopt), tokens)
+        assert model.llmopt.stats.graph_steps == steps
+
+
+def test_tiles_behind_one_another() -> None:
+    """Every token once, whatever is padding; the last tile first, and the first one again where one is left over."""
+    store = SimpleNamespace(group_of=[0], groups=[SimpleNamespace(kind="full")], page_size=4)
+    for own, size in itertools.product((17, 20, 23, 24), (2, 8, 16)):
+        tiles, items = torch.tensor([[0, own, 30]], dtype=torch.int32), torch.zeros(24, 3)
+        step = FixedInputs(store, 1, 24, 64, [], [(items, items)], [tiles], [True], None, None)
+        found = step.tiles(0, torch.device("cpu"), range(1), size).tolist()
+        assert found[-1] == [0, size, 30]
+        assert len(found) == -(-24 // size) + 1
+        covered = [start + place for start, count, _ in {tuple(tile) for tile in found} for place in range(count)]
+        assert sorted(covered) == list(range(24))
+        assert all(
+            (end == 30) == (start < own) and start + count in {own, 24} | {start + size} for start, count, end in found
+        )
+        assert all(start + count <= own for start, count, end in found if end == 30)
+
+
 def test_logits_that_wait_for_other_rows() -> None:
     """Two rows take turns with one graph: the first one's logits are read after the second one's replay."""
     inputs = {name: tensor[[0, 2], :4] for name, tensor in ragged().items()}
@@ -247,9 +320,7 @@ def test_requests_that_come_and_go(overlap: bool) -> None:
     llmopt = config(kv_cache={"page_size": 4, "max_tokens": 128}, batching={"overlap": overlap, "max_requests": 2})
     with Engine(model, llmopt) as engine:
         arguments = {**KW, "max_new_tokens": None}
-        for _ in range(
-            2
-        ):  # which passes meet depends on when requests come: a kind of pass is replayed from its third on
+        for _ in range(2):  # which passes meet depends on when requests come: one is replayed from its third time on
             handles = [
                 engine.submit(ids, **{**arguments, "max_new_tokens": count})
                 for ids, count in zip(prompts, counts, strict=True)
@@ -275,6 +346,17 @@ class Asking(torch.nn.Module):
         return self.inner(x)
 
 
+class Either(torch.nn.Module):
+    """One module for a few tokens, another one for many."""
+
+    def __init__(self, few: torch.nn.Module, many: torch.nn.Module) -> None:
+        super().__init__()
+        self.few, self.many = few, many
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.few if x.shape[1] <= fixed.LONGEST else self.many)(x)
+
+
 @pytest.mark.parametrize("kind", ["a module", "its rotary embedding"])
 def test_a_model_that_waits_for_the_device(kind: str) -> None:
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}
@@ -288,6 +370,25 @@ def test_a_model_that_waits_for_the_device(kind: str) -> None:
     assert stats.no_graphs is not None
     assert "aten::_local_scalar_dense waits for the device" in stats.no_graphs
     assert "no CUDA graphs: recording" in str(stats)
+
+
+def test_a_model_that_waits_with_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts run eagerly, and nothing else does."""
+    coarse(monkeypatch)
+    model = one_layer()
+    norm, asking = model.model.norm, Asking(model.model.norm)
+    model.model.norm = Either(norm, asking)
+    for steps in (3, 5, 5):
+        check(model, prompt_of(20 + steps), config(), steps)
+    assert {key.length for key in model.llmopt.engine.runner.graphs._graphs} == {1}
+
+
+def test_the_kind_whose_turn_is_longest_ago_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 2)
+    model = one_layer()
+    for length in (16, 6, 14, 6, 16):  # contexts of up to 32, 8, 16, 8 and 32 tokens
+        model.generate(**prompt_of(length), **{**KW, "max_new_tokens": 2}, llmopt=config())
+    assert [key.context for key in model.llmopt.engine.runner.graphs._graphs] == [8, 32]
 
 
 def test_a_replay_that_gives_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,8 +178,8 @@ def test_a_pass_with_a_tree_is_not_replayed() -> None:
     def batch(parents: list[int]) -> Batch:
         return Batch([Span((), 0, 4, 40, parents)], [5] * 4, range(36, 40), range(4), [], None)
 
-    assert key_of(batch([-1, 0, 1])) is not None
-    assert key_of(batch([-1, 0, 0])) is None
+    assert key_of(batch([-1, 0, 1]), 4) is not None
+    assert key_of(batch([-1, 0, 0]), 4) is None
 
 
 def test_nothing_that_knows_no_trees_takes_part_in_a_race(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -445,7 +445,7 @@ def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_are_found(pages: list[int]) -> None:
     table = SimpleNamespace(pages=array("i", pages), run=1)
     expected = all(pages[i] + 1 == pages[i + 1] for i in range(0, len(pages) - 1, 2))
-    assert inputs._aligned(table, 2) == expected
+    assert inputs.aligned(table, 2, 1) == expected
 
 
 def test_bench() -> None:

@@ -19,6 +19,7 @@ from .rows import DenseRows, dense_rows, padded
 from .tree import Nodes, nodes_of
 
 CPU = torch.device("cpu")
+RUN = 128  # tokens of the largest block that a kernel wants in neighbouring slots
 
 
 class Span(NamedTuple):
@@ -235,51 +236,12 @@ class StepInputs:
 
     def are_runs(self, layer: int, spans: range, size: int) -> bool:
         """Whether every aligned block of `size` tokens of neighbouring spans' requests lies in neighbouring slots."""
-        index, page = self.store.group_of[layer], self.store.page_size
+        index = self.store.group_of[layer]
         key = (index, spans, size)
         if key not in self._runs:
             tables = (self.spans[row].tables[index] for row in spans)
-            if size % page:
-                self._runs[key] = page % size == 0
-            else:
-                self._runs[key] = all(_aligned(table, size // page) for table in tables)
+            self._runs[key] = all(aligned(table, size, self.store.page_size) for table in tables)
         return self._runs[key]
-
-
-class FixedInputs(StepInputs):
-    """Spans of one length in a pass that is computed again and again from the same tensors, as a CUDA graph does.
-
-    Args:
-        store: Where the pages lie.
-        rows: Spans.
-        length: Tokens of each.
-        context: Most tokens that a request may have.
-        slots: Per cache group, the slot of each token, `[tokens]` on the device.
-        lists: Per cache group, what `listed` gives, on the device.
-        tiles: Per cache group, what `cut` gives, on the device.
-        attend: The backend; reads nothing else of the spans.
-        note: Called with the name of every attention path that runs.
-    """
-
-    def __init__(
-        self,
-        store: PagedStore,
-        rows: int,
-        length: int,
-        context: int,
-        slots: Sequence[Tensor],
-        lists: Sequence[tuple[Tensor, Tensor]],
-        tiles: Sequence[Tensor],
-        attend: Attend,
-        note: Callable[[str], None],
-    ) -> None:
-        spans = [Span((), row * length, length, context) for row in range(rows)]
-        super().__init__(store, spans, slots, attend, note)
-        every, device = range(rows), tiles[0].device
-        for index, (group, found) in enumerate(zip(store.groups, lists, strict=True)):
-            longest = context if group.kind == "full" else min(context, group.window)
-            self._listed[device, index, every] = (*found, None, longest)
-            self._tiles[device, index, every, length] = tiles[index]
 
 
 def cut(spans: Sequence[Span], size: int, group: int) -> Tensor:
@@ -323,10 +285,18 @@ def branches(spans: Sequence[Span], group: CacheGroup, index: int) -> Any:
     return numpy.concatenate(bits)
 
 
-def _aligned(table: BlockTable, pages: int) -> bool:
-    """Whether each aligned block of so many pages of a request is a run; the last may be shorter."""
+def aligned(table: BlockTable, size: int, page: int) -> bool:
+    """Whether each aligned block of `size` tokens of a request lies in neighbouring slots; the last may be shorter.
+
+    Args:
+        table: The request's.
+        size: Tokens.
+        page: Tokens of a page.
+    """
+    if size % page:
+        return page % size == 0
     if table.run == 0:
         return True
-    ids = numpy.frombuffer(table.pages, dtype=numpy.int32)
+    ids, pages = numpy.frombuffer(table.pages, dtype=numpy.int32), size // page
     place = numpy.arange(len(ids)) % pages
     return bool((ids - place == ids[numpy.arange(len(ids)) - place]).all())

@@ -1,4 +1,4 @@
-"""A pass over short spans as tensors at fixed addresses, which one copy brings to the device.
+"""A pass as tensors at fixed addresses, which one copy brings to the device: over short spans, or one prompt's part.
 
 Counts are rounded up, so that many passes have the same shapes, and what is added is padding that reads and writes page
 0 alone.
@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Span, cut, listed
+from ..attention import RUN, Span, aligned, cut, listed
 from ..kv_cache import PagedStore
 
-LONGEST = 16  # tokens of a span; longer ones keep the device busy by themselves, and no kernel of ours decodes them
-MOST_TOKENS = 512  # of a pass, likewise
+LONGEST = 16  # tokens of a short span, which a kernel of its own reads pages for
+MOST_TOKENS = 512  # of a pass over short spans
 SHORTEST = 256  # tokens that contexts are rounded up to, at least; beyond, to a power of two
+LONGEST_PROMPT = 2048  # tokens of a part of a prompt; more keep the device busy by themselves
+COARSE = 64  # tokens that those are rounded up to, at least; beyond, to a sixteenth of the next power of two
+COARSE_CONTEXT = 4096  # as SHORTEST: with a prompt only the width of a table depends on it
 
 
 class Key(NamedTuple):
@@ -30,12 +33,19 @@ class Key(NamedTuple):
         context: Tokens of the longest request, rounded up: the width of the block tables, and the parts that attention
             splits keys into.
         kept: Tokens of a span whose logits are computed: the last one, or all.
+        runs: Of a prompt: whether its aligned blocks of RUN tokens lie in neighbouring slots, for every cache group.
     """
 
     rows: int
     length: int
     context: int
     kept: int
+    runs: tuple[bool, ...] = ()
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether this is a part of a prompt, with padding behind it, instead of short spans."""
+        return self.length > LONGEST
 
 
 @dataclass
@@ -69,7 +79,7 @@ class Parts(NamedTuple):
         kept: `[rows * kept]`.
         slots: Per cache group, `[tokens]`.
         tiles: Per cache group, int32 `[rows, 3]`.
-        tables: Per cache group, int32 `[rows, pages]`.
+        tables: Per cache group, int32 `[rows, pages]`; with a prompt, a row more for the padding.
         items: Per cache group, int32 `[tokens, 3]`.
     """
 
@@ -100,7 +110,7 @@ class Inputs:
 
     def _carve(self, buffer: Tensor | None) -> tuple[Parts, int]:
         """The parts of a buffer (of none, if only its length is asked for), and its length."""
-        rows, length, context, kept = self.key
+        rows, length, context, kept, _ = self.key
         tokens, pages, groups = rows * length, -(-context // self._store.page_size), len(self._store.groups)
         used = 0
 
@@ -115,14 +125,15 @@ class Inputs:
         single = part(tokens), part(tokens), part(tokens), part(rows * kept)
         slots = [part(tokens) for _ in range(groups)]
         tiles = [part(rows, 3, dtype=torch.int32) for _ in range(groups)]
-        tables = [part(rows, pages, dtype=torch.int32) for _ in range(groups)]
+        tables = [part(rows + self.key.is_prompt, pages, dtype=torch.int32) for _ in range(groups)]
         items = [part(tokens, 3, dtype=torch.int32) for _ in range(groups)]
         return Parts(*single, slots, tiles, tables, items), used
 
     def fill(self, batch: Batch) -> None:
         """Bring a pass to the device, in one copy.
 
-        Padding rows are a request of one token, id 0 at position 0, whose key lies in the first slot of page 0.
+        Padding rows, and padding behind a prompt, are requests of one token, id 0 at position 0, whose key lies in the
+        first slot of page 0.
         """
         pinned = self._buffer.is_cuda
         buffer = torch.zeros(self._buffer.shape, dtype=torch.long, device="cpu", pin_memory=pinned)
@@ -142,8 +153,9 @@ class Inputs:
             width = min(table.shape[1], parts.tables[index].shape[1])  # pages may be held for tokens to come
             parts.tables[index][:rows, :width] = table[:, :width]
             parts.items[index][:tokens] = items
-            parts.items[index][tokens:, 0] = torch.arange(rows, self.key.rows).repeat_interleave(length)
-            parts.items[index][tokens:, 2] = 1
+            padding = parts.items[index][tokens:]
+            padding[:, 0] = rows if self.key.is_prompt else torch.arange(rows, self.key.rows).repeat_interleave(length)
+            padding[:, 2] = 1
         self._buffer.copy_(buffer, non_blocking=True)
 
 
@@ -151,16 +163,22 @@ def _host(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device="cpu")
 
 
-def key_of(batch: Batch) -> Key | None:
+def key_of(batch: Batch, page_size: int) -> Key | None:
     """Of a pass that a graph may serve."""
     lengths = {span.length for span in batch.spans}
     length, rows = max(lengths), len(batch.spans)
-    if len(lengths) > 1 or length > LONGEST or rows * length > MOST_TOKENS:
-        return None
     if any(span.branches for span in batch.spans):  # its bits lie nowhere that a graph reads
+        return None
+    context = 1 << (max(span.context for span in batch.spans) - 1).bit_length()
+    if length > LONGEST:
+        if rows > 1 or length > LONGEST_PROMPT or len(batch.kept) > 1:
+            return None
+        step = max(COARSE, (1 << (length - 1).bit_length()) // 16)
+        runs = tuple(aligned(table, RUN, page_size) for table in batch.spans[0].tables)
+        return Key(1, -(-length // step) * step, max(COARSE_CONTEXT, context), 1, runs)
+    if len(lengths) > 1 or rows * length > MOST_TOKENS:
         return None
     if any(span.context <= length for span in batch.spans):  # a prompt's beginning: nothing that comes again and again
         return None
     rounded = -(-rows // 16) * 16 if rows > 16 else 1 << (rows - 1).bit_length()
-    context = max(SHORTEST, 1 << (max(span.context for span in batch.spans) - 1).bit_length())
-    return Key(rounded, length, context, 1 if len(batch.kept) <= rows else length)
+    return Key(rounded, length, max(SHORTEST, context), 1 if len(batch.kept) <= rows else length)

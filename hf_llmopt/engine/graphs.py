@@ -1,12 +1,12 @@
-"""CUDA graphs: passes over short spans are recorded once and replayed.
+"""CUDA graphs: passes over short spans, and over a part of one prompt, are recorded once and replayed.
 
-A pass that decodes a few tokens is some thousand launches, which take the host longer than the device. A graph is
-launched at once. Replaying runs no Python, so whatever differs between passes must lie in tensors at fixed addresses
-(`fixed.py`).
+A pass is some thousand launches, which take the host longer than the device, unless it computes a thousand tokens or
+two of a large model. A graph is launched at once. Replaying runs no Python, so whatever differs between passes must lie
+in tensors at fixed addresses (`fixed.py`).
 
-A kind of pass (`Key`) runs eagerly when it is first met, is recorded when it is met again, and then, on inputs other
-than those it was recorded with, compared with the eager pass; from then on it is replayed. What cannot be recorded runs
-eagerly, and `Graphs.why_not` says why.
+A kind of pass (`Key`) runs eagerly when it is first met, is recorded when it is met again (prompts, of which there are
+many kinds: when it was met often), and then, on inputs other than those it was recorded with, compared with the eager
+pass; from then on it is replayed. What cannot be recorded runs eagerly, and `Graphs.why_not` says why.
 
 The passes of a model that is sharded over processes are collective operations, which all of them must launch in the
 same way: what one of them finds against a graph counts for all.
@@ -33,7 +33,8 @@ from .capture import CAPTURES, Run
 from .fixed import Batch, Inputs, Key, key_of
 from .parallel import Ranks
 
-MOST = 128  # graphs; when there are more, all are given up
+MOST = 128  # kinds of passes; when there are more, the one whose turn is longest ago is given up
+OFTEN = 4  # times that a prompt's kind runs eagerly: to record and compare takes as long as several replays save
 ELSEWHERE = "another process of the sharded model can replay none"
 LOOKS = 16  # passes between two looks at where the weights lie, which every call begins with
 
@@ -97,7 +98,8 @@ class Graphs:
             self._anybody = ranks.anybody
             ranks.call_at_the_end(self.give_up)
         self._capture = CAPTURES[device.type](device)
-        self._graphs: dict[Key, _Recorded | None] = {}  # `None`: met once
+        self._graphs: dict[Key, _Recorded | int] = {}  # or how often it was met; the latest at the end
+        self._prompts = True
         self._state: object = None
         self._owners: list[weakref.ref[nn.Module]] = []
         self._addresses: list[int] = []
@@ -118,6 +120,7 @@ class Graphs:
         self._owners = [weakref.ref(module) for module in every if module._parameters or module._buffers]
         self._addresses = self._find_addresses()
         self._graphs.clear()
+        self._prompts = True
         self.why_not = self._agreed(self._reason_against(model, every))
 
     def _agreed(self, reason: str | None) -> str | None:
@@ -163,26 +166,27 @@ class Graphs:
         Returns:
             The logits `[kept, vocabulary]`, nobody else's; `None` if the pass has to run eagerly.
         """
-        key = key_of(batch)
-        if key is None or self.why_not is not None:
+        key = None if self.why_not is not None else key_of(batch, self.store.page_size)
+        if key is None or (key.is_prompt and not self._prompts):
             return None
         self._passes += 1
         looks = self._passes % LOOKS == 0
         if self.store.moves != self._moves or (looks and self._anybody(self._find_addresses() != self._addresses)):
             self._moves, self._addresses = self.store.moves, self._find_addresses()
             self._graphs.clear()
-        if key not in self._graphs:
-            if len(self._graphs) >= MOST:
-                self._graphs.clear()
-            self._graphs[key] = None
+        met = self._graphs.pop(key, 0)
+        self._graphs[key] = met + 1 if isinstance(met, int) else met
+        if isinstance(met, int) and met < (OFTEN if key.is_prompt else 1):
+            if len(self._graphs) > MOST:
+                del self._graphs[next(iter(self._graphs))]
             return None
         try:
             found = self._run(key, batch, compute, put_unknown)
         except Exception as error:  # of the model, maybe: then the eager pass raises it too
-            self.give_up(f"recording a pass raised {type(error).__name__}: {error}")
+            self._without(key, f"recording a pass raised {type(error).__name__}: {error}")
             return None
         recorded = self._graphs.get(key)
-        if found is None or recorded is None:
+        if found is None or not isinstance(recorded, _Recorded):
             return None
         for path in recorded.paths:
             note(path)
@@ -190,7 +194,8 @@ class Graphs:
         return found[: max(1, len(batch.kept))].clone()  # the next replay overwrites it
 
     def _run(self, key: Key, batch: Batch, compute: Compute, put_unknown: Callable[[Tensor], None]) -> Tensor | None:
-        recorded = self._graphs[key]
+        met = self._graphs[key]
+        recorded = met if isinstance(met, _Recorded) else None
         inputs = Inputs(key, self.store, self._device) if recorded is None else recorded.inputs
         inputs.fill(batch)
         put_unknown(inputs.on_device.ids[: len(batch.ids)])
@@ -201,14 +206,16 @@ class Graphs:
         def run() -> Tensor:
             given = inputs.on_device
             lists = list(zip(given.tables, given.items, strict=True))
-            numbers = key.rows, key.length, key.context
-            step = FixedInputs(self.store, *numbers, given.slots, lists, given.tiles, replayable, paths.add)
-            return compute(given.ids, given.positions, given.kept, given.columns, step)
+            parts = key.rows, key.length, key.context, given.slots, lists, given.tiles, key.runs
+            return compute(
+                given.ids, given.positions, given.kept, given.columns,
+                FixedInputs(self.store, *parts, replayable, paths.add),
+            )  # fmt: skip
 
         if recorded is None:
             self._record(key, inputs, run, paths)
             return None
-        return self._prove(recorded, run, len(batch.kept))
+        return self._prove(key, recorded, run, len(batch.kept))
 
     def _record(self, key: Key, inputs: Inputs, run: Run, paths: set[str]) -> None:
         reason = None
@@ -217,9 +224,9 @@ class Graphs:
         except Exception as error:  # of the model, maybe: then the eager pass raises it too
             reason = f"recording a pass raised {type(error).__name__}: {error}"
         if found := self._agreed(reason):
-            self.give_up(found)
+            self._without(key, found)
 
-    def _prove(self, recorded: _Recorded, run: Run, kept: int) -> Tensor | None:
+    def _prove(self, key: Key, recorded: _Recorded, run: Run, kept: int) -> Tensor | None:
         """The replay, if it gives what the eager pass gives from the same tensors; the keys it should write are gone.
 
         Both launch the same kernels on the same shapes, so they differ only where a kernel adds in no fixed order
@@ -234,11 +241,18 @@ class Graphs:
             kept_found = found[:kept].clone()
             noise, distance = _distance(run()[:kept], expected), _distance(kept_found, expected)
             if self._anybody(not distance <= 4 * noise):
-                self.give_up(f"a replay gave other logits than the eager pass: {distance:.1e} of their size")
+                self._without(key, f"a replay gave other logits than the eager pass: {distance:.1e} of their size")
                 return None
             found = recorded.replay()
         recorded.proven = True
         return found
+
+    def _without(self, key: Key, reason: str) -> None:
+        """Replay no pass of a kind like this from now on: a model may wait for the device with many tokens alone."""
+        if not key.is_prompt:
+            return self.give_up(reason)
+        self._prompts = False
+        self._graphs = {other: found for other, found in self._graphs.items() if not other.is_prompt}
 
     def give_up(self, reason: str) -> None:
         """Replay nothing from now on."""

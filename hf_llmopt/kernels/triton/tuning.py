@@ -162,7 +162,7 @@ def _compile(calls: Sequence[Callable[[], Any]], device: torch.device) -> bool:
 
     if outermost:
         # A thread has no CUDA context before it called the runtime, which Triton's launcher does not.
-        with ThreadPoolExecutor(min(COMPILERS, len(calls)), initializer=torch.cuda.synchronize, initargs=[device]) as pool:
+        with ThreadPoolExecutor(COMPILERS, initializer=partial(torch.cuda.synchronize, device)) as pool:
             list(pool.map(run, calls))
     else:
         for call in calls:
