@@ -1,5 +1,7 @@
 """The same code on a GPU: tokens, noise and page bookkeeping as on the CPU."""
 
+import copy
+
 import pytest
 import torch
 from architectures import build
@@ -123,6 +125,44 @@ def test_graphs(name: str, sampling: dict, monkeypatch: pytest.MonkeyPatch) -> N
         assert stats.graph_steps >= steps
         assert torch.equal(ours, stock)
         assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "mixtral"])
+def test_graphs_of_prompts(name: str) -> None:
+    """Prompts of one kind, with padding of several lengths behind them."""
+    model = build(name, pad_token_id=None).cuda()
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("batched_mm")
+    ids = torch.randint(3, 90, (1, 128), generator=torch.Generator().manual_seed(0)).cuda()
+    arguments = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    steps = []
+    for length in (128, 127, 128, 100, 65, 128, 70, 97, 128):
+        stock = model.generate(ids[:, -length:], **arguments).logits[0]
+        ours = model.generate(ids[:, -length:], **arguments, llmopt=GRAPHS).logits[0]
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+        assert model.llmopt.stats.no_graphs is None
+        steps.append(model.llmopt.stats.graph_steps)
+    assert steps == [0] * 5 + [1] * 4
+    assert "triton-extend" in model.llmopt.stats.attention
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_graphs_of_prompts_on_tensor_cores(window: int | None) -> None:
+    """Of bfloat16, and of a prompt whose parts see one another."""
+    name, options = ("llama", {}) if window is None else ("mistral", {"sliding_window": window})
+    model = build(name, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, **options)
+    exact, model = copy.deepcopy(model).cuda(), model.bfloat16().cuda()
+    ids = torch.randint(3, 90, (1, 700), generator=torch.Generator().manual_seed(0)).cuda()
+    arguments = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    llmopt = {"strict": True, "graphs": True, "batching": {"max_batch_tokens": 400}}
+    for length in (700, 690, 700, 680, 660, 700):
+        truth = exact.generate(ids[:, -length:], **arguments).logits[0]
+        stock = model.generate(ids[:, -length:], **arguments).logits[0]
+        ours = model.generate(ids[:, -length:], **arguments, llmopt=llmopt).logits[0]
+        assert float((ours - truth).norm()) < 1.5 * float((stock - truth).norm())
+    assert model.llmopt.stats.graph_steps == 2
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert "hopper-extend" in model.llmopt.stats.attention
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8", "int4"])

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .equality import Equality, worst
 from .flash_attention import read_bandwidth
-from .measure import Run, cache_bytes, environment, generate, interleave, paired_ratio, summary, weight_bytes
+from .measure import Run, cache_bytes, environment, generate, interleave, meet, paired_ratio, summary, weight_bytes
 from .workloads import Workload, ragged_prompts
 
 STOCK, NO_CACHE, OURS = "stock", "no cache", "llmopt"
@@ -124,6 +124,7 @@ def _workload(
     held = {}
     for name, way in ways.items():  # sets every way up, and shows what stock's cache holds in the end
         held[name] = _kv_bytes(model, inputs, {**arguments, **way})
+        meet(model, inputs, **{**arguments, **way})
         on_run(shown, name)
     runs = interleave(
         {name: lambda way=way: generate(model, inputs, **arguments, **way) for name, way in ways.items()},  # type: ignore[misc]

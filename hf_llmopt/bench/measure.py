@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import hf_llmopt
+from hf_llmopt.engine.graphs import OFTEN
 from hf_llmopt.generation import handle_of
 
 T = TypeVar("T")
@@ -120,6 +121,19 @@ def generate(
         ms_per_step=1e3 * (last - first) / (len(steps) - 1) if len(steps) > 1 else 0.0,
         stats=handle_of(model).stats if llmopt else None,
     )
+
+
+def meet(model: PreTrainedModel, inputs: Mapping[str, Tensor], **arguments: Any) -> None:
+    """Compute a single prompt as often as a GPU's graphs want to meet its kind before they replay it.
+
+    Args:
+        model: The model.
+        inputs: As for `generate`.
+        arguments: Likewise.
+    """
+    if model.device.type == "cuda" and len(inputs["input_ids"]) == 1 and arguments.get("llmopt"):
+        for _ in range(OFTEN + 2):
+            generate(model, inputs, **{**arguments, "max_new_tokens": 1})
 
 
 def interleave(

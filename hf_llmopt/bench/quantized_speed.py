@@ -17,7 +17,7 @@ from hf_llmopt.generation import handle_of
 
 from .equality import worst
 from .kv_cache import describe
-from .measure import Run, generate, interleave, paired_ratio, summary
+from .measure import Run, generate, interleave, meet, paired_ratio, summary
 from .quantized import METHODS, held, memory, output_errors, quantize
 from .workloads import Workload, build, ragged_prompts
 
@@ -98,6 +98,7 @@ def _case(
 
     for name, way in ways.items():  # sets everything up
         call(way)
+        meet(way.model, inputs, llmopt=way.llmopt, **arguments)
         said(name)
     runs = interleave({name: partial(call, way) for name, way in ways.items()}, repeats, said)
     for way in ways.values():
