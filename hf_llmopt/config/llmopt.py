@@ -59,8 +59,8 @@ class LLMOptConfig:
         quantization: Another number format for weights, see `QuantizationConfig`; `None` and `False` for none. Only
             where a model is loaded or optimized.
         speculative: Speculative decoding, see `SpeculativeConfig`; `None` and `False` for none.
-        graphs: Replay passes over spans of up to 16 tokens from CUDA graphs. `"auto"` does on a GPU where it can, and
-            `Stats` say where not; `True` also refuses where no graph can be recorded.
+        graphs: Replay passes over spans of up to 16 tokens, and over one prompt, from CUDA graphs. `"auto"` does on a
+            GPU where it can, and `Stats` say where not; `True` also refuses where no graph can be recorded.
         batch_invariant: Make a request's tokens independent of its neighbours, bit for bit (CPU only): every product
             and every attention adds in one order, whatever is in the batch. Decoding costs nothing, long prompts do.
         strict: Raise `NotServed` where a call would otherwise run on transformers with a warning, or without guesses
