@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
+import accelerate
 import pytest
 import torch
 from architectures import build
@@ -164,6 +165,8 @@ def test_conv1d_of_gpt2_is_quantized(tmp_path):
     model = load(tmp_path, config("int4", **EXACT))
     assert len(quantized(model)) == 12
     assert torch.allclose(logits(model), logits(copy.deepcopy(model).dequantize()), atol=1e-4)
+    same = hf_llmopt.optimize(build("gpt2"), llmopt=config("int4", **EXACT))
+    assert torch.equal(logits(same), logits(model)), "square weights too are transposed in the file"
 
 
 def test_scales_survive_a_cast_and_a_move(folder):
@@ -197,9 +200,10 @@ def test_weights_can_be_loaded_into_a_model_that_has_run(folder):
 
 @pytest.mark.parametrize("places", [("cpu", "disk"), ("disk", "disk")])
 @pytest.mark.parametrize("prequantized", [False, True])
-def test_offloaded_models_run_and_save(folder, tmp_path, places, prequantized):
-    reference = load(folder, config("int4", **EXACT))
-    source, llmopt = folder, config("int4", **EXACT)
+@pytest.mark.parametrize("method", METHODS)
+def test_offloaded_models_run_and_save(folder, tmp_path, places, prequantized, method):
+    reference = load(folder, config(method, **EXACT))
+    source, llmopt = folder, config(method, **EXACT)
     if prequantized:
         reference.save_pretrained(tmp_path / "quantized")
         source = tmp_path / "quantized"
@@ -213,6 +217,31 @@ def test_offloaded_models_run_and_save(folder, tmp_path, places, prequantized):
     again, expected = load(tmp_path / "saved", True).state_dict(), reference.state_dict()
     assert again.keys() == expected.keys()
     assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("name", "method"), [("gpt2", "int8"), ("gpt_oss", "fp8")])
+def test_disk_takes_transposed_weights_and_experts(tmp_path, name, method):
+    build(name).save_pretrained(tmp_path / "full")
+    loaded = load(tmp_path / "full", config(method, **EXACT))
+    loaded.save_pretrained(tmp_path / "quantized")
+    for source in ("full", "quantized"):
+        asked = config(method, **EXACT) if source == "full" else {"quantization": EXACT}
+        model = load(tmp_path / source, asked, device_map={"": "disk"}, offload_folder=tmp_path / "disk")
+        assert (logits(model) - logits(loaded)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", [{"method": "int4"}, {"method": "gptq", "samples": 8, "length": 32}], ids=str)
+def test_a_model_that_accelerate_offloads_is_quantized(options):
+    asked = {**options, **EXACT}
+    if options["method"] == "gptq":
+        asked["calibration"] = torch.randint(3, 112, (8, 32))
+    here, away = build("qwen2"), accelerate.cpu_offload(build("qwen2"), execution_device="cpu")  # with biases
+    for model in (here, away):
+        hf_llmopt.optimize(model, llmopt={"quantization": asked})
+    assert (logits(here) - logits(away)).abs().max() < 1e-4
+    experts = accelerate.cpu_offload(build("mixtral"), execution_device="cpu")
+    with pytest.raises(UnsupportedQuantization, match=r"experts are offloaded.* while they are loaded"):
+        hf_llmopt.optimize(experts, llmopt={"quantization": asked})
 
 
 def test_gradients_reach_what_stands_before(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,11 @@ def test_files_of_a_model_whose_quantization_was_stopped(name: str, after: int, 
 def tensor_names(folder: Path) -> set[str]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         return set(file.keys())
+
+
+def test_quantized_experts_are_pickled() -> None:
+    model = hf_llmopt.optimize(build("mixtral"), llmopt="int8")
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 def test_an_expert_without_a_gate() -> None:

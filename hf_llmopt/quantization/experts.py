@@ -183,7 +183,8 @@ def _layout_and_gate(code: Any) -> tuple[Layout, Callable[[Tensor], Tensor]]:
     """How a module's tensors hold experts, and what stands between their first products and the last."""
     if _is_routed(code):
         return Layout(transposed=True, interleaved=False), partial(_gated, code.act_fn)
-    return Layout(code.is_transposed, not code.is_concatenated), code._apply_gate if code.has_gate else code.act_fn
+    gated = partial(type(code)._apply_gate, code)  # no bound method: pickle looks for these by the function's own name
+    return Layout(code.is_transposed, not code.is_concatenated), gated if code.has_gate else code.act_fn
 
 
 def _gated(act: Callable[[Tensor], Tensor], joined: Tensor) -> Tensor:

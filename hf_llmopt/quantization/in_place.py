@@ -24,6 +24,7 @@ from .calibration import pack
 from .experts import names_in_files, unfuse
 from .linear import QuantizedLinear
 from .loading import require_full
+from .offload import resident
 from .plan import Plan, plan
 from .quantizer import Quantizer, WeightConfig
 
@@ -49,7 +50,8 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
                 if experts.hold([name]):
                     experts.whole.clear()  # whose memory is free as soon as their products are quantized
                 module: Any = model.get_submodule(name)
-                new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
+                with resident(module, without=[module]):
+                    new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
                 new.prepare()
                 quantizer.names.add(name)
                 quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
@@ -71,8 +73,8 @@ def _grids(model: PreTrainedModel, plan: Plan, notes: dict[str, str]) -> Iterato
         return
     for name in tqdm(list(plan.chosen), desc="Quantizing weights"):
         module: Any = model.get_submodule(name)
-        weight = module.weight.T if type(module) is Conv1D else module.weight
-        with about(name):
+        with resident(module), about(name):
+            weight = module.weight.T if type(module) is Conv1D else module.weight
             grid = plan.grid(weight, plan.chosen[name])
         yield name, grid
 

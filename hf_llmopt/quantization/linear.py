@@ -191,8 +191,11 @@ class QuantizedLinear(Product):
         )
 
     def _store(self, tensors: dict[str, Tensor]) -> None:
-        # Not by register_parameter, which thinks that there is a weight, see __getattr__.
-        self._parameters.update({n: nn.Parameter(tensor, requires_grad=False) for n, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            parameter: Any = nn.Parameter(tensor, requires_grad=False)
+            if tensor.is_meta:  # transformers draws random numbers for what no file holds, and replaces that before
+                parameter._is_hf_initialized = True
+            self._parameters[name] = parameter  # register_parameter thinks that there is a weight, see __getattr__
 
     def _stored(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._parameters.items() if name != "bias" and p is not None}

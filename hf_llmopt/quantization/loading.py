@@ -18,8 +18,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..config import CALIBRATED, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
+from .experts import can_unfuse
 from .formats import Recipe
 from .formats.fields import REMEDY
+from .product import is_offloaded
 from .quantizer import Quantizer, WeightConfig
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8")  # the quant_method of files that we read
@@ -142,8 +144,13 @@ def _contradiction(recipe: Recipe, asked: QuantizationConfig, method: str | None
 
 
 def require_full(model: PreTrainedModel) -> None:
-    """Raise if the model's weights are quantized already, or not all here."""
+    """Raise if the model's weights are quantized already, or cannot be reached one product after the other."""
     _require_whole(model.config)
+    if any(can_unfuse(module) and is_offloaded(module) for module in model.modules()):
+        raise UnsupportedQuantization(
+            "The experts are offloaded, all of a layer in one tensor. Quantize them while they are loaded, "
+            "from_pretrained(..., llmopt=..., device_map=...), or load the model without offloading."
+        )
     entry = getattr(model.config, "quantization_config", None)
     if entry is not None or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedQuantization(_already(entry))

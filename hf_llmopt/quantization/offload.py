@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from accelerate.utils.modeling import named_module_tensors
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
+from transformers.integrations.accelerate import offload_weight
 
 
 @contextmanager
@@ -42,6 +43,17 @@ def resident(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator
             set_module_tensor_to_device(child, name, "meta")
         for hook in hooks:
             hook.offload = True
+
+
+def rewrite(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Change a parameter that accelerate keeps on disk: what it loads from now on is a file in the offload folder."""
+    own: Any = module._hf_hook
+    weights = next(hook.weights_map for hook in getattr(own, "hooks", (own,)) if getattr(hook, "offload", False))
+    held, everything = weights[name], weights.dataset
+    changed = change(held)
+    if changed is not held:
+        offload_weight(changed, f"{weights.prefix}{name}", everything.save_folder, everything.index)
+    setattr(module, name, nn.Parameter(changed.to("meta"), requires_grad=False))  # what is loaded is cast to its type
 
 
 def _offloaded(module: nn.Module, hook: AlignDevicesHook) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -25,7 +27,9 @@ from .formats import Recipe, Scheme
 from .head import QuantizedHead
 from .heap import Freed
 from .linear import QuantizedLinear
+from .offload import rewrite
 from .plan import ADAPTER, AS_LINEAR, HEAD, ROUTER, STOPPED, Plan, dividing_group, inputs_and_outputs, plan
+from .product import is_offloaded
 from .report import QuantizationReport
 
 
@@ -62,6 +66,7 @@ class Quantizer(HfQuantizer):
         self.plan: Plan | None = None
         self.names: set[str] = set()  # of the modules that are ours
         self.experts: set[str] = set()  # names of `Experts`; all of one may come from one tensor
+        self.transposed: set[str] = set()  # of those, GPT-2's Conv1D, whose files hold the transposed weight
         self.element_sizes: dict[str, int] = {}  # bytes of what they store as `weight`, which is full until it is read
         self.bytes_before = 0
         self.notes: dict[str, str] = {}  # what a calibration could not do for some of them
@@ -123,6 +128,8 @@ class Quantizer(HfQuantizer):
             # The full weight in the file finds its module by this, and is not cast before it is quantized.
             self.element_sizes[name] = int("weight" in new._parameters)
             new._parameters["weight"] = nn.Parameter(module.weight.detach(), requires_grad=False)
+            if type(module) is Conv1D:
+                self.transposed.add(name)
         model.set_submodule(name, new)
         self.names.add(name)
         self.bytes_before += module.weight.numel() * module.weight.element_size()
@@ -155,6 +162,9 @@ class Quantizer(HfQuantizer):
         keep_apart(model)
         for name in sorted(self.names):
             module: Any = model.get_submodule(name)
+            if self.element_sizes.get(name) and is_offloaded(module) and module.weight.is_meta:
+                # What is offloaded to disk is read from the full file, if that has a tensor of this name.
+                rewrite(module, "weight", partial(self._codes, name, model))
             _require_all(name, module)
             module.requires_grad_(False)
             module.activations = self.asked.activations == "auto"
@@ -176,6 +186,17 @@ class Quantizer(HfQuantizer):
                 UserWarning,
                 stacklevel=2,
             )
+
+    def quantized(self, name: str, weight: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
+        """What a module stores of a full weight, as it comes from a file."""
+        assert self.plan is not None
+        module: Any = model.get_submodule(name)
+        weight = weight.T if name in self.transposed else weight
+        with about(name):
+            return formats.pack(self.plan.grid(weight, module.scheme), module.scheme, weight.dtype)
+
+    def _codes(self, name: str, model: PreTrainedModel, weight: Tensor) -> Tensor:
+        return weight if weight.element_size() == 1 else self.quantized(name, weight, model)["weight"]
 
     def report(self, model: PreTrainedModel) -> QuantizationReport:
         """What was quantized."""
@@ -234,7 +255,6 @@ class _Quantize(ConversionOps):
         missing_keys: set[str],
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        assert self.quantizer.plan is not None
         made: dict[str, Tensor] = {}
         for key in list(input_dict):  # one, or all experts of a layer
             weight = input_dict.pop(key)
@@ -243,17 +263,12 @@ class _Quantize(ConversionOps):
             if name not in self.quantizer.names:
                 made[key] = nn.Parameter(weight, requires_grad=False)
                 continue
-            module: Any = model.get_submodule(name)
-            shape = module.out_features, module.in_features
-            if weight.shape != shape and weight.T.shape == shape:
-                weight = weight.T  # GPT-2's Conv1D
             try:
-                with about(name):
-                    stored = formats.pack(self.quantizer.plan.grid(weight, module.scheme), module.scheme, weight.dtype)
+                stored = self.quantizer.quantized(name, weight, model)
             except UnsupportedQuantization as error:
                 raise Unloadable(error) from error
             if "weight" not in stored:
-                del module._parameters["weight"]
+                del model.get_submodule(name)._parameters["weight"]
                 missing_keys.discard(key)
             made |= {f"{name}.{leaf}": nn.Parameter(tensor, requires_grad=False) for leaf, tensor in stored.items()}
             self.quantizer.freed.after(weight.numel())

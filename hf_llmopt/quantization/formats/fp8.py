@@ -22,7 +22,7 @@ def _format(name: str) -> Format:
         return {"weight": ((outputs, inputs), torch.float8_e4m3fn), name: (shape, dtype)}
 
     def pack(grid: Grid, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"weight": grid.codes, name: shared(grid.scales.to(dtype), scheme)}
+        return {"weight": grid.codes.contiguous(), name: shared(grid.scales.to(dtype), scheme)}
 
     def unpack(stored: dict[str, Tensor], scheme: Scheme, outputs: int, inputs: int) -> Grid:
         ragged = scheme.group_size != -1 and inputs % scheme.group_size
