@@ -96,6 +96,30 @@ def test_what_a_first_and_an_end_cannot_say_is_torchs(ours) -> None:
     assert not ours
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_softcaps_and_sinks_of_short_prompts_are_the_models_own(name: str) -> None:
+    """Padding that sees nothing beside windows, masks of numbers, dropout."""
+    stock, model = both(name)
+    ids, real = tokens(model, 3, 40), torch.ones(3, 40, dtype=torch.long)
+    real[0, :25], real[1, 15:], real[2, 9:30] = 0, 0, 0
+    hidden = torch.rand(3, 1, 40, 40) > 0.7
+    numbers = torch.zeros(3, 1, 40, 40).masked_fill(hidden, torch.finfo(torch.float32).min)
+    numbers.diagonal(dim1=2, dim2=3).zero_()
+    for mask in (real, numbers):
+        with torch.no_grad():
+            expected, logits = (net(ids, attention_mask=mask).logits for net in (stock, model))
+        shown = real == 1 if mask is real else slice(None)
+        torch.testing.assert_close(logits[shown], expected[shown], atol=2e-4, rtol=1e-4)
+    found = []
+    for net in both(name):
+        for module in net.train().modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        torch.manual_seed(0)
+        found.append(net(ids).logits)
+    torch.testing.assert_close(*found, atol=2e-4, rtol=1e-4)
+
+
 def test_a_cache_goes_on_with_torchs_attention(ours) -> None:
     stock, model = both("gemma3_text")
     ids, found = tokens(model, 1, 2 * TOKENS), []

@@ -8,6 +8,7 @@ first met. Everything else, training above all, takes torch's attention: it has 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -135,11 +136,31 @@ def attention(
     if plain:
         output: tuple[Tensor, None] = theirs(attention_mask)
         return output
-    if attention_mask is None and is_causal:
+    named = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
+    named = {name: given for name, given in named.items() if given is not None}
+    return _written_down(module, query, key, value, attention_mask, is_causal, named)
+
+
+def _written_down(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    named: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention with a softcap or sinks, which torch has no kernel for: the model's own, which writes scores down.
+
+    What it adds to them is finite, so that a token that sees nothing, padding, has no NaN.
+    """
+    if mask is None and is_causal:
         index = torch.arange(key.shape[2], device=query.device)
-        attention_mask = reference.visible(index[-query.shape[2] :], index, "full", 0)[None, None]
-    joined = reference.attention(query, key, value, attention_mask, scaling, softcap, s_aux)
-    return joined.transpose(1, 2).contiguous(), None
+        mask = reference.visible(index[-query.shape[2] :], index, "full", 0)[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, mask, **named)[0], None
 
 
 def _begins(mask_function: Callable[..., Tensor], token: Tensor, first: Tensor) -> bool:
