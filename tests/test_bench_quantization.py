@@ -116,6 +116,8 @@ def test_speed() -> None:
     first, _, prompt = shape["cases"]
     assert first["goals"] == {"int4": 4.0}
     assert prompt["goals"] == {"int4": 1.0}
+    assert "≥" not in check_tables(found), "nothing is said of goals on miniatures"
+    assert "≥ 4: m" in check_tables({**found, "quick": False})
     assert shape["methods"]["int4"]["products"] < 0.5 * shape["methods"]["int4"]["products_before"]
     drawing = ElementTree.fromstring(plots.quantized_speed(shape))
     assert len(drawing.findall("{*}circle")) == 4, "two numbers of rows, two ways"
@@ -201,6 +203,7 @@ def test_cases() -> None:
     assert firsts["4 bits"] == "rtn, 4 bits", "the others are compared with it"
     for case in quantized_quality.CASES:
         LLMOptConfig(quantization=case.config)
+    assert {asked.config.samples for asked in map(quantized_quality._small, quantized_quality.CASES)} == {8, 128}
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -255,6 +258,8 @@ def test_without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     found = quantization.bench(["llama.cpp"])
     assert found["passed"]
     assert found["llama.cpp"] == {"skipped": "llama_cpp, gguf not installed; pip install llama-cpp-python gguf"}
+    (table,) = quantization.tables(found)
+    assert "llama.cpp: llama_cpp, gguf not installed" in table.caption
 
 
 @pytest.mark.slow

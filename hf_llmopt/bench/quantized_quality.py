@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_llmopt import LLMOptConfig
-from hf_llmopt.config import QuantizationConfig
+from hf_llmopt.config import CALIBRATED, QuantizationConfig
 
 from . import quality
 from .equality import worst
@@ -83,7 +83,7 @@ def measure(quick: bool = False, on_run: Callable[[str], None] = lambda what: No
     with in float32, and with those of rounding to nearest (RTN).
 
     Args:
-        quick: Few tokens: no figure counts.
+        quick: Few tokens, to calibrate on as well: no figure counts.
         on_run: Called after each case.
     """
     from hf_llmopt.demo import load
@@ -101,7 +101,7 @@ def measure(quick: bool = False, on_run: Callable[[str], None] = lambda what: No
     on_run(BASELINE)
     rtn: dict[str, quality.Perplexity] = {}
     cases = []
-    for case in CASES:
+    for case in map(_small, CASES) if quick else CASES:
         began = perf_counter()
         model = quantize(full, replace(case.config, calibration=own) if case.own_texts else case.config)
         seconds = perf_counter() - began
@@ -142,6 +142,13 @@ def measure(quick: bool = False, on_run: Callable[[str], None] = lambda what: No
         "bytes": held(full),
         "cases": cases,
     }
+
+
+def _small(case: Case) -> Case:
+    """The same with a calibration set that is just large enough."""
+    if case.config.method not in CALIBRATED:
+        return case
+    return replace(case, config=replace(case.config, samples=8, length=128))
 
 
 def _asked(config: QuantizationConfig) -> dict[str, Any]:
