@@ -260,6 +260,7 @@ def test_command_perplexity(folders: list[Path], text: Path, tiny: torch.nn.Modu
     assert (report["text"], report["context"], report["dtype"]) == (str(text), 16, "float32")
     shown = ok(*args)
     assert f"{folders[0]}, float32: " in shown.stdout
+    assert f"windows {report['windows']}" in " ".join(shown.stdout.split())
     assert f"{folders[0]}, int8, float32: " in ok(*args, "--llmopt", "int8").stdout
     assert f"{expected['perplexity']:.4g} [{expected['low']:.4g}, {expected['high']:.4g}]" in shown.stdout
     assert "single window" in ok("perplexity", folders[0], "--text", text).stderr

@@ -322,6 +322,9 @@ def test_modules_that_do_not_fit_stay_and_are_listed(tmp_path):
         model = load(tmp_path, "int4")
     assert set(model.llmopt.quantization.skipped) == {"lm_head"} | {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
     assert "72 inputs" in model.llmopt.quantization.skipped["model.layers.0.mlp.down_proj"]
+    assert str(model.llmopt.quantization).endswith(
+        "; not quantized: lm_head, model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj and 1 more"
+    )
     kept = load(tmp_path, config("int4", skip=["down_proj", "layers.0"]))
     assert all("layers.0" not in name and "down_proj" not in name for name in quantized(kept))
     assert logits(kept).isfinite().all()

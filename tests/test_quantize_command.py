@@ -73,7 +73,7 @@ def test_it_says_what_it_left(folder: Path, tmp_path: Path) -> None:
     assert "skipped model.layers.0.self_attn.q_proj and 3 more: named in skip" in text
     assert "down_proj and 2 more: its 96 inputs" in text
     assert "weights, MB" in text
-    assert f"modules quantized; written to {tmp_path / 'out'}" in text
+    assert f"modules quantized; written to {tmp_path / 'out'} (load it with llmopt=True)" in " ".join(text.split())
 
 
 def test_it_says_where_a_method_could_not_do_all(tmp_path: Path) -> None:

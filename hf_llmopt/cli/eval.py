@@ -75,7 +75,8 @@ def perplexity(
     rows = [
         ["perplexity", str(found.estimate)],
         ["bits per byte", f"{found.bits_per_byte:.4f}"],
-        ["tokens", f"{found.tokens:,} in {len(sample.windows):,} windows"],
+        ["tokens", f"{found.tokens:,}"],
+        ["windows", f"{len(sample.windows):,}"],
     ]
     ui.table(f"{_name(model, wanted, llmopt)}, {_dtype(loaded)}: {report['text']}", ["", ""], rows, 1)
     _warn(sample)
@@ -144,7 +145,8 @@ def logits(
         ["overlap", f"{found.overlap:.4g}"],
         ["difference of logits, RMS", f"{found.rms:.4g} (they spread by {found.spread:.4g})"],
         ["largest", f"{found.largest:.4g}"],
-        ["tokens", f"{found.tokens:,} in {len(sample.windows):,} windows"],
+        ["tokens", f"{found.tokens:,}"],
+        ["windows", f"{len(sample.windows):,}"],
     ]
     title = f"{_name(model, wanted, llmopt)}, against {reference}, {_dtype(loaded)}: {report['text']}"
     ui.table(title, ["", ""], rows, 1)

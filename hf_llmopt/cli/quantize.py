@@ -172,7 +172,9 @@ def _print(report: dict[str, Any]) -> None:
         found = report["perplexity"]
         rows.append(["perplexity", *(f"{found[when]['perplexity']:.4f}" for when in ("before", "after"))])
         value, low, high = found["times"]
-        rows.append(["times", "", f"{value:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low is not None else "")])
+        rows.append(
+            ["perplexity, times", "", f"{value:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low is not None else "")]
+        )
     ui.table(f"{report['model']} with {report['method']}", ["", "before", "after"], rows, 1)
     for kind, what in (("skipped", "skipped"), ("notes", "quantized, but")):
         reasons: dict[str, list[str]] = {}
@@ -181,4 +183,4 @@ def _print(report: dict[str, Any]) -> None:
         for why, names in reasons.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             ui.say(f"{what} {names[0]}{more}: {why}")
-    ui.say(f"{len(report['quantized'])} modules quantized; written to {report['out']}")
+    ui.say(f"{len(report['quantized'])} modules quantized; written to {report['out']} (load it with llmopt=True)")

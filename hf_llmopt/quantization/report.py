@@ -32,6 +32,8 @@ class QuantizationReport:
         >>> report = hf_llmopt.optimize(model, llmopt="int4").llmopt.quantization
         >>> len(report.quantized), report.bytes < 0.3 * report.bytes_before
         (56, True)
+        >>> print(report)
+        56 products in 3.3 MB instead of 25.2 MB; not quantized: lm_head
     """
 
     config: dict[str, Any]
@@ -41,6 +43,13 @@ class QuantizationReport:
     bytes: int
     bytes_before: int
     head_bytes: int
+
+    def __str__(self) -> str:
+        """A line to print: how much there is less, and what stayed."""
+        size = f"{self.bytes / 1e6:.1f} MB instead of {self.bytes_before / 1e6:.1f} MB"
+        first, more = list(self.skipped)[:3], len(self.skipped) - 3
+        left = f"; not quantized: {', '.join(first)}" if first else ""
+        return f"{len(self.quantized)} products in {size}{left}" + (f" and {more} more" if more > 0 else "")
 
     @classmethod
     def of(
