@@ -96,6 +96,15 @@ def test_what_a_first_and_an_end_cannot_say_is_torchs(ours) -> None:
     assert not ours
 
 
+def test_chunks_count_from_each_rows_own_beginning(ours) -> None:
+    stock, model = both("llama4_text")
+    ids, real = tokens(model, 3), torch.ones(3, TOKENS, dtype=torch.long)
+    real[2, :45] = 0  # not the first row
+    with torch.no_grad():
+        expected, logits = (net(ids, attention_mask=real).logits for net in (stock, model))
+    torch.testing.assert_close(logits[real == 1], expected[real == 1], atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_softcaps_and_sinks_of_short_prompts_are_the_models_own(name: str) -> None:
     """Padding that sees nothing beside windows, masks of numbers, dropout."""

@@ -79,7 +79,8 @@ def limits(
     first, end = torch.zeros_like(token)[None], (token + 1)[None]
     if local_size is not None:
         kinds = (token - local_size + 1).clamp(min=0), token // local_size * local_size  # sliding, chunked
-        begins = next((kind for kind in kinds if _begins(mask_function, token, kind)), None)
+        rows = torch.arange(batch_size, device=device)[:, None]
+        begins = next((kind for kind in kinds if _begins(mask_function, rows, token, kind)), None)
         if begins is None:  # chunks that count from a row's own beginning
             return None
         first = begins[None]
@@ -163,11 +164,11 @@ def _written_down(
     return eager(module, query, key, value, mask, **named)[0], None
 
 
-def _begins(mask_function: Callable[..., Tensor], token: Tensor, first: Tensor) -> bool:
-    """Whether the first key that each token sees is this."""
-    row = token.new_zeros(())
-    before = mask_function(row, row, token, first - 1) & (first > 0)
-    return bool(mask_function(row, row, token, first).all()) and not bool(before.any())
+def _begins(mask_function: Callable[..., Tensor], rows: Tensor, token: Tensor, first: Tensor) -> bool:
+    """Whether the first key that each token of these rows of the batch sees is this."""
+    head = token.new_zeros(())
+    before = mask_function(rows, head, token, first - 1) & (first > 0)
+    return bool(mask_function(rows, head, token, first).all()) and not bool(before.any())
 
 
 def _learns(*tensors: Tensor | None) -> bool:
