@@ -426,6 +426,17 @@ def test_quantized_files_whose_config_does_not_say_so_are_not_quantized_again(fo
             load(tmp_path, again)
 
 
+@pytest.mark.parametrize("llmopt", [True, "int4"])
+def test_a_config_where_auto_gptq_left_it_is_named(folder, tmp_path, llmopt):
+    """With `llmopt=True` the model had random weights, as stock's has."""
+    load(folder, "int4").save_pretrained(tmp_path)
+    words = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "quantize_config.json").write_text(json.dumps(words.pop("quantization_config")))
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    with pytest.raises(InvalidCheckpoint, match=r"has a quantize_config.json .* if the weights are full, remove"):
+        load(tmp_path, llmopt)
+
+
 def test_a_weight_that_is_not_finite_is_named(tmp_path):
     model = build("llama")
     with torch.no_grad():

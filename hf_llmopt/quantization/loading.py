@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
     entry = _entry(config)
     wanted = asked.quantization
     if entry is None:
+        _require_config_in_place(config)
         if wanted is None or wanted.method in CALIBRATED:
             return None
         _require_whole(config)
@@ -101,6 +103,17 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
         raise UnsupportedQuantization(f"{why} {_already(entry)}")
     _require_whole(config)
     return Quantizer(WeightConfig(recipe), wanted or QuantizationConfig(), pre_quantized=True)
+
+
+def _require_config_in_place(config: Any) -> None:
+    """Raise if files of AutoGPTQ's first years lie where transformers takes them for full weights that are missing."""
+    folder = getattr(config, "name_or_path", None)
+    if folder and Path(folder, "quantize_config.json").is_file():
+        raise InvalidCheckpoint(
+            f"{str(folder)!r} has a quantize_config.json and no quantization_config in config.json, where it is looked "
+            'for. Copy it there, with "quant_method": "gptq" (docs/formats.md, Coming over); if the weights are full, '
+            "remove the file."
+        )
 
 
 def has(model: PreTrainedModel, asked: QuantizationConfig) -> bool:
