@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import InvalidOption, unknown
-from .section import Section, alike, short_repr
+from .section import Section, alike, choices_of, short_repr
 from .sections import (
     AttentionConfig,
     BatchingConfig,
@@ -157,6 +157,8 @@ class LLMOptConfig:
             if isinstance(name, str) and name in SECTIONS and name not in PARTS:
                 raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
             if not isinstance(name, str) or name not in allowed:
+                if (place := _place(name)) is not None:
+                    raise InvalidOption(f"{name!r} is no part's name; it belongs into a dict: llmopt={place}.")
                 raise unknown("llmopt= option", name, allowed)
         presets = [name for name in dict.fromkeys(names) if name in PRESETS]
         if len(presets) > 1:
@@ -179,14 +181,26 @@ class LLMOptConfig:
         allowed = [option.name for option in fields(cls)]
         for name in sections:
             if name not in allowed:
-                home = next((s for s, section in SECTIONS.items() if name in (o.name for o in fields(section))), None)
                 if name in PRESETS or name in PARTS:
                     inside = f" or {{{PARTS[name][0]!r}: {PARTS[name][1] or True}}}" if name in PARTS else ""
                     raise InvalidOption(f"{name!r} is a name, and a dict takes sections: llmopt={name!r}{inside}.")
-                if home is not None:
-                    raise InvalidOption(f"{name!r} belongs to a section: {{{home!r}: {{{name!r}: ...}}}}.")
+                if (place := _place(name)) is not None:
+                    raise InvalidOption(f"{name!r} belongs to a section: {place}.")
                 raise unknown("llmopt= section", name, allowed)
         return cls(**sections)
+
+
+def _place(name: Any) -> str | None:
+    """Where in the keyword's dict a name belongs that is an option or a value of one, or `None`."""
+    if name in (each.name for each in fields(LLMOptConfig)):
+        return f"{{{name!r}: ...}}"
+    for home, section in SECTIONS.items():
+        for option in fields(section):
+            if name == option.name:
+                return f"{{{home!r}: {{{name!r}: ...}}}}"
+            if name not in ("auto", "none") and any(name == each and alike(name, each) for each in choices_of(option)):
+                return f"{{{home!r}: {{{option.name!r}: {name!r}}}}}"
+    return None
 
 
 LLMOptConfig.__repr__ = short_repr  # type: ignore[method-assign]

@@ -39,7 +39,7 @@ class Section:
         if value is None and default is None:
             return
         if rule["choices"]:
-            choices = _choices(type(self).__dataclass_fields__[name])
+            choices = choices_of(type(self).__dataclass_fields__[name])
             if not any(value == choice and alike(value, choice) for choice in choices):
                 raise unknown(f"{where}: value", value, choices)
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
@@ -62,8 +62,8 @@ class Section:
         if value is True:
             return cls()
         if isinstance(value, str) and cls.main is not None:
-            homes = [each.name for each in fields(cls) if value in _choices(each)]
-            if homes and cls.main not in homes and _choices(cls.__dataclass_fields__[cls.main]):
+            homes = [each.name for each in fields(cls) if value in choices_of(each)]
+            if homes and cls.main not in homes and choices_of(cls.__dataclass_fields__[cls.main]):
                 raise InvalidOption(
                     f"{cls.__name__}: a string by itself is its {cls.main}, and {value!r} is a value of {homes[0]}. "
                     f"Give {{{homes[0]!r}: {value!r}}}."
@@ -79,7 +79,7 @@ class Section:
         return cls(**value)
 
 
-def _choices(option: Field[Any]) -> tuple[Any, ...]:
+def choices_of(option: Field[Any]) -> tuple[Any, ...]:
     """The values that an option takes, those that users have registered too; none if it takes any of its kind."""
     return (*option.metadata["choices"], *OWN.get(option.metadata["own"], ()))
 
