@@ -288,6 +288,27 @@ def test_scores_and_the_cache_are_those_of_stock(model):
     assert torch.equal(*ends)
 
 
+def test_a_step_between_a_calls_last_token_and_its_end(model):
+    """Of another thread, say; here of a call inside the streamer's last call."""
+    inputs, settings = prompts(), {**GREEDY, "max_new_tokens": 9, "pad_token_id": 0}
+    expected = model.generate(**inputs, **settings)
+    inner = []
+
+    class Nested:
+        def put(self, value):
+            pass
+
+        def end(self):
+            inner.append(model.generate(**inputs, **settings, llmopt=speculating()))
+
+    outer = model.generate(
+        **inputs, **settings, return_dict_in_generate=True, streamer=Nested(), llmopt=speculating()
+    )  # what it returns keeps its pages until the end
+    assert torch.equal(outer.sequences, expected)
+    assert torch.equal(inner[0], expected)
+    assert outer.past_key_values.get_seq_length() == expected.shape[1] - 1
+
+
 def test_submitted_requests_draft_and_share_steps(model):
     config = LLMOptConfig(speculative=SpeculativeConfig(num_tokens=3), prompt_cache=True)
     inputs = prompts(5, seed=3)

@@ -169,7 +169,8 @@ class _OwnWay(Row):
 
     def most_drafts(self) -> int:
         """As many as can count before the row ends, none where it is far ahead of the others."""
-        return super().most_drafts() if self._call_of.lead(self) < LEAD else 0
+        # Others may step the engine between a row's last token and the end of its call.
+        return 0 if self.done or self._call_of.lead(self) >= LEAD else super().most_drafts()
 
     def _accept(self, tokens: list[int], unfinished: list[int]) -> None:
         (token,), (goes_on,) = tokens, unfinished

@@ -209,6 +209,8 @@ def _check_cache(engine: EngineLoop, prompt: Prompt) -> None:
             f"past_key_values is a {type(past).__name__}, which holds every token, and eviction would take some away. "
             "Give the PagedCache that generate(llmopt=..., return_dict_in_generate=True) returned, or leave it out."
         )
+    if past is not None and not engine.store.dense and not isinstance(past, PagedCache):
+        raise NotServed("the model hands compressed states to its cache, and pages hold the expanded keys")
     if past is None or not prompt.past_length:
         return
     if (
@@ -255,8 +257,6 @@ def _check_lengths(model: PreTrainedModel, engine: EngineLoop, prompt: Prompt, t
         raise NotServed(
             "a row has masked tokens behind real ones (right padding?), and the model counts padded columns"
         )
-    if prompt.past is not None and not engine.store.dense and not isinstance(prompt.past, PagedCache):
-        raise NotServed("the model hands compressed states to its cache, and pages hold the expanded keys")
     limit = position_limit(model)
     longest = int(prompt.positions.max()) + 1
     if limit is not None and int(prompt.positions.min()) < 0:

@@ -91,12 +91,22 @@ def test_cache_that_holds_the_whole_prompt(llama):
     assert_falls_through(llama, arguments, "no new token")
 
 
-def test_compressed_cache_of_the_user():
+@pytest.mark.parametrize("filled", [False, True])
+def test_compressed_cache_of_the_user(filled):
     """DeepSeek's caches hold latents; pages hold the keys made from them."""
     model = tiny("deepseek_v3")
-    assert_falls_through(
-        model, lambda: {**ARGUMENTS, "past_key_values": DynamicCache(config=model.config)}, "compressed states"
-    )
+
+    def arguments():
+        cache = DynamicCache(config=model.config)
+        if filled:
+            model(
+                ARGUMENTS["input_ids"][:, :-1],
+                attention_mask=ARGUMENTS["attention_mask"][:, :-1],
+                past_key_values=cache,
+            )
+        return {**ARGUMENTS, "past_key_values": cache}
+
+    assert_falls_through(model, arguments, "compressed states")
 
 
 def test_synced_gpus(llama, tmp_path):
