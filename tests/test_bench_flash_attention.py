@@ -50,6 +50,8 @@ def test_tables_and_picture(found: dict[str, Any]) -> None:
     for table in tables:
         assert all(len(row) == len(table.columns) for row in table.rows)
         report.markdown(table)
+    assert all(float(figure) > 0 for row in tables[0].rows for figure in row[4:6])
+    assert [row[4] for row in tables[2].rows] == [""], "miniatures have no goal"
     drawing = ElementTree.fromstring(plots.prompts(found["prompts"]))
     circles = [part for part in drawing if part.tag.endswith("circle")]
     assert len(circles) == 2  # of whole prompts
