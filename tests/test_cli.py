@@ -165,6 +165,7 @@ def test_generate_stops(folder: Path) -> None:
         (("{empty}", "x"), "has no config.json"),
         (("{folder}", "x", "--llmopt=kv_cach"), "Did you mean 'kv_cache'?"),
         (("{folder}", "x", "--llmopt", "kv_cahce"), "Did you mean 'kv_cache'?"),
+        (("{folder}", "x", "--llmopt", "kv_cache,sink"), 'belongs into JSON: {"kv_cache": {"eviction": "sink"}}'),
         (("{folder}", "--llmopt", "ture", "x"), "Did you mean 'true'? Allowed: "),
         (("{folder}", "x", "--llmopt", '{{"kv_cache": 1'), "is no JSON (Expecting"),
         (("{folder}", "x", "--llmopt", '{{"quantization": {{"method": "int44"}}}}'), "Did you mean 'int4'?"),

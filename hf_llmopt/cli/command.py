@@ -55,7 +55,7 @@ def keyword(value: str) -> Any:
         InvalidOption: It names something that does not exist.
         UserError: It is no JSON.
     """
-    from hf_llmopt.config import PARTS, PRESETS, LLMOptConfig
+    from hf_llmopt.config import PARTS, PRESETS, LLMOptConfig, place_of
     from hf_llmopt.errors import unknown
 
     if value.lstrip().startswith("{"):
@@ -79,6 +79,11 @@ def keyword(value: str) -> Any:
                 f"prompt_cache,int4; allowed: {', '.join([*PARTS, *PRESETS])}"
             )
         if name.strip() not in PARTS and name.strip() not in PRESETS:
+            if (place := place_of(name.strip())) is not None:
+                place = place.replace("'", '"')
+                raise UserError(
+                    f"--llmopt {value!r}: {name.strip()!r} is no part's name; it belongs into JSON: {place}"
+                )
             raise unknown("--llmopt value", name.strip(), [*known, *PARTS, *PRESETS])
     LLMOptConfig.parse(value)
     return value

@@ -1,6 +1,6 @@
 """What the user may ask for: `LLMOptConfig`, and a section per part of the series."""
 
-from .llmopt import PARTS, PRESETS, LLMOptConfig
+from .llmopt import PARTS, PRESETS, LLMOptConfig, place_of
 from .own import guarded, register
 from .section import OWN
 from .sections import (
@@ -28,5 +28,6 @@ __all__ = [
     "QuantizationConfig",
     "SpeculativeConfig",
     "guarded",
+    "place_of",
     "register",
 ]

@@ -157,7 +157,7 @@ class LLMOptConfig:
             if isinstance(name, str) and name in SECTIONS and name not in PARTS:
                 raise InvalidOption(f"{name!r} is a section of a dict: llmopt={{{name!r}: ...}}; it is no part's name.")
             if not isinstance(name, str) or name not in allowed:
-                if (place := _place(name)) is not None:
+                if (place := place_of(name)) is not None:
                     raise InvalidOption(f"{name!r} is no part's name; it belongs into a dict: llmopt={place}.")
                 raise unknown("llmopt= option", name, allowed)
         presets = [name for name in dict.fromkeys(names) if name in PRESETS]
@@ -184,14 +184,19 @@ class LLMOptConfig:
                 if name in PRESETS or name in PARTS:
                     inside = f" or {{{PARTS[name][0]!r}: {PARTS[name][1] or True}}}" if name in PARTS else ""
                     raise InvalidOption(f"{name!r} is a name, and a dict takes sections: llmopt={name!r}{inside}.")
-                if (place := _place(name)) is not None:
+                if (place := place_of(name)) is not None:
                     raise InvalidOption(f"{name!r} belongs to a section: {place}.")
                 raise unknown("llmopt= section", name, allowed)
         return cls(**sections)
 
 
-def _place(name: Any) -> str | None:
-    """Where in the keyword's dict a name belongs that is an option or a value of one, or `None`."""
+def place_of(name: Any) -> str | None:
+    """Where in the keyword's dict a name belongs that is an option or a value of one, or `None`.
+
+    Example:
+        >>> place_of("sink")
+        "{'kv_cache': {'eviction': 'sink'}}"
+    """
     if name in (each.name for each in fields(LLMOptConfig)):
         return f"{{{name!r}: ...}}"
     for home, section in SECTIONS.items():
