@@ -121,6 +121,9 @@ def test_speed() -> None:
     assert shape["methods"]["int4"]["products"] < 0.5 * shape["methods"]["int4"]["products_before"]
     drawing = ElementTree.fromstring(plots.quantized_speed(shape))
     assert len(drawing.findall("{*}circle")) == 4, "two numbers of rows, two ways"
+    assert "kernels: " in check_tables(found)
+    shape["model"]["device"] = "cuda:0"
+    assert "kernels: " not in check_tables(found), "a GPU's steps use none of the CPU's"
 
 
 def test_other_tokens_fail(monkeypatch: pytest.MonkeyPatch) -> None:

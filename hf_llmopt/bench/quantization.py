@@ -121,8 +121,10 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 def _caption(report: Mapping[str, Any]) -> str:
     machine = report["environment"]
+    on_cpu = all(found["model"]["device"] == "cpu" for found in report.get("speed", ()))
+    kernels = f"kernels: {report['kernels']}; " if on_cpu else ""  # of the CPU, which a GPU's steps do not use
     caption = (
-        f"{machine['hardware']}, {machine['threads']} threads; kernels: {report['kernels']}; torch "
+        f"{machine['hardware']}, {machine['threads']} threads; {kernels}torch "
         f"{machine['versions']['torch']}, transformers {machine['versions']['transformers']}; medians of "
         f"{report['repeats']} interleaved runs; × is the geometric mean of paired ratios with its 95 % interval"
     )
