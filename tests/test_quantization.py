@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import pickle
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -15,6 +16,8 @@ from architectures import build
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import hf_llmopt
 from hf_llmopt import LLMOptConfig, QuantizationConfig, QuantizedLinear
@@ -500,6 +503,30 @@ def test_a_config_of_other_files_is_refused(folder, tmp_path, says, why):
     (tmp_path / "config.json").write_text(json.dumps(entry))
     with pytest.raises(InvalidCheckpoint, match=why):
         load(tmp_path, True)
+
+
+@pytest.mark.parametrize("says", [{"quant_method": "bitsandbytes"}, {}], ids=["named", "of the first years"])
+def test_weights_of_bitsandbytes_are_left_to_transformers(folder, tmp_path, monkeypatch, says):
+    """Whose entry for them has another name than files have."""
+
+    class Stored(HfQuantizer):
+        def _process_model_before_weight_loading(self, model, **kwargs):
+            pass
+
+        is_trainable, is_serializable = False, lambda self: False
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Stored)
+    words = json.loads((folder / "config.json").read_text())
+    words["quantization_config"] = {**says, "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    for llmopt in (True, "kv_cache", "speculative"):
+        model = load(tmp_path, llmopt)
+        assert isinstance(model.hf_quantizer, Stored)
+        assert greedy(model) == greedy(load(folder, None))
+        assert model.llmopt.stats.served_by == "llmopt"
+    with pytest.raises(UnsupportedQuantization, match=r"'bitsandbytes' cannot be read\. .* quantized already"):
+        load(tmp_path, "int4")
 
 
 @pytest.mark.parametrize("entry", [[{"quant_method": "gptq"}], [], "gptq", 4, True], ids=repr)

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ..config import CALIBRATED, LLMOptConfig, QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization
@@ -86,14 +87,14 @@ def _quantizer_for(config: Any, asked: LLMOptConfig) -> Quantizer | None:
         recipe = Recipe.from_dict(words)
     except UnsupportedQuantization as reason:
         method = words.get("quant_method")
-        known = [*METHODS, *AUTO_QUANTIZATION_CONFIG_MAPPING]
+        known = [*METHODS, *AUTO_QUANTIZATION_CONFIG_MAPPING, *(each.value for each in QuantizationMethod)]
         if isinstance(method, str) and method not in known:  # transformers would load it as if it were full weights
             raise InvalidCheckpoint(
                 f"The quantization_config of config.json has quant_method {method!r}, which nobody knows. "
                 f"Known: {', '.join(sorted({*known}))}."
             ) from None
         if wanted is not None:
-            raise UnsupportedQuantization(_already(entry)) from None
+            raise UnsupportedQuantization(f"{reason} {_already(entry)}") from None
         if words.get("quant_method") in METHODS:  # transformers may know more of it than we do
             if asked.strict:
                 raise

@@ -44,6 +44,8 @@ def _guessed(config: Mapping[str, Any]) -> str:
         return "awq"
     if "bits" in config:
         return "gptq"
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return "bitsandbytes"
     raise InvalidCheckpoint(
         f"The quantization_config has no quant_method, only {', '.join(config) or 'nothing'}. "
         f"{fields.REMEDY} {READABLE}"
