@@ -234,6 +234,21 @@ def test_quantized_experts_are_pickled() -> None:
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "mixtral", "gpt2"])
+def test_a_model_that_was_made_dense_is_saved_as_any_other(name: str, tmp_path: Path) -> None:
+    """Experts fused, GPT-2's weights transposed: so transformers reads them without us."""
+    quantized = hf_llmopt.optimize(build(name), llmopt={"quantization": {"method": "int8", "head_bits": 8}})
+    quantized.save_pretrained(tmp_path / "quantized")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", llmopt=True)
+    for number, model in enumerate((quantized, loaded)):
+        model.dequantize()
+        assert type(model.get_output_embeddings()) is nn.Linear
+        model.save_pretrained(tmp_path / str(number))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert again.state_dict().keys() == build(name).state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(logits(again), logits(model))
+
+
 def test_an_expert_without_a_gate() -> None:
     up, down = nn.Linear(4, 6), nn.Linear(6, 4)
     x = torch.randn(3, 4)

@@ -9,21 +9,12 @@ own code goes on to gate. File formats store a linear for each expert too, by ju
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-)
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -42,7 +33,7 @@ class Layout(NamedTuple):
     def split(self, name: str, fused: Tensor) -> dict[str, Tensor]:
         """The weight `[outputs, inputs]`, or bias `[outputs]`, of each product that a tensor of one expert holds.
 
-        Weights are views, into a tensor that is free once they are quantized.
+        They are views, into a tensor that is free once the weights are quantized.
 
         Example:
             >>> import torch
@@ -53,10 +44,8 @@ class Layout(NamedTuple):
         suffix = ".bias" if name.endswith("_bias") else ".weight"
         rows = fused.T if self.transposed and suffix == ".weight" else fused
         if not name.startswith("gate_up_proj"):
-            return {name.removesuffix("_bias") + suffix: rows if suffix == ".weight" else rows.clone()}
+            return {name.removesuffix("_bias") + suffix: rows}
         gate, up = (rows[::2], rows[1::2]) if self.interleaved else rows.chunk(2)
-        if suffix == ".bias":  # these stay
-            gate, up = gate.clone(), up.clone()
         return {"gate_proj" + suffix: gate, "up_proj" + suffix: up}
 
 
@@ -108,8 +97,9 @@ class Experts(nn.ModuleList):
         fused = {name: parameter.detach() for name, parameter in eager.named_parameters()}
         code: Any = copy.copy(eager)  # only code and numbers
         code._parameters = {}
-        self.fused = tuple(fused)
+        self.fused = {name: tensor.shape for name, tensor in fused.items()}
         self.layout, gated = _layout_and_gate(code)
+        self._code = (code,)  # in a tuple it is no module of this one
         for expert in range(len(fused["down_proj"])):
             parts: dict[str, Tensor] = {}
             for name, tensor in fused.items():
@@ -120,6 +110,27 @@ class Experts(nn.ModuleList):
                 if f"{name}.weight" in parts
             }
             self.append(Expert(products, gated, self.layout.interleaved))
+
+    def products(self) -> list[nn.Module]:
+        """Those of all experts."""
+        return [product for expert in self for product in expert._modules.values() if product is not None]
+
+    @torch.no_grad()
+    def write(self, whole: nn.Module) -> None:
+        """Put the weights into the parameters of a module of fused experts."""
+        for name, fused in whole.named_parameters():
+            for expert, rows in zip(self, fused, strict=True):
+                for part, view in self.layout.split(name, rows).items():
+                    view.copy_(expert.get_parameter(part))
+
+    def fuse(self) -> nn.Module:
+        """A module of fused experts with these weights, all of them `nn.Linear`s."""
+        whole: Any = copy.copy(self._code[0])
+        like = next(self.parameters())
+        made = {name: torch.empty(shape, dtype=like.dtype, device=like.device) for name, shape in self.fused.items()}
+        whole._parameters = {name: nn.Parameter(tensor) for name, tensor in made.items()}
+        self.write(whole)
+        return whole
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the modules of transformers.
@@ -214,7 +225,8 @@ class Unfused(NamedTuple):
         if not self.hold(unless):
             while self.whole:
                 name, module = self.whole.popitem()
-                Experts(module).load_state_dict(model.get_submodule(name).state_dict())  # what others saw of a change
+                apart: Any = model.get_submodule(name)
+                apart.write(module)  # what a calibration has changed
                 model.set_submodule(name, module)
 
 
@@ -234,105 +246,10 @@ def unfuse(model: nn.Module) -> Unfused:
     return found
 
 
-def conversions(found: list[WeightTransform], model: nn.Module) -> list[WeightTransform]:
-    """What transformers does to names and tensors of files while it loads them, for a model with `Experts`.
-
-    Args:
-        found: The model's own list, which merges the linears that files hold for each expert. Here they are renamed,
-            whatever they store: `experts.3.w1.qweight` is `experts.3.gate_proj.qweight`, and has its name again when
-            the model is saved. What files hold fused is split.
-        model: The model, after `unfuse`.
-    """
-    experts = {name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    parts = {f"{leaf}.{fused}": module for leaf, module in experts.items() for fused in module.fused}
-    kept: list[WeightTransform] = []
-    for transform in found:
-        target, sources = transform._original_target_patterns[0], transform._original_source_patterns
-        part = next((part for part in parts if f".{target}".endswith(f".{part}")), None)
-        if part is None or not isinstance(transform, WeightConverter):
-            kept.append(transform)
-        elif all("*." in source for source in sources):
-            names = parts[part].layout.split(part.rpartition(".")[2], torch.empty(2, 2))
-            kept += filter(None, map(_renaming, sources, names))
-        else:
-            kept.append(_splitting(parts.pop(part), part, sources, _Split(transform.operations, target)))
-    return kept + [
-        _splitting(module, part, [rf"(?<!\w){re.escape(part)}$"], _Split()) for part, module in parts.items()
-    ]
-
-
-def keep_apart(model: Any) -> None:
-    """Let files of a model hold its experts' products apart, by the names that other tools give them."""
-    found = getattr(model, "_weight_conversions", None)
-    if found is None:  # made from a config
-        found = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
-    made = conversions(found, model)
-    splits = [t for t in made if any(isinstance(operation, _Split) for operation in getattr(t, "operations", ()))]
-    model._weight_conversions = [transform for transform in made if transform not in splits]
-    for experts in [module for module in model.modules() if isinstance(module, Experts)]:
-        for product in experts.modules():
-            if type(product) is nn.Linear:  # it was left out: files hold no views
-                product.weight.data = product.weight.data.clone(memory_format=torch.contiguous_format)
-
-
-def names_in_files(model: Any) -> Callable[[str], str]:
-    """From the names of modules in `Experts` to those that they have in files; other names stay as they are."""
-    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Experts))
-    found = conversions(get_model_conversion_mapping(model, add_legacy=False), model) if experts else []
-    renamings = [t.reverse_transform() for t in reversed(found) if type(t) is WeightRenaming]
-
-    def name_in_files(name: str) -> str:
-        if not name.startswith(experts):
-            return name
-        key = f"{name}.weight"
-        for renaming in renamings:
-            key, _ = renaming.rename_source_key(key)
-        return key.removesuffix(".weight")
-
-    return name_in_files
-
-
-def _renaming(source: str, ours: str) -> WeightRenaming | None:
-    """From the name that files give a product of an expert, as `.experts.*.w1.weight`, to ours, `gate_proj.weight`."""
-    before, _, theirs = source.removesuffix(".weight").partition("*.")
-    ours = ours.removesuffix(".weight")
-    if theirs == ours:
-        return None
-    return WeightRenaming(rf"{re.escape(before)}(\d+)\.{theirs}\.", rf"{before}\1.{ours}.")
-
-
-def _splitting(module: Experts, part: str, sources: list[str], split: _Split) -> WeightConverter:
-    leaf, fused = part.rsplit(".", 1)
-    names = module.layout.split(fused, torch.empty(2, 2))
-    targets = [f"{leaf}.{expert}.{name}" for expert in range(len(module)) for name in names]
-    split.layout, split.fused, split.names = module.layout, fused, targets
-    return WeightConverter(list(sources), targets, [split])
-
-
-class _Split(ConversionOps):
-    """The fused tensor of all experts, which other operations may give first, becomes one for each product."""
-
-    supports_many_to_many = True
-    layout: Layout
-    fused: str
-    names: list[str]
-
-    def __init__(self, before: list[ConversionOps] | None = None, target: str = "") -> None:
-        self.before, self.target = before or [], target
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        for operation in self.before:
-            input_dict = operation.convert(input_dict, **{**kwargs, "target_patterns": [self.target]})
-        (tensor,) = input_dict.values()
-        tensor = tensor[0] if isinstance(tensor, list) else tensor
-        parts = [part for expert in tensor for part in self.layout.split(self.fused, expert).values()]
-        return dict(zip(self.names, parts, strict=True))
-
-
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     outputs, inputs = weight.shape
     linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)  # it stays, and files hold no views
     return linear

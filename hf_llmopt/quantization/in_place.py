@@ -21,7 +21,8 @@ from ..kernels.arguments import Grid
 from . import awq, gptq, smoothquant
 from .blocks import quantize_blocks
 from .calibration import pack
-from .experts import names_in_files, unfuse
+from .expert_files import names_in_files
+from .experts import unfuse
 from .linear import QuantizedLinear
 from .loading import require_full
 from .offload import resident
@@ -54,6 +55,8 @@ def quantize(model: PreTrainedModel, asked: QuantizationConfig) -> None:
                     new = QuantizedLinear.from_grid(grid, found.chosen[name], module.bias).train(module.training)
                 new.prepare()
                 quantizer.names.add(name)
+                if type(module) is Conv1D:
+                    quantizer.transposed.add(name)
                 quantizer.bytes_before += module.weight.numel() * module.weight.element_size()
                 model.set_submodule(name, new)
                 quantizer.freed.after(module.weight.numel())

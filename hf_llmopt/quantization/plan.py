@@ -17,7 +17,8 @@ from ..config import EIGHT_BITS, QuantizationConfig
 from ..errors import UnsupportedQuantization, unknown
 from ..kernels.arguments import Grid
 from . import formats
-from .experts import Experts, names_in_files
+from .expert_files import names_in_files
+from .experts import Experts
 from .formats import Recipe, Scheme
 from .grid import make_float8_grid, make_grid
 

@@ -22,14 +22,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import QuantizationConfig
 from ..errors import InvalidCheckpoint, UnsupportedQuantization, about
 from . import formats
-from .experts import Experts, conversions, keep_apart, names_in_files, unfuse
+from .expert_files import conversions, keep_apart, keep_whole, names_in_files
+from .experts import Experts, unfuse
 from .formats import Recipe, Scheme
 from .head import QuantizedHead
 from .heap import Freed
 from .linear import QuantizedLinear
 from .offload import rewrite
 from .plan import ADAPTER, AS_LINEAR, HEAD, ROUTER, STOPPED, Plan, dividing_group, inputs_and_outputs, plan
-from .product import is_offloaded
+from .product import Product, is_offloaded
 from .report import QuantizationReport
 
 
@@ -66,7 +67,7 @@ class Quantizer(HfQuantizer):
         self.plan: Plan | None = None
         self.names: set[str] = set()  # of the modules that are ours
         self.experts: set[str] = set()  # names of `Experts`; all of one may come from one tensor
-        self.transposed: set[str] = set()  # of those, GPT-2's Conv1D, whose files hold the transposed weight
+        self.transposed: set[str] = set()  # of those, GPT-2's Conv1D, whose full weight is the transposed one
         self.element_sizes: dict[str, int] = {}  # bytes of what they store as `weight`, which is full until it is read
         self.bytes_before = 0
         self.notes: dict[str, str] = {}  # what a calibration could not do for some of them
@@ -124,12 +125,12 @@ class Quantizer(HfQuantizer):
         inputs, outputs = inputs_and_outputs(module) or (0, 0)
         with torch.device("meta"):
             new = QuantizedLinear(inputs, outputs, scheme, module.bias is not None, module.weight.dtype)
+        if type(module) is Conv1D:
+            self.transposed.add(name)
         if not self.pre_quantized:
             # The full weight in the file finds its module by this, and is not cast before it is quantized.
             self.element_sizes[name] = int("weight" in new._parameters)
             new._parameters["weight"] = nn.Parameter(module.weight.detach(), requires_grad=False)
-            if type(module) is Conv1D:
-                self.transposed.add(name)
         model.set_submodule(name, new)
         self.names.add(name)
         self.bytes_before += module.weight.numel() * module.weight.element_size()
@@ -210,14 +211,23 @@ class Quantizer(HfQuantizer):
         modules = list(model.named_modules())  # adapters may have taken the places of ours, and hold them inside
         trains = not any(name.endswith(".base_layer") for name, _ in modules)
         for name, module in modules:
-            if not isinstance(module, QuantizedLinear):
+            if not isinstance(module, Product):
                 continue
+            weight: Any = module.weight
+            bias, inputs, outputs = module.bias, module.in_features, module.out_features
+            as_conv1d = name in self.transposed
+            if isinstance(module, QuantizedLinear):
+                full = module.dense(dtype or model.dtype)
+                weight = nn.Parameter(full.T.contiguous() if as_conv1d else full, trains)
+                bias = None if bias is None else nn.Parameter(bias.detach(), trains)
             with torch.device("meta"):
-                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-            dense.weight = nn.Parameter(module.dense(dtype or model.dtype), trains)
-            if module.bias is not None:
-                dense.bias = nn.Parameter(module.bias.detach(), trains)
+                dense = Conv1D(outputs, inputs) if as_conv1d else nn.Linear(inputs, outputs, bias is not None)
+            dense._parameters.update(weight=weight, bias=bias)
             model.set_submodule(name, dense.train(module.training))
+        for name, module in modules:
+            if isinstance(module, Experts) and all(type(part) is nn.Linear for part in module.products()):
+                model.set_submodule(name, module.fuse().requires_grad_(trains).train(module.training))
+                keep_whole(model)
         return model
 
     def is_serializable(self) -> bool:  # noqa: D102
