@@ -149,6 +149,10 @@ def test_a_single_window_has_no_interval(tiny: torch.nn.Module, tokenizer) -> No
     assert str(Estimate(1.25)) == "1.25"
 
 
+def test_a_perplexity_is_printed_in_a_line() -> None:
+    assert str(Perplexity((1.0, 1.0), (1, 1), 8)) == "2.718 [2.718, 2.718] on 2 tokens"
+
+
 def test_models_are_compared_window_by_window() -> None:
     theirs = Perplexity(nats=(10.0, 24.0, 33.0, 8.0), counts=(8, 8, 8, 4), bytes=90)
     ours = Perplexity(nats=(10.3, 24.5, 33.3, 8.3), counts=(8, 8, 8, 4), bytes=90)

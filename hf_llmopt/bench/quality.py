@@ -69,6 +69,10 @@ class Perplexity:
     counts: tuple[int, ...]
     bytes: int
 
+    def __str__(self) -> str:
+        """A line to print; the windows' figures would fill the screen."""
+        return f"{self.estimate} on {self.tokens:,} tokens"
+
     @property
     def estimate(self) -> Estimate:
         """The perplexity per token."""
