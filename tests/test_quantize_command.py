@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import build
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -119,7 +121,10 @@ def test_force_replaces(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_what_fails_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_what_fails_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool, error: Exception
+) -> None:
     out = tmp_path / "out"
     if held:
         ok(folder, out, "--method", "int8")
@@ -127,12 +132,14 @@ def test_what_fails_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: py
 
     def full(self: object, path: Path, *args: object, **kwargs: object) -> None:
         (Path(path) / "vocabulary.json").write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
     result = run(folder, out, "--method", "int8", "--force")
     assert result.exit_code == 1
     assert "No space left" in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if held else [])
     assert not held or files(out) == before
 
@@ -156,6 +163,19 @@ def test_user_errors(folder: Path, tmp_path: Path, args: tuple[str, ...], says: 
     assert result.exit_code == 1
     assert says in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_torn_file_is_one_line(folder: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    shutil.copytree(folder, torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for method in ("int4", "gptq"):
+        result = run(torn, tmp_path / "out", "--method", method)
+        assert result.exit_code == 1
+        assert result.stderr.count("error: ") == 1
+        assert "not fully covered" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_a_quantized_model_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -106,13 +106,20 @@ def load_model(name: str, dtype: str, **more: Any) -> PreTrainedModel:
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """What can be wrong with a model's files becomes one line."""
+    from safetensors import SafetensorError
+
     from hf_llmopt.errors import LLMOptError
 
     try:
         yield
     except LLMOptError:
         raise
-    except (OSError, ValueError, ImportError) as error:  # no such model, an unknown architecture, a missing package
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # no model, no package, a torn file
         raise UserError(f"cannot load {name!r}: {ui.first_line(error)}") from error
 
 

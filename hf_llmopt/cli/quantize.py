@@ -123,6 +123,8 @@ def _check(model: str, out: Path, force: bool) -> None:
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place if nothing fails, and is removed else."""
+    from safetensors import SafetensorError
+
     out = out.absolute()
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{state}") for state in ("new", "old"))
     try:
@@ -131,6 +133,8 @@ def replacing(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rename(old)
         new.rename(out)
+    except SafetensorError as error:  # of a full disk, say
+        raise UserError(f"{str(out)!r} could not be written: {error}") from error
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
