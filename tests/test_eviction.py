@@ -433,6 +433,11 @@ def test_a_model_of_windows_only_is_refused(model):
         model("mistral").generate(**prompt(90), **GREEDY, llmopt=evicting("sink"))
 
 
+def test_a_model_with_recurrent_states_is_refused(model):
+    with pytest.raises(UnsupportedModel, match=r"eviction='sink' takes tokens away, .*: leave it out"):
+        model("jamba").generate(**prompt(9), **GREEDY, llmopt=evicting("sink"))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -68,7 +68,7 @@ def unlike_states(config: LLMOptConfig, dense: bool, sharded: bool) -> str | Non
     if not dense:
         return "hands compressed keys to its cache, which cannot be copied into pages"
     if config.kv_cache.eviction is not None:
-        return "eviction takes tokens away, which a state has read"
+        return f"eviction={config.kv_cache.eviction!r} takes tokens away, which a state has read: leave it out"
     if config.batch_invariant:
         return "batch_invariant=True asks for products of ours, which are not proved for them"
     if config.graphs is True:
