@@ -412,7 +412,7 @@ def test_a_damaged_tensor_is_named(folder, tmp_path):
     for leaf, wrong in (("qweight", torch.float32), ("scales", torch.int32)):
         name = f"model.layers.1.mlp.up_proj.{leaf}"
         save_file(tensors | {name: tensors[name].to(wrong)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(InvalidCheckpoint, match=rf"^model\.layers\.1\.mlp\.up_proj: .*'{leaf}' should be in"):
+        with pytest.raises(InvalidCheckpoint, match=rf"^model\.layers\.1\.mlp\.up_proj\.{leaf} is in \w+ in"):
             load(tmp_path, True)
 
 

@@ -33,6 +33,10 @@ from .plan import ADAPTER, AS_LINEAR, HEAD, ROUTER, STOPPED, Plan, dividing_grou
 from .product import Product, is_offloaded
 from .report import QuantizationReport
 
+# What safetensors calls the types of codes; transformers may cast others to these without a word.
+KINDS = {torch.int8: ["I8"], torch.int32: ["I32"], torch.int64: ["I64"], torch.float8_e4m3fn: ["F8_E4M3"]}
+SCALES = ["F16", "BF16", "F32", "F64"]
+
 
 class WeightConfig(QuantizationConfigMixin):
     """`config.quantization_config` of a model whose weights are ours; written to files in their format's own words.
@@ -89,8 +93,8 @@ class Quantizer(HfQuantizer):
         for name, scheme in chosen.items():
             self._swap(model, name, model.get_submodule(name), scheme)
 
-    def _stored(self, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[str, Scheme]:
-        """How the files, with tensors of these shapes, hold each product that they hold quantized."""
+    def _stored(self, model: PreTrainedModel, shapes: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, Scheme]:
+        """How the files, with tensors of these shapes and types, hold each product that they hold quantized."""
         recipe: Any = self.quantization_config.recipe
         in_file = names_in_files(model)
         products = [name for name, module in model.named_modules() if inputs_and_outputs(module) is not None]
@@ -105,14 +109,23 @@ class Quantizer(HfQuantizer):
         chosen = {name: scheme for name, scheme in found.items() if scheme is not None and in_files[name] in held}
         for name, scheme in chosen.items():
             inputs, outputs = inputs_and_outputs(model.get_submodule(name)) or (0, 0)
-            for leaf, (shape, _) in formats.tensors(scheme, outputs, inputs, torch.float16).items():
-                there = shapes.get(f"{in_files[name]}.{leaf}", shape)
+            for leaf, (shape, dtype) in formats.tensors(scheme, outputs, inputs, torch.float16).items():
+                key = f"{in_files[name]}.{leaf}"
+                if key not in shapes:
+                    continue
+                there, kind = shapes[key]
                 if there != tuple(shape):
                     says = f"{scheme.format}, {scheme.bits} bits, group size {scheme.group_size}"
                     raise InvalidCheckpoint(
-                        f"{in_files[name]}.{leaf} is {list(there)} in the files. Of a weight [{outputs}, {inputs}] as "
+                        f"{key} is {list(there)} in the files. Of a weight [{outputs}, {inputs}] as "
                         f"their quantization_config says ({says}) it is {list(shape)}. One of them belongs to another "
                         "checkpoint."
+                    )
+                kinds = KINDS.get(dtype, SCALES if dtype.is_floating_point else [kind])
+                if kind not in kinds:
+                    raise InvalidCheckpoint(
+                        f"{key} is in {kind} in the files; {scheme.format!r} has it in {' or '.join(kinds)}. "
+                        "They are damaged, or belong to another config.json."
                     )
         return chosen
 
@@ -285,14 +298,15 @@ class _Quantize(ConversionOps):
         return made
 
 
-def _shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in safetensors files."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _shapes(files: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor in safetensors files."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
             try:
                 with safe_open(file, "pt") as tensors:
-                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                    parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+                    shapes |= {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
             except (SafetensorError, OSError) as error:  # torn, or one of several that is missing
                 raise InvalidCheckpoint(f"{file} cannot be read: {error}. Download or save it again.") from error
     return shapes
