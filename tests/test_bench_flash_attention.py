@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_llmopt.bench import flash_attention_cpu as bench
+from hf_llmopt.bench import flash_attention_plain as plain
 from hf_llmopt.bench import plots, report
 from hf_llmopt.cli import app
 from hf_llmopt.kernels import cpu
@@ -99,3 +100,19 @@ def test_user_errors(arguments: tuple[str, ...], says: str) -> None:
     result = CliRunner().invoke(app, ["bench", "flash_attention", *arguments])
     assert result.exit_code != 0
     assert says in f"{result.output} {result.exception}"
+
+
+def test_plain_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU part's cases, small: every attention is what it should be, and whose error is too large fails."""
+    monkeypatch.setattr(plain, "_microseconds", lambda way, device: float(way().shape[1]))
+    small = [case._replace(tokens=192, window=case.window and 40) for case in plain.CASES]
+    with torch.inference_mode():
+        cases = [plain.measure(case, (4, 2, 16), torch.Generator().manual_seed(0)) for case in small]
+    assert not plain.failures(cases)
+    assert all(0 < error < 0.02 for case in cases for error in case["error"].values())
+    assert [case["mask_bytes"][plain.STOCK] > 0 for case in cases] == [False, True, True, False, False]
+    assert all(case["mask_bytes"][plain.OURS] <= 12 * 192 * case["rows"] for case in cases)
+    shown = plain.table(cases, "")
+    assert all(len(row) == len(shown.columns) for row in shown.rows)
+    cases[1]["error"][plain.OURS] *= 2
+    assert [line.partition(":")[0] for line in plain.failures(cases)] == ["plain forward, window of 1,024"]

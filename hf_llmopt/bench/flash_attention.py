@@ -1,4 +1,4 @@
-"""Attention over pages on a GPU, against torch's on dense keys: prompts, prompts behind a prefix, and decoding."""
+"""Attention on a GPU: over pages against torch's on dense keys, from prompts to decoding, and in plain forwards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.arguments import Seen
+from . import flash_attention_plain as plain
 from .measure import environment
 from .quantized_kernels import CACHE, graph, interleaved
 from .report import Table
@@ -222,13 +223,19 @@ def bench(
         on_run(f"decode {pair}")
         report["decode"].append(decode(*pair, generator))
         torch.cuda.empty_cache()
+    report["plain"] = []
+    with torch.inference_mode():
+        for case in plain.CASES:
+            on_run(f"plain forward, {case.name}")
+            report["plain"].append(plain.measure(case, (HEADS, KV_HEADS, WIDTH), generator))
+            torch.cuda.empty_cache()
     report["passed"] = not failures(report)
     return report
 
 
 def failures(report: dict[str, Any]) -> list[str]:
     """Ours with a larger error than torch's, a line for each."""
-    lines = []
+    lines = plain.failures(report["plain"])
     for found in (*report["prefill"], *report["decode"]):
         theirs = max((found["error"][name] for name in BACKENDS if name in found["error"]), default=None)
         for name, error in found["error"].items():
@@ -262,4 +269,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         rows[-1] += [f"{1e3 * found['error']['triton']:.2f}"]
     columns = ["context", "requests", "µs", "GB/s", "of the read bandwidth", "torch's flash", "error, thousandths"]
     caption = f"{machine}; {shape}; read bandwidth {read:.0f} GB/s, measured in the same run; pages in random order"
-    return [prompts, Table("Decoding", columns, rows, 2, caption)]
+    decoding = Table("Decoding", columns, rows, 2, caption)
+    caption = f"{machine}; {shape}; a layer's attention, medians of {plain.ROUNDS} interleaved rounds of {plain.CALLS}"
+    caption += " calls; errors against float64 in thousandths; a forward makes its mask once"
+    return [prompts, decoding, plain.table(report["plain"], caption)]
