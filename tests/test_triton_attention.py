@@ -452,9 +452,10 @@ def test_bench() -> None:
     """A saved report is shown, an error larger than torch's is a failure, and without a GPU nothing is measured."""
     path = Path(__file__).parents[1] / "docs" / "results" / "flash_attention-gpu.json"
     report = json.loads(path.read_text("utf-8"))
-    prompts, decoding = flash_attention.tables(report)
+    prompts, decoding, forwards = flash_attention.tables(report)
     assert len(prompts.rows) == len(flash_attention.PREFILLS)
     assert len(decoding.rows) == len(flash_attention.DECODES)
+    assert len(forwards.rows) == len(flash_attention.plain.CASES)
     assert not flash_attention.failures(report)
     report["prefill"][0]["error"]["hopper"] *= 2
     assert flash_attention.failures(report)[0].startswith("hopper, 16 x 1024: error")
