@@ -271,5 +271,5 @@ def tables(report: dict[str, Any]) -> list[Table]:
     caption = f"{machine}; {shape}; read bandwidth {read:.0f} GB/s, measured in the same run; pages in random order"
     decoding = Table("Decoding", columns, rows, 2, caption)
     caption = f"{machine}; {shape}; a layer's attention, medians of {plain.ROUNDS} interleaved rounds of {plain.CALLS}"
-    caption += " calls; errors against float64 in thousandths; a forward makes its mask once"
+    caption += " calls; stock: sdpa, for softcaps and sinks eager; errors against float64 in thousandths; a forward makes a mask once"
     return [prompts, decoding, plain.table(report["plain"], caption)]

@@ -66,7 +66,6 @@ def _decode(
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    launch_next(EARLY)
     ready(EARLY)
     head = tl.program_id(0)
     part = tl.program_id(1)
@@ -112,6 +111,7 @@ def _decode(
         s = visible(score(q, k, k_scales, factor, cap, FORM), place, first, end, branch, tree is not None)
         v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE, FORM)
         total, largest, weight = add(s, v, v_scales, total, largest, weight, FORM)
+    launch_next(EARLY)
     place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
     if SPLIT == 1:
         weight = tl.where(weight > 0, weight, 1)

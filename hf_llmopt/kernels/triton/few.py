@@ -82,7 +82,7 @@ def _few(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    launch_next(EARLY)
+    launch_next(EARLY and BLOCK_M == 1)
     PARTS: tl.constexpr = 1 if KIND is not None or second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     dtype = out.dtype.element_ty
@@ -109,6 +109,7 @@ def _few(
         if second is not None:
             up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
             y = y * finished(up, second_bias, rows, factor, dtype)
+    launch_next(EARLY and BLOCK_M > 1)
     put(y, out, residual, tl.arange(0, BLOCK_M), output, M, outputs, width, column)
 
 

@@ -123,7 +123,7 @@ def _deep(
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `few._few` does for dense weights."""
-    launch_next(EARLY)
+    launch_next(EARLY and BLOCK_M == 1)
     PARTS: tl.constexpr = 1 if ACTIVATION is not None or second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -163,6 +163,7 @@ def _deep(
                 EVEN, BLOCK_M, BLOCK_N, DEPTH, STAGES, DTYPE, ASSEMBLY,
             )  # fmt: skip
             y = y * finished(up, second_bias, rows, factor, dtype)
+    launch_next(EARLY and BLOCK_M > 1)
     put(y, out, residual, token, output, M, outputs, width, column)
 
 
@@ -173,7 +174,6 @@ def _tiles(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    launch_next(EARLY)
     EACH: tl.constexpr = PLANES // SETS
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(outputs, N - 1).to(tl.int64)
@@ -208,6 +208,7 @@ def _tiles(
                     plane = plane - zero[:, None].to(DTYPE)
                 part = tl.dot(plane, tl.trans(near), part, input_precision="ieee")
             total += part * tl.load(scales + at).to(tl.float32)[:, None]
+    launch_next(EARLY)
     if SPLIT == 1 and bias is not None:
         total += tl.load(bias + rows).to(tl.float32)[:, None]
     place = (tl.program_id(2) * M + tokens[None, :]).to(tl.int64) * N + outputs[:, None]
