@@ -271,5 +271,6 @@ def tables(report: dict[str, Any]) -> list[Table]:
     caption = f"{machine}; {shape}; read bandwidth {read:.0f} GB/s, measured in the same run; pages in random order"
     decoding = Table("Decoding", columns, rows, 2, caption)
     caption = f"{machine}; {shape}; a layer's attention, medians of {plain.ROUNDS} interleaved rounds of {plain.CALLS}"
-    caption += " calls; stock: sdpa, for softcaps and sinks eager; errors against float64 in thousandths; a forward makes a mask once"
+    caption += " calls; stock: sdpa, for softcaps and sinks eager; errors against float64 in thousandths; "
+    caption += "a forward makes a mask once"
     return [prompts, decoding, plain.table(report["plain"], caption)]
