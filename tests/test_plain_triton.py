@@ -218,7 +218,7 @@ def test_all_that_is_made_is_linear(ours, monkeypatch: pytest.MonkeyPatch) -> No
     _, model = both("gemma2")
     real = torch.ones(1, 2048, dtype=torch.long, device=DEVICE)
     real[:, :100] = 0
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         model(torch.ones_like(real), attention_mask=real, logits_to_keep=1)
     events = profile.events()
     largest = max(max(event.self_cpu_memory_usage, event.self_device_memory_usage) for event in events)
