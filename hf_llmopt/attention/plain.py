@@ -229,19 +229,9 @@ def _ours(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The C kernel: a row of the batch is a request whose tokens are one page.
+    """The C kernel, as `strided.attention`: a row of the batch is a request whose tokens are one page.
 
-    Args:
-        query: `[batch, heads, tokens, key_dim]`.
-        key: `[batch, kv_heads, tokens, key_dim]`; copied where heads lie apart, which costs a hundredth of the rest.
-        value: `[batch, kv_heads, tokens, value_dim]`; likewise.
-        seen: As `limits` gives it; `None` for causality alone.
-        scaling: Factor on the dot products.
-        softcap: `c` in `c * tanh(score / c)`, or `None`.
-        sinks: `[heads]`, or `None`.
-
-    Returns:
-        `[batch, tokens, heads, value_dim]`.
+    Keys and values are copied where heads lie apart, which costs a hundredth of the rest.
     """
     batch, _, tokens, _ = query.shape
     keys, values = (part.transpose(1, 2).flatten(0, 1).contiguous() for part in (key, value))
