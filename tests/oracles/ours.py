@@ -53,7 +53,7 @@ def compressed_tensors(folder: Path) -> tuple[Weights, nn.Module]:
 
 CASES: list[tuple[str, dict[str, Any], Callable[[Path], tuple[Weights, nn.Module | None]]]] = [
     ("gptq", {"method": "int4", "group_size": GROUP}, gptqmodel),
-    ("gptq", {"method": "int4", "bits": 8, "group_size": GROUP}, gptqmodel),
+    ("gptq", {"method": "int8", "group_size": GROUP}, gptqmodel),
     ("gptq", {"method": "int4", "bits": 3, "group_size": GROUP, "skip": ["o_proj"]}, gptqmodel),
     ("awq", {"method": "int4", "group_size": GROUP, "symmetric": False}, autoawq),
     ("compressed-tensors", {"method": "int8"}, compressed_tensors),
