@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hf_llmopt.bench import kv_cache_long as bench
@@ -65,3 +66,10 @@ def test_other_models_are_refused() -> None:
     result = CliRunner().invoke(app, ["bench", "kv_cache", "--long", "--shape", "0.5b"])
     assert result.exit_code != 0
     assert "leave out" in f"{result.output} {result.exception}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_offload_asks_for_a_device() -> None:
+    result = CliRunner().invoke(app, ["bench", "kv_cache", "--offload"])
+    assert result.exit_code != 0
+    assert "found no CUDA device" in f"{result.output} {result.exception}"

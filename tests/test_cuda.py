@@ -214,3 +214,61 @@ def test_graphs_that_cannot_be_recorded(hidden: bool) -> None:
     assert model.llmopt.stats.graph_steps == 0
     assert (model.llmopt.stats.no_graphs or "").startswith("recording a pass raised")
     assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v3"])
+def test_offloaded_pages(name: str, dtype: str) -> None:
+    """Prompts in pieces, several rows, a context that outgrows the memory that copies lie in."""
+    if (name, dtype) == ("deepseek_v3", "int8"):
+        pytest.skip("latent attention keeps the model's own numbers")
+    model = build(name).cuda()
+    pages = {"page_size": 4, "dtype": dtype}
+    options = {"strict": True, "batching": {"max_batch_tokens": 9}}
+    call = {**batch(), **KW, "max_new_tokens": 80}
+    offloaded = model.generate(**call, llmopt={**options, "kv_cache": {**pages, "offload": True}})
+    store = model.llmopt.engine.store
+    homes = {keys.device.type for keys, layer in zip(store.keys, store.layers, strict=True) if layer.kind == "full"}
+    assert homes == {"cpu"}
+    # int8: the same pages on the device, without joined layers, which round products otherwise
+    expected = {"graphs": False, "kv_cache": pages} if dtype == "int8" else False
+    assert torch.equal(offloaded, model.generate(**call, llmopt=expected))
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_offloaded_requests_that_lose_their_pages(swaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: swaps)
+    model = build("llama").cuda()
+    prompts = [torch.randint(3, 90, (10,), device="cuda") for _ in range(4)]
+    arguments = {**KW, "max_new_tokens": 30}
+    kv_cache = {"page_size": 4, "max_tokens": 80, "offload": True}
+    with Engine(model, {"strict": True, "kv_cache": kv_cache}) as engine:
+        handles = [engine.submit(ids, **arguments) for ids in prompts]
+        for ids, handle in zip(prompts, handles, strict=True):
+            expected = model.generate(ids[None], **arguments, llmopt=False)
+            assert handle.result(60) == expected[0, len(ids) :].tolist()
+        assert sum(handle.stats.preemptions for handle in handles) > 0
+
+
+def test_pinned_memory() -> None:
+    """As many bytes as were asked for, known to the driver as pinned, and given back."""
+    from hf_llmopt.kv_cache.transfer import pinned_zeros
+
+    tensor = pinned_zeros((3, 5000), torch.bfloat16)
+    assert tensor.is_pinned()
+    assert not tensor.any()
+    there = tensor.to("cuda", non_blocking=True) + 1
+    tensor.copy_(there, non_blocking=True)
+    del tensor  # waits
+    assert (there == 1).all()
+
+
+def test_the_bench_of_offloaded_pages() -> None:
+    from hf_llmopt.bench import offload
+
+    report = offload.bench(repeats=1, quick=True)
+    assert report["passed"], offload.failures(report)
+    taken = report["contexts"][0]["device_bytes"]
+    assert taken[offload.LOSSY] > 0
+    (table,) = offload.tables(report)
+    assert all(len(row) == len(table.columns) for row in table.rows)

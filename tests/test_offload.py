@@ -10,6 +10,7 @@ from hf_llmopt import Engine, KVCacheConfig
 from hf_llmopt.engine import runner
 from hf_llmopt.errors import InvalidOption
 from hf_llmopt.kv_cache import PagedCache, Staged, Streams
+from hf_llmopt.kv_cache.transfer import pinned_zeros
 
 KW: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
 
@@ -129,6 +130,46 @@ def test_a_cache_that_is_handed_out() -> None:
         )  # fmt: skip
     torch.testing.assert_close(given.next, stock.next)
     assert torch.equal(given.more, stock.more)
+
+
+def test_copies_lie_in_two_places() -> None:
+    """However many layers there are: a host that runs ahead of its device would take memory for each."""
+    streams, like = Streams(torch.device("cpu")), torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    found = [streams.place(number, side, like, 16) for number in range(4) for side in range(2)]
+    assert all(place.shape == (16, 2, 8) and place.dtype == like.dtype for place in found)
+    places = [place.data_ptr() for place in found]
+    assert places[:4] == places[4:]
+    assert len(set(places)) == 4
+    assert streams.place(4, 0, like, 18).data_ptr() == places[0]
+    assert len(streams.place(4, 0, like, 19)) == 19
+
+
+def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last view of it is gone, after what copies there."""
+    told: list[Any] = []
+
+    class Driver:
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+            told.append(("pin", address, nbytes))
+            return 2 if nbytes > 10**6 else 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            told.append(("unpin", address))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("done"))
+    tensor = pinned_zeros((3, 5), torch.bfloat16)
+    assert tensor.shape == (3, 5)
+    assert tensor.dtype == torch.bfloat16
+    assert not tensor.any()
+    view, address = tensor[1:], tensor.data_ptr()
+    del tensor
+    view.fill_(1)
+    assert told == [("pin", address, 30)]
+    del view
+    assert told[1:] == ["done", ("unpin", address)]
+    with pytest.raises(MemoryError, match=r"0\.00 GiB of memory could not be pinned \(CUDA error 2\)"):
+        pinned_zeros((1001, 1000), torch.uint8)
 
 
 def test_where_there_is_nothing_to_offload(monkeypatch: pytest.MonkeyPatch) -> None:

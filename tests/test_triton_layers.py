@@ -11,6 +11,7 @@ import torch
 from architectures import build, ragged
 from torch import Tensor
 
+from hf_llmopt.engine import runner
 from hf_llmopt.fusion import launched
 from hf_llmopt.kernels import reference
 from hf_llmopt.kernels.arguments import Norm, Product, Turns
@@ -204,3 +205,18 @@ def test_models(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None
     stock = model.generate(**inputs, **arguments)
     assert torch.equal(model.generate(**inputs, **arguments, llmopt={"strict": True}), stock)
     assert model.llmopt.stats.fused == (f"{layers} x decoder layer",)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_offloaded_pages(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launches write to a layer's copies on the device is written back."""
+    monkeypatch.setattr(launched, "LAUNCHES", {DEVICE})
+    monkeypatch.setattr(runner, "OFFLOADED", {DEVICE})
+    model = build("llama", num_hidden_layers=2).to(DEVICE)
+    inputs = {key: tensor.to(DEVICE) for key, tensor in ragged().items()}
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    pages = {"page_size": 4, "dtype": dtype}
+    expected = model.generate(**inputs, **arguments, llmopt={"strict": True, "graphs": False, "kv_cache": pages})
+    offloaded = {"strict": True, "kv_cache": {**pages, "offload": True}}
+    assert torch.equal(model.generate(**inputs, **arguments, llmopt=offloaded), expected)
+    assert model.llmopt.stats.fused == ("2 x decoder layer",)

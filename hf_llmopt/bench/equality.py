@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from hf_llmopt.walk import sharded_forward
 
+MOST_SCORES = 2**30  # of a layer's attention that stock may hold, beside a copy of the model in float32
+
 
 @dataclass(frozen=True)
 class Equality:
@@ -202,19 +204,24 @@ def _spread(forms: list[Tensor]) -> float:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, exact: Callable[[], PreTrainedModel], prefix: Tensor, rows: int) -> list[Tensor]:
-    """The logits behind a prefix, float32 `[vocabulary]`: alone, among rows, exactly, eagerly, and as a cached step."""
+    """The logits behind a prefix, float32 `[vocabulary]`: alone, among rows, as a cached step, exactly, eagerly.
+
+    Behind a long prefix without the last two: stock would hold every score, of queries in float32 with shared keys too.
+    """
     forms = [
         model(input_ids=prefix[None], use_cache=False).logits[0, -1],
         model(input_ids=prefix.expand(max(2, rows), -1), use_cache=False).logits[0, -1],
-        exact()(input_ids=prefix[None], use_cache=False).logits[0, -1],
     ]
     if len(prefix) > 1:
         past = model(input_ids=prefix[None, :-1], use_cache=True).past_key_values
         forms.append(model(input_ids=prefix[None, -1:], past_key_values=past, use_cache=True).logits[0, -1])
-    former = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        forms.append(model(input_ids=prefix[None], use_cache=False).logits[0, -1])
-    finally:
-        model.set_attn_implementation(former)
+        del past
+    if len(prefix) ** 2 * model.config.get_text_config().num_attention_heads <= MOST_SCORES:
+        forms.append(exact()(input_ids=prefix[None], use_cache=False).logits[0, -1])
+        former = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            forms.append(model(input_ids=prefix[None], use_cache=False).logits[0, -1])
+        finally:
+            model.set_attn_implementation(former)
     return [logits.float() for logits in forms]

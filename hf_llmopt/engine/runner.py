@@ -76,8 +76,9 @@ class Runner:
         if config.kv_cache.offload:
             self._streams = self._offloading(store)
         launched = launches(device)
-        # Joined layers write pages themselves, and compute a row of tokens.
-        layers = (launched or config.attention.backend in ("auto", "cpu")) and not self._streams and not states
+        # Joined layers write pages themselves, those of C to where they lie, and compute a row of tokens.
+        layers = launched or (config.attention.backend in ("auto", "cpu") and not self._streams)
+        layers = layers and not states
         timed = ranks is None  # the clocks of several processes would choose differently
         fuses = layers if launched else device.type == "cpu"
         self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None

@@ -47,6 +47,8 @@ def by_launches(
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if pages is None:
             store.write(layer, slots, key, value)
+        else:
+            store.written(layer)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
         call = Call(layer, query, key, value, structure.scaling, structure.softcap, None)
         return step.attend(step, call)[0].flatten(1)

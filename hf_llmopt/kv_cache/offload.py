@@ -24,11 +24,37 @@ from .store import PagedStore
 
 
 class Streams:
-    """The stream of a device on which pages are copied; a CPU has none, and copies at once."""
+    """The stream of a device on which pages are copied, and the memory that they are copied to, two layers' worth.
+
+    A CPU has no streams, and copies at once.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._places: dict[tuple[int, int], Tensor] = {}
+
+    def place(self, number: int, side: int, like: Tensor, slots: int) -> Tensor:
+        """Memory on the device for the keys or values of a layer; layers two apart have the same.
+
+        The host runs ahead of the device: memory from torch's allocator would be another for each layer until the
+        device is done with the first, and all layers would lie on the device.
+
+        Args:
+            number: Of the layer.
+            side: 0 for keys, 1 for values.
+            like: The layer's slots on the host.
+            slots: How many to give.
+
+        Returns:
+            `[slots, ...]`, alone in its storage's beginning.
+        """
+        nbytes, found = slots * like[0].nbytes, self._places.get((number % 2, side))
+        if found is None or len(found) < nbytes:
+            # A context that grows by a page at a time gets other memory seldom.
+            found = torch.empty(nbytes + nbytes // 8, dtype=torch.uint8, device=self._device)
+            self._places[number % 2, side] = found
+        return found[:nbytes].view(like.dtype).view(slots, *like.shape[1:])
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """Copy (from, to) behind all that the device was told before; returns what `wait` waits for."""
@@ -136,9 +162,8 @@ class Staged(PagedStore):
         self.keys = _Side(self._on_device, store.keys, 0)  # type: ignore[assignment]
         self.values = _Side(self._on_device, store.values, 1)  # type: ignore[assignment]
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """As `PagedStore.write`, and to the host."""
-        super().write(layer, slots, keys, values)
+    def written(self, layer: int) -> None:
+        """To the host, too."""
         if self.layers[layer].offloaded:
             pairs = self._pairs(layer, self._staged[layer][:2], self._written[self.group_of[layer]])
             self._streams[self.layers[layer].device].copy([(device, host) for host, device in pairs])
@@ -156,16 +181,14 @@ class Staged(PagedStore):
         return self._staged[layer][:2]
 
     def _fetch(self, layer: int) -> tuple[Tensor, Tensor, Any]:
-        spec, size, group = self.layers[layer], self.page_size, self.group_of[layer]
-        both = [
-            torch.empty(
-                self._counts[group] * size, *slots[layer].shape[1:], dtype=slots[layer].dtype, device=spec.device
-            )
-            for slots in (self._store.keys, self._store.values)
-        ]
+        streams, size, group = self._streams[self.layers[layer].device], self.page_size, self.group_of[layer]
+        number, count = self._order.index(layer), self._counts[group] * size
+        keys, values = (
+            streams.place(number, side, slots[layer], count)
+            for side, slots in enumerate((self._store.keys, self._store.values))
+        )
         pages = [_Run(host * size, device * size, length * size) for host, device, length in self._pages[group]]
-        done = self._streams[spec.device].copy(self._pairs(layer, (both[0], both[1]), pages))
-        return both[0], both[1], done
+        return keys, values, streams.copy(self._pairs(layer, (keys, values), pages))
 
     def _pairs(self, layer: int, staged: tuple[Tensor, Tensor], found: Sequence[_Run]) -> list[tuple[Tensor, Tensor]]:
         """Slots of runs on the host and on the device, keys and values."""

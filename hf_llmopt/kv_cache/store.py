@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from ..kernels import reference
 from ..kernels.arguments import PAGE_FORMATS, PageFormat, Shape
 from ..kernels.pages import pack_rows
 from .pool import BlockTable, PagePool
-from .transfer import upload
+from .transfer import free_bytes, pinned_zeros, upload
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,13 @@ class LayerSpec:
 
         Zeros, because slots that no token was written to are read under a mask, and 0 * NaN would be NaN.
         """
-        options: Any = {"device": self.home, "pin_memory": self.offloaded and self.device.type == "cuda"}
+        form = self.form
+        row = (self.kv_heads, width) if form is None else (1, form.row_bytes(self.kv_heads, width))
+        dtype = self.dtype if form is None else torch.uint8
         with torch.inference_mode(False):  # pages outlive the call that made them
-            if self.form is not None:
-                rows = (count, 1, self.form.row_bytes(self.kv_heads, width))
-                return torch.zeros(rows, dtype=torch.uint8, **options)
-            return torch.zeros(count, self.kv_heads, width, dtype=self.dtype, **options)
+            if self.offloaded and self.device.type == "cuda":
+                return pinned_zeros((count, *row), dtype)
+            return torch.zeros(count, *row, dtype=dtype, device=self.home)
 
 
 @dataclass
@@ -231,10 +230,10 @@ class PagedStore:
                     old = tensors[index]
                     tensors[index] = layer.slots(width, (num_pages + 1) * self.page_size)
                     tensors[index][: old.shape[0]] = old
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if "alloc" not in str(error) and "memory" not in str(error):
                 raise
-            raise OutOfPages(f"The device has no memory for {num_pages} pages of the KV cache: {error}") from error
+            raise OutOfPages(f"There is no memory for {num_pages} pages of the KV cache: {error}") from error
         self._share()
         self.groups[group].pool.grow(num_pages)
 
@@ -320,6 +319,10 @@ class PagedStore:
         self.settle()
         for own, new in ((self.keys[layer], keys), (self.values[layer], values)):
             own.index_copy_(0, slots.to(own.device), new.to(own.device))
+        self.written(layer)
+
+    def written(self, layer: int) -> None:
+        """Called when the new keys and values of a layer are in their slots."""
 
     def read(self, layer: int, take: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of some slots, as the model made them but for rounding.
@@ -340,11 +343,3 @@ class PagedStore:
             reference.unpack_rows(keys, spec.form, spec.kv_heads, spec.key_dim, spec.dtype, spec.form.rotates),
             reference.unpack_rows(values, spec.form, spec.kv_heads, spec.value_dim, spec.dtype),
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that can still be taken on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)

@@ -1,4 +1,4 @@
-"""Tensors on their way between host and device, neither waiting for the other, and how long a device takes.
+"""Memory of host and device, tensors on their way between them, neither waiting for the other, and a device's time.
 
 A copy from or to memory that the system may swap out waits until the device has done everything it was told before; one
 from or to pinned memory is only put in line.
@@ -6,11 +6,51 @@ from or to pinned memory is only put in line.
 
 from __future__ import annotations
 
+import math
+import mmap
+import weakref
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that can still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def pinned_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros in pinned host memory, as many bytes as they are: `pin_memory=True` takes the next power of two.
+
+    Args:
+        shape: Of at least one element.
+        dtype: Any.
+
+    Raises:
+        MemoryError: The system gives no memory, or does not let it be pinned.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # large pages are pinned several times as fast
+    tensor = torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
+    driver: Any = torch.cuda.cudart()
+    if error := int(driver.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+        raise MemoryError(f"{tensor.nbytes / 2**30:.2f} GiB of memory could not be pinned (CUDA error {error})")
+    weakref.finalize(memory, _unpin, driver, tensor.data_ptr()).atexit = False  # the process's end frees everything
+    return tensor
+
+
+def _unpin(driver: Any, address: int) -> None:
+    torch.cuda.synchronize()  # until nothing is copied there any more
+    driver.cudaHostUnregister(address)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

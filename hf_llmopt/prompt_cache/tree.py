@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..config import PromptCacheConfig
 from ..kv_cache import BlockTable, PagedStore
-from ..kv_cache.store import free_bytes
+from ..kv_cache.transfer import free_bytes
 from ..stats import PromptCacheStats
 from .index import Node, Tokens
 from .prefix import Name

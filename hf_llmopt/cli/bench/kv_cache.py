@@ -48,6 +48,14 @@ def kv_cache(
             "method and share that is kept.",
         ),
     ] = False,
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Instead, on a GPU: pages in host memory beside pages on the device and stock's offloaded cache, in "
+            "bfloat16 and int8, of the shape 8b-llama or another --shape.",
+        ),
+    ] = False,
     repeat: Repeat = 5,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -76,6 +84,11 @@ def kv_cache(
     ending.require_folders(plots)
     if eviction and not long:
         raise UserError("--eviction is a part of --long: give both")
+    if offload:
+        if long or model is not None or workload:
+            raise UserError("--offload has contexts of its own: leave out --long, --model and --workload")
+        _offload(shape or "8b-llama", repeat, seed, ending)
+        return
     if long:
         if model is not None or shape is not None or workload:
             raise UserError("--long has models and contexts of its own: leave out --model, --shape and --workload")
@@ -124,6 +137,19 @@ def _long(repeat: int, seed: int, plots: Path | None, ending: Ending) -> None:
     ending.record(report)
     if plots is not None:
         (plots / "kv_cache-long.svg").write_text(drawings.page_formats(report), "utf-8")
+    ending.show(report, kv.tables(report), kv.failures(report))
+
+
+def _offload(shape: str, repeat: int, seed: int, ending: Ending) -> None:
+    import torch
+
+    from hf_llmopt.bench import offload as kv
+
+    if not torch.cuda.is_available():
+        raise UserError("--offload measures the way between host and GPU, and found no CUDA device")
+    with ui.progress("kv_cache --offload", kv.steps(ending.quick)) as on_run:
+        report = kv.bench(shape, repeat, seed, ending.quick, on_run)
+    ending.record(report)
     ending.show(report, kv.tables(report), kv.failures(report))
 
 

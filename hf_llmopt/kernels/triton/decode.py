@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 TOKENS = 16  # the longest span that is decoded
 PROGRAMS = 4  # for each multiprocessor
 PARTS = 128  # of a span's keys, at most
+SMALL = 2**24  # numbers that a launch reads: where it reads more, it begins when the one ahead has ended
 LEAST_BLOCKS = 2  # of keys that a part reads: fewer cost more to join than they save
 
 
@@ -165,7 +166,7 @@ def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
         return Shape(rows, 32, 4 if rows <= 64 else 8, 3)
     if seen.form is not None and seen.form.bits == 4:  # a block of keys is four times as small
         return Shape(rows, 128 if rows == 16 else 64, 4, 5)
-    return Shape(rows, 32, 4, 5)
+    return Shape(rows, 32, 4, 4)
 
 
 def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int]:
@@ -196,8 +197,9 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
-    kv_heads, _, value_dim = seen.shape
+    kv_heads, key_dim, value_dim = seen.shape
     heads = query.shape[1]
+    small = len(tiles) * seen.longest * kv_heads * (key_dim + value_dim) <= SMALL
     pages, constants = arguments(query, seen)
     out = query.new_empty(len(query), heads, value_dim)
     parts, sums = out, None
@@ -209,7 +211,8 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), seen.table.shape[1],
         **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
-        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, num_warps=shape.warps, **early(query.device),
+        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, num_warps=shape.warps,
+        **(early(query.device) if small else {"EARLY": False}),
     )  # fmt: skip
     if split > 1:
         _join[(heads, tokens, len(tiles))](

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent import ahead, early, launch_next, ready
+from .dependent import early, launch_next, ready
 from .gated import activated, finished, part_of, put
 from .int_linear import FORMATS, INTERPRETED, TOGETHER
 
@@ -100,7 +100,6 @@ def _few(
             bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
-    ahead(weight, rows, K, EARLY)
     ready(EARLY)
     y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
     y = finished(y, bias, rows, factor, dtype)

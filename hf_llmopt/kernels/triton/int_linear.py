@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent import ahead, early, launch_next, ready
+from .dependent import early, launch_next, ready
 from .gated import activated, finished, part_of, put
 from .layout import PLANES, WORDS, number, planes_of
 
@@ -148,7 +148,6 @@ def _deep(
             bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
-    ahead(words, rows, W, EARLY)
     ready(EARLY)
     y = _deep_product(
         x, words, scales, zeros, rows, token, M, K, W, G, TILES, KIND, PLANES, WORDS, SETS, EVEN,
@@ -183,7 +182,6 @@ def _tiles(
     tiles = tl.cdiv(W, WORDS)
     share = tl.cdiv(tiles, SPLIT)
     first = tl.program_id(2) * share
-    ahead(words + first * WORDS, rows, W, EARLY)
     ready(EARLY)
     for tile in tl.range(first, tl.minimum(first + share, tiles), num_stages=STAGES):
         word = tile * WORDS + column
@@ -218,7 +216,6 @@ def _tiles(
 @triton.jit
 def _sum(parts, bias, out, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Sums of the parts `[SPLIT, SIZE]`, first to last."""
-    launch_next(EARLY)
     ready(EARLY)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -226,6 +223,7 @@ def _sum(parts, bias, out, N, SIZE, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EA
         total += tl.load(parts + part * SIZE + place, mask=place < SIZE, other=0.0)
     if bias is not None:
         total += tl.load(bias + place % N, mask=place < SIZE, other=0.0).to(tl.float32)
+    launch_next(EARLY)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < SIZE)
 
 

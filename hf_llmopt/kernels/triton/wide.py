@@ -102,7 +102,6 @@ def _wide(
     DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs and tokens, or with several programs for a tile, parts `[programs, M, outputs of all]`."""
-    launch_next(EARLY)
     PARTS: tl.constexpr = 1 if second is None else 2 if third is None else 3
     which, tile, outputs, column = part_of(tl.program_id(1), N0, N1, N2, PARTS, BLOCK_N)
     words = first
@@ -147,6 +146,7 @@ def _wide(
                 total = tl.inline_asm_elementwise("", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1)
         else:
             total += tl.dot(weight, near.T, input_precision="ieee") * scale[:, None]
+    launch_next(EARLY)
     if WHOLE:
         total *= tl.load(scales + groups).to(tl.float32)[:, None]
     token = start + tl.arange(0, BLOCK_M)
@@ -164,7 +164,6 @@ def _join(
     PARTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sums of the parts `[SPLIT, M, outputs of all]`, first to last, and what follows a product."""
-    launch_next(EARLY)
     which, tile, outputs, column = part_of(tl.program_id(0), N0, N1, N2, PARTS, BLOCK_N)
     width = N0 + N1 + N2
     bias = first_bias
@@ -182,6 +181,7 @@ def _join(
     y = tl.zeros([BLOCK_N, 1], tl.float32)
     for part in tl.static_range(SPLIT):
         y += tl.load(place + part * M.to(tl.int64) * width)
+    launch_next(EARLY)
     put(finished(y, bias, rows, factor, out.dtype.element_ty), out, residual, token, output, M, outputs, width, column)
 
 
