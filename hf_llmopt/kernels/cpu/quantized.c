@@ -15,7 +15,7 @@
  * depend on the tile. */
 #ifndef LLMOPT_QUANTIZED
 #define LLMOPT_QUANTIZED
-#include "linear.h"
+#include "tiles.h"
 #include "types.h"
 #define OUT 16
 #define MOST 128        /* inputs that share a scale at most: sums of 255 * 127 * 128 are exact as floats too */
@@ -67,6 +67,14 @@ typedef struct {
 #else
 #define OFFSET 0
 #endif
+
+#undef TILED
+#ifdef HAS_AMX
+#define TILED(a) tiles_serve(a)
+#else
+#define TILED(a) 0
+#endif
+extern void FN(tiles_share)(const linear *, long, long);
 
 #if DTYPE == 0 /* what follows does not depend on the format */
 INLINE ivec AT(codes)(const uint8_t *p) {
@@ -262,8 +270,8 @@ INLINE void FN(gather)(const linear *a, long m, long k, long count, vec *to) {
 }
 
 /* x of a row and `share` inputs as integers: largest to 127, rounded to even. What is not finite makes the scale NaN. */
-INLINE void FN(quantize)(const linear *a, long m, long run) {
-    long first, rows = FN(tile_rows)(a, m, &first), runs = a->laid / a->share, count = a->share;
+INLINE void FN(quantize)(const linear *a, long m, long run, int8_t *codes, float *step, float *codes_sum) {
+    long count = a->share;
     vec x[MOST / WIDTH], most = {0}, faults = {0}, sum = {0};
     FN(gather)(a, m, run * count, count, x);
     for (long i = 0; i < count; i += WIDTH) {
@@ -271,18 +279,36 @@ INLINE void FN(quantize)(const linear *a, long m, long run) {
         most = FN(max)(most, FN(max)(v, -v));
         faults += v - v;
     }
-    float top = FN(top)(most), step = (top > 1e-9f ? top : 1e-9f) / 127.0f + FN(sum)(faults);
-    int8_t *codes = (int8_t *)a->scratch + first * a->laid + run * count * rows, line[MOST];
+    float top = FN(top)(most);
+    *step = (top > 1e-9f ? top : 1e-9f) / 127.0f + FN(sum)(faults);
     for (long i = 0; i < count; i += WIDTH) {
         typedef int8_t bytes __attribute__((vector_size(WIDTH)));
-        vec v = x[i / WIDTH] / step + 12582912.0f - 12582912.0f; /* adding 1.5 * 2^23 rounds to the nearest integer */
+        vec v = x[i / WIDTH] / *step + 12582912.0f - 12582912.0f; /* adding 1.5 * 2^23 rounds to the nearest integer */
         bytes narrow = __builtin_convertvector(__builtin_convertvector(v, ivec), bytes);
-        memcpy(line + i, &narrow, sizeof narrow);
+        memcpy(codes + i, &narrow, sizeof narrow);
         sum += v;
     }
-    for (long k = 0; k < count; k += 4) memcpy(codes + k * rows + 4 * (m - first), line + k, 4);
-    float *steps = (float *)((int8_t *)a->scratch + a->rows * a->laid) + first * runs + run * rows + m - first;
-    steps[0] = step, steps[a->rows * runs] = FN(sum)(sum);
+    *codes_sum = FN(sum)(sum);
+}
+
+/* A row's integers where the tiles read them. */
+INLINE void FN(lay)(const linear *a, long m, long run) {
+    int8_t codes[MOST];
+    float step, sum, *steps;
+    long first, rows, runs = a->laid / a->share, k = run * a->share, most = a->rows * runs;
+    FN(quantize)(a, m, run, codes, &step, &sum);
+    if (TILED(a)) {
+        long depth = tiles_depth(a->share);
+        first = m - m % 16, rows = tiles_rows(a, first), steps = tiles_steps(a);
+        int8_t *line = tiles_x(a, first, k) + 64 * (m - first);
+        for (long i = 0; i < a->share; i += depth, line += 64 * rows) memcpy(line, codes + i, (size_t)depth);
+    } else {
+        rows = FN(tile_rows)(a, m, &first), steps = (float *)((int8_t *)a->scratch + a->rows * a->laid);
+        int8_t *line = (int8_t *)a->scratch + first * a->laid + k * rows + 4 * (m - first);
+        for (long i = 0; i < a->share; i += 4) memcpy(line + i * rows, codes + i, 4);
+    }
+    steps += first * runs + run * rows + m - first;
+    steps[0] = step, steps[most] = sum;
 }
 
 /* Called by every thread of a team, which meets here. Threads split the inputs: rows of a tile share lines of memory. */
@@ -292,7 +318,7 @@ void FN(quantized_prepare)(const linear *a) {
     for (long i = 0; i < a->laid / count * a->rows; i++) {
         long m = i % a->rows, k = i / a->rows * count, first, rows;
         if (a->share) {
-            FN(quantize)(a, m, i / a->rows);
+            FN(lay)(a, m, i / a->rows);
             continue;
         }
         vec x;
@@ -304,6 +330,10 @@ void FN(quantized_prepare)(const linear *a) {
 
 /* The outputs [from, to), once all rows are laid out. */
 void FN(quantized_share)(const linear *a, long from, long to) {
+    if (TILED(a)) {
+        FN(tiles_share)(a, from, to);
+        return;
+    }
     long most = a->share ? INTEGER_ROWS : FLOAT_ROWS, element = a->share ? 1 : 4, runs = a->share ? a->laid / a->share : 0;
     long block = a->laid * (a->kind == FOUR_BITS ? OUT / 2 : OUT), side = a->laid / a->group * OUT, rows;
     long panel = PANEL / (a->laid * element) / most * most;

@@ -1,0 +1,24 @@
+/* How x lies for tiles.c: in `scratch`, a line of 64 bytes for each row and `tiles_depth` inputs, [inputs / depth][rows]
+ * for each block of 16 rows; after all of them scales and sums, [inputs / share][rows] for each block, as floats. */
+#ifndef LLMOPT_TILES_H
+#define LLMOPT_TILES_H
+#include "linear.h"
+
+/* Inputs of a tile: the largest part of those that share a scale. */
+static inline long tiles_depth(long share) {
+    long depth = 64;
+    while (share % depth) depth -= 8;
+    return depth;
+}
+
+#define TILES_FEWEST 4 /* rows from which tiles are faster */
+#define tiles_serve(a) ((a)->share % 8 == 0 && (a)->share && (a)->rows >= TILES_FEWEST && tiles_depth((a)->share) >= 32)
+/* Differences of codes and zeros of 8 bits each do not fit a byte: their zeros follow the integers. */
+#define tiles_corrected(a) ((a)->zeros && (a)->zero == 128.0f)
+#define tiles_row_bytes(a) ((a)->laid / tiles_depth((a)->share) * 64)
+/* Of the block that begins with row `first`. */
+#define tiles_rows(a, first) ((a)->rows - (first) < 16 ? (a)->rows - (first) : 16)
+#define tiles_x(a, first, k)                                                                                           \
+    ((int8_t *)(a)->scratch + (first) * tiles_row_bytes(a) + (k) / tiles_depth((a)->share) * tiles_rows(a, first) * 64)
+#define tiles_steps(a) ((float *)((int8_t *)(a)->scratch + (a)->rows * tiles_row_bytes(a)))
+#endif
