@@ -31,6 +31,7 @@ typedef struct {
     const uint8_t *zeros;
     long next, side; /* to the second block: bytes of weights, and scales; 0 where there is none */
 } tile;
+#define RUNS 8          /* of inputs that share a scale, which a thread lays out at a time */
 #define AT(name) PASTE(name, any, LEVEL)
 #define SELF "quantized.c"
 #include "levels.h"
@@ -68,13 +69,9 @@ typedef struct {
 #define OFFSET 0
 #endif
 
-#undef TILED
 #ifdef HAS_AMX
-#define TILED(a) tiles_serve(a)
-#else
-#define TILED(a) 0
-#endif
 extern void FN(tiles_share)(const linear *, long, long);
+#endif
 
 #if DTYPE == 0 /* what follows does not depend on the format */
 INLINE ivec AT(codes)(const uint8_t *p) {
@@ -255,23 +252,44 @@ INLINE long FN(tile_rows)(const linear *a, long m, long *first) {
     return rows;
 }
 
+/* The sum of lanes that are whole numbers, whose order makes no difference, or NaN. */
+INLINE float FN(whole_sum)(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    return FN(sum)(v);
+#endif
+}
+
 /* Inputs [k, k + count) of row m as they are laid out, as floats; count is at most MOST, and the rest up to whole vectors is 0. */
 INLINE void FN(gather)(const linear *a, long m, long k, long count, vec *to) {
     const E *x = (const E *)a->x + m * a->inputs;
-    float line[MOST] = {0};
     if (!a->order) {
         for (long i = 0; i < count; i += WIDTH)
             to[i / WIDTH] = count - i < WIDTH ? FN(load_part)(x + k + i, count - i) : FN(load)(x + k + i);
         return;
     }
+    float line[MOST] = {0};
     for (long i = 0; i < count; i++)
         if (a->order[k + i] >= 0) line[i] = FN(get)(x + a->order[k + i]);
     memcpy(to, line, sizeof(vec) * (size_t)((count + WIDTH - 1) / WIDTH));
 }
 
+/* v / step, to the bit: the remainder of a product with the reciprocal corrects it (Markstein 1990). */
+INLINE vec FN(divided)(vec v, float step, float reciprocal) {
+#ifdef __AVX512F__
+    __m512 q = _mm512_mul_ps((__m512)v, _mm512_set1_ps(reciprocal));
+    __m512 left = _mm512_fnmadd_ps(q, _mm512_set1_ps(step), (__m512)v);
+    return (vec)_mm512_fmadd_ps(left, _mm512_set1_ps(reciprocal), q);
+#else
+    (void)reciprocal;
+    return v / step;
+#endif
+}
+
 /* x of a row and `share` inputs as integers: largest to 127, rounded to even. What is not finite makes the scale NaN. */
 INLINE void FN(quantize)(const linear *a, long m, long run, int8_t *codes, float *step, float *codes_sum) {
-    long count = a->share;
+    const long count = a->share;
     vec x[MOST / WIDTH], most = {0}, faults = {0}, sum = {0};
     FN(gather)(a, m, run * count, count, x);
     for (long i = 0; i < count; i += WIDTH) {
@@ -279,46 +297,61 @@ INLINE void FN(quantize)(const linear *a, long m, long run, int8_t *codes, float
         most = FN(max)(most, FN(max)(v, -v));
         faults += v - v;
     }
-    float top = FN(top)(most);
-    *step = (top > 1e-9f ? top : 1e-9f) / 127.0f + FN(sum)(faults);
+    const float top = FN(top)(most), scale = (top > 1e-9f ? top : 1e-9f) / 127.0f;
+    const float reciprocal = 1.0f / scale;
     for (long i = 0; i < count; i += WIDTH) {
         typedef int8_t bytes __attribute__((vector_size(WIDTH)));
-        vec v = x[i / WIDTH] / *step + 12582912.0f - 12582912.0f; /* adding 1.5 * 2^23 rounds to the nearest integer */
+        /* adding 1.5 * 2^23 rounds to the nearest integer */
+        vec v = FN(divided)(x[i / WIDTH], scale, reciprocal) + 12582912.0f - 12582912.0f;
         bytes narrow = __builtin_convertvector(__builtin_convertvector(v, ivec), bytes);
         memcpy(codes + i, &narrow, sizeof narrow);
         sum += v;
     }
-    *codes_sum = FN(sum)(sum);
+    *step = scale + FN(whole_sum)(faults), *codes_sum = FN(whole_sum)(sum);
 }
 
-/* A row's integers where the tiles read them. */
-INLINE void FN(lay)(const linear *a, long m, long run) {
-    int8_t codes[MOST];
-    float step, sum, *steps;
-    long first, rows, runs = a->laid / a->share, k = run * a->share, most = a->rows * runs;
-    FN(quantize)(a, m, run, codes, &step, &sum);
-    if (TILED(a)) {
-        long depth = tiles_depth(a->share);
-        first = m - m % 16, rows = tiles_rows(a, first), steps = tiles_steps(a);
-        int8_t *line = tiles_x(a, first, k) + 64 * (m - first);
-        for (long i = 0; i < a->share; i += depth, line += 64 * rows) memcpy(line, codes + i, (size_t)depth);
-    } else {
-        rows = FN(tile_rows)(a, m, &first), steps = (float *)((int8_t *)a->scratch + a->rows * a->laid);
-        int8_t *line = (int8_t *)a->scratch + first * a->laid + k * rows + 4 * (m - first);
-        for (long i = 0; i < a->share; i += 4) memcpy(line + i * rows, codes + i, 4);
+#ifdef HAS_AMX
+/* The inputs of a row that have the scales [run, last), where tiles.c reads them. */
+INLINE void FN(lay_lines)(const linear *a, long m, long run, long last) {
+    const long first = m - m % 16, rows = tiles_rows(a, first), all = a->laid / a->share, share = a->share;
+    const long depth = tiles_depth(share), each = a->rows * all;
+    int8_t *line = tiles_x(a, first, run * share) + 64 * (m - first), codes[MOST + 64];
+    float *steps = tiles_steps(a) + first * all + run * rows + m - first;
+    for (; run < last; run++, steps += rows) {
+        FN(quantize)(a, m, run, codes, steps, steps + each);
+        for (long i = 0; i < share; i += depth, line += 64 * rows) memcpy(line, codes + i, 64); /* all of a line */
     }
-    steps += first * runs + run * rows + m - first;
-    steps[0] = step, steps[most] = sum;
+}
+#endif
+
+/* The same, where integer tiles read them. */
+INLINE void FN(lay_fours)(const linear *a, long m, long run) {
+    long first, rows = FN(tile_rows)(a, m, &first), runs = a->laid / a->share;
+    int8_t *line = (int8_t *)a->scratch + first * a->laid + run * a->share * rows + 4 * (m - first), codes[MOST];
+    float *steps = (float *)((int8_t *)a->scratch + a->rows * a->laid) + first * runs + run * rows + m - first;
+    FN(quantize)(a, m, run, codes, steps, steps + a->rows * runs);
+    for (long i = 0; i < a->share; i += 4) memcpy(line + i * rows, codes + i, 4);
 }
 
-/* Called by every thread of a team, which meets here. Threads split the inputs: rows of a tile share lines of memory. */
+/* Called by every thread of a team, which meets here. */
 void FN(quantized_prepare)(const linear *a) {
+#ifdef HAS_AMX
+    if (tiles_serve(a)) {
+        const long runs = a->laid / a->share, some = (runs + RUNS - 1) / RUNS;
+#pragma omp for schedule(static)
+        for (long i = 0; i < a->rows * some; i++) {
+            long run = i % some * RUNS;
+            FN(lay_lines)(a, i / some, run, run + RUNS < runs ? run + RUNS : runs);
+        }
+        return;
+    }
+#endif
     long count = a->share ? a->share : 8; /* a group is some eights */
 #pragma omp for schedule(static)
-    for (long i = 0; i < a->laid / count * a->rows; i++) {
+    for (long i = 0; i < a->laid / count * a->rows; i++) { /* rows of a tile share lines: threads split the inputs */
         long m = i % a->rows, k = i / a->rows * count, first, rows;
         if (a->share) {
-            FN(lay)(a, m, i / a->rows);
+            FN(lay_fours)(a, m, i / a->rows);
             continue;
         }
         vec x;
@@ -330,10 +363,12 @@ void FN(quantized_prepare)(const linear *a) {
 
 /* The outputs [from, to), once all rows are laid out. */
 void FN(quantized_share)(const linear *a, long from, long to) {
-    if (TILED(a)) {
+#ifdef HAS_AMX
+    if (tiles_serve(a)) {
         FN(tiles_share)(a, from, to);
         return;
     }
+#endif
     long most = a->share ? INTEGER_ROWS : FLOAT_ROWS, element = a->share ? 1 : 4, runs = a->share ? a->laid / a->share : 0;
     long block = a->laid * (a->kind == FOUR_BITS ? OUT / 2 : OUT), side = a->laid / a->group * OUT, rows;
     long panel = PANEL / (a->laid * element) / most * most;

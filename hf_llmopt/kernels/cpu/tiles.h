@@ -11,8 +11,8 @@ static inline long tiles_depth(long share) {
     return depth;
 }
 
-#define TILES_FEWEST 4 /* rows from which tiles are faster */
-#define tiles_serve(a) ((a)->share % 8 == 0 && (a)->share && (a)->rows >= TILES_FEWEST && tiles_depth((a)->share) >= 32)
+#define TILES_FEWEST 12 /* rows from which tiles are faster */
+#define tiles_serve(a) ((a)->share && (a)->rows >= TILES_FEWEST && tiles_depth((a)->share) >= 32 && tiles_depth((a)->share) * 2 >= (a)->share)
 /* Differences of codes and zeros of 8 bits each do not fit a byte: their zeros follow the integers. */
 #define tiles_corrected(a) ((a)->zeros && (a)->zero == 128.0f)
 #define tiles_row_bytes(a) ((a)->laid / tiles_depth((a)->share) * 64)
