@@ -222,6 +222,7 @@ class Fusion:
         if not self.timed:
             return lambda module: 0 if type(module) in PRODUCTS else ROWS[-1]
         alike: dict[tuple[object, ...], list[Tensor]] = {}
+        dtype = model.dtype if model.dtype in cpu.DTYPES else torch.float32
 
         def key(module: Any) -> tuple[object, ...]:
             return type(module), module.weight.shape, module.weight.dtype
@@ -230,8 +231,15 @@ class Fusion:
         for module in model.modules():
             if type(module) in PRODUCTS and plain_linear(module, type(module)):
                 alike.setdefault(key(module), []).append(module.weight.detach())
-        # Quantized products choose for themselves; layers of them are joined as far as others.
-        return lambda module: own_rows(type(module), alike[key(module)]) if type(module) in PRODUCTS else ROWS[-1]
+
+        def rows(module: Any) -> int:
+            if type(module) in PRODUCTS:
+                return own_rows(type(module), alike[key(module)])
+            # Quantized products choose for themselves; layers of them are joined as far as others, or as they are ours.
+            group = module.kernel.share if module.activations else 0
+            return max(ROWS[-1], module.kernel.own_rows(dtype, group))
+
+        return rows
 
     @contextmanager
     def entered(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:

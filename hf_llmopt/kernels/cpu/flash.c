@@ -30,6 +30,10 @@ typedef struct {
 #else
 #define PAIR 1
 #endif
+#undef HAS_TILES
+#if defined(HAS_AMX) && PAIR == 2
+#define HAS_TILES 1
+#endif
 
 /* sum + rows times one unit. */
 INLINE vec FN(multiply)(vec sum, vec rows, uint32_t unit) {
@@ -60,10 +64,59 @@ INLINE void FN(outer)(vec *sum, const uint32_t *a, long across, long along, cons
     }
 }
 
+#ifdef HAS_TILES
+/* The same for 16 rows of a [16][count units]: tiles 0 to 3 are sums, 4 of a, 5 and 6 of b. */
+LOCAL void FN(outer_tiles)(vec *sum, const uint32_t *a, long across, const vec *b, long count, const int N) {
+    int32_t parts[MOST][WIDTH][WIDTH] __attribute__((aligned(64)));
+    TILES_READ();
+    for (long from = 0; from < count; from += CHAIN) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long k = from; k < count && k < from + CHAIN; k += WIDTH) {
+            const vec *rows = b + k * N;
+            _tile_loadd(4, a + k, across * 4);
+#define COLUMN(n, B)                                                                                                   \
+    if (n < N) {                                                                                                       \
+        _tile_loadd(B, rows + n, N * 64);                                                                              \
+        _tile_dpbf16ps(n, 4, B);                                                                                       \
+    }
+            COLUMN(0, 5)
+            COLUMN(1, 6)
+            COLUMN(2, 5)
+            COLUMN(3, 6)
+#undef COLUMN
+        }
+        _tile_stored(0, parts[0], 64);
+        if (N > 1) _tile_stored(1, parts[1], 64);
+        if (N > 2) _tile_stored(2, parts[2], 64);
+        if (N > 3) _tile_stored(3, parts[3], 64);
+        for (int m = 0; m < WIDTH; m++)
+            for (int n = 0; n < N; n++) {
+                vec part;
+                memcpy(&part, parts[n][m], sizeof part);
+                sum[m * N + n] += part;
+            }
+    }
+}
+
+/* Values of a block with the units of a number side by side, as tiles of rows read them. */
+LOCAL void FN(turn)(const uint32_t *value, long room, uint32_t *to) {
+    for (long t = 0; t < BLOCK / PAIR; t += WIDTH)
+        for (long d = 0; d < room; d += WIDTH) {
+            ivec lanes[WIDTH];
+            for (int i = 0; i < WIDTH; i++) memcpy(lanes + i, value + (t + i) * room + d, sizeof *lanes);
+            FN(transpose)(lanes);
+            for (int i = 0; i < WIDTH; i++) memcpy(to + (d + i) * (BLOCK / PAIR) + t, lanes + i, sizeof *lanes);
+        }
+}
+#endif
+
 /* What a thread works with. */
 typedef struct FN(flash_room) {
     vec *query, *output, score[BLOCK * MOST];
-    uint32_t *key, *value;
+    uint32_t *key, *value, *turned; /* turned: the values, where tiles multiply; or NULL */
     long key_units, value_room; /* of a key; of an output, in whole vectors */
 } FN(flash_room);
 
@@ -178,8 +231,15 @@ INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_
         vec *score = room->score;
         FN(flash_block)(a, pages, tile->kv_head, room, from, low, high);
         memset(score, 0, (size_t)(BLOCK * N) * sizeof *score);
-        for (int t = 0; t < BLOCK; t += M)
-            FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, room->query, room->key_units, N);
+#ifdef HAS_TILES
+        if (room->turned) {
+            FN(turn)(room->value, room->value_room, room->turned);
+            for (int t = 0; t < BLOCK; t += WIDTH)
+                FN(outer_tiles)(score + t * N, room->key + t * room->key_units, room->key_units, room->query, room->key_units, N);
+        } else
+#endif
+            for (int t = 0; t < BLOCK; t += M)
+                FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, room->query, room->key_units, N);
         FN(flash_softmax)(a, score, from, first, end, bits, whole, best, sum, shrink, N);
 #if PAIR == 2
         for (int t = 0; t < BLOCK; t += 2)
@@ -189,8 +249,13 @@ INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_
                 score[t / 2 * N + n] = (vec)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
             }
 #endif
+        for (long i = 0; i < room->value_room * N; i++) room->output[i] *= shrink[i % N];
+#ifdef HAS_TILES
+        for (long d = 0; room->turned && d < room->value_room; d += WIDTH)
+            FN(outer_tiles)(room->output + d * N, room->turned + d * (BLOCK / PAIR), BLOCK / PAIR, score, BLOCK / PAIR, N);
+        if (room->turned) continue;
+#endif
         for (long d = 0; d < room->value_room; d += M) {
-            for (int i = 0; i < M * N; i++) room->output[d * N + i] *= shrink[i % N];
             FN(outer)(room->output + d * N, room->value + d, 1, room->value_room, score, BLOCK / PAIR, N);
         }
     }
@@ -245,6 +310,14 @@ void FN(flash_team)(const attention *a) {
     room.query = (vec *)memory, room.output = room.query + room.key_units * MOST;
     room.value = (uint32_t *)(room.output + room.value_room * MOST);
     room.key = room.value + room.value_room * BLOCK / PAIR;
+    room.turned = NULL;
+#ifdef HAS_TILES /* pairs leave room for the values once more */
+    if (room.key_units % WIDTH == 0) {
+        const long full[8] = {16, 16, 16, 16, 16, 16, 16, 16}, bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64};
+        room.turned = room.key + room.key_units * BLOCK;
+        FN(shape_tiles)(full, bytes);
+    }
+#endif
     flash_tile tile;
     long tiles = 0;
     for (long token = a->leading, end; token < a->tokens; token = end) {
@@ -261,6 +334,9 @@ void FN(flash_team)(const attention *a) {
         else
             FN(flash_rows)(a, &tile, &room, MOST);
     }
+#ifdef HAS_TILES
+    if (room.turned) _tile_release();
+#endif
 }
 #undef M
 #undef CHAIN

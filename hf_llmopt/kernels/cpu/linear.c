@@ -123,16 +123,9 @@ LOCAL void FN(vector_blocks)(const linear *a, const FN(element) * x, long from, 
  * row lies so already. */
 #define TILED(a) ((a)->inputs >= 32 && (a)->outputs >= 16)
 
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} FN(tiles);
-
+/* Tiles 0 and 1 are sums, 2 is x, 3 and 4 are weights. */
 LOCAL void FN(tile_shape)(long rows) {
-    FN(tiles) shape = {.palette = 1};
-    for (int i = 0; i < 5; i++) shape.bytes[i] = i < 3 ? (uint16_t)(4 * rows) : 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
+    FN(shape_tiles)((long[]){16, 16, 16, 16, 16, 0, 0, 0}, (long[]){4 * rows, 4 * rows, 4 * rows, 64, 64, 0, 0, 0});
 }
 
 LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long from, long to) {
@@ -145,6 +138,7 @@ LOCAL void FN(tile_blocks)(const linear *a, const uint16_t *packed, long from, l
             const uint16_t *x = packed + first * whole;
             float sums[2][16][16] __attribute__((aligned(64)));
             if (rows != shaped) FN(tile_shape)(shaped = rows);
+            TILES_READ();
             _tile_zero(0);
             _tile_zero(1);
             for (long k = 0; k < whole; k += 32) {

@@ -22,20 +22,9 @@
 #include "finish.h"
 
 #if DTYPE == 0 /* what follows does not depend on the format */
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} AT(shape);
-
 /* Sums are tiles 0 to 3, x 4 and 5, weights 6 and 7. */
 LOCAL void AT(set_shape)(long rows, long depth) {
-    volatile AT(shape) shape = {.palette = 1}; /* GCC does not know that all of it is read */
-    for (int i = 0; i < 8; i++) {
-        shape.bytes[i] = (uint16_t)(i == 4 || i == 5 ? depth : 64);
-        shape.rows[i] = (uint8_t)(i <= 5 ? rows : depth / 4);
-    }
-    _tile_loadconfig((const void *)&shape);
+    FN(shape_tiles)((long[]){rows, rows, rows, rows, rows, rows, depth / 4, depth / 4}, (long[]){64, 64, 64, 64, depth, depth, 64, 64});
 }
 
 /* Some inputs of two blocks of outputs, whose following weights are fetched, `lines` of either for each run of a block of rows. */
@@ -92,7 +81,7 @@ LOCAL void AT(fill)(AT(chunk) * c, const linear *a, long b, long side, long k, l
             for (long n = 0; tiles_corrected(a) && n < OUT; n++) c->zeros[i][j][n] = (float)a->zeros[at + n] - a->zero;
         }
     }
-    __asm__ volatile("" ::: "memory"); /* GCC does not know that tiles are loaded from it */
+    TILES_READ();
 }
 
 /* Adds a run's sums, times the scales of rows and outputs, to what is there so far. */

@@ -217,3 +217,17 @@ INLINE void FN(widen)(FN(element) * to, const E *from, long n) {
     for (long i = 0; i < n; i++) to[i] = FN(get)(from + i);
 #endif
 }
+
+#ifdef HAS_AMX
+/* The shapes of tiles 0 to 7. */
+LOCAL void FN(shape_tiles)(const long *rows, const long *bytes) {
+    volatile struct { /* GCC does not know that the instruction reads all of it */
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.bytes[i] = (uint16_t)bytes[i], shape.rows[i] = (uint8_t)rows[i];
+    _tile_loadconfig((const void *)&shape);
+}
+#define TILES_READ() __asm__ volatile("" ::: "memory") /* nor which memory tiles are loaded from */
+#endif
