@@ -63,7 +63,7 @@ def same(a: Grid, b: Grid) -> None:
 @given(data=st.data())
 def test_quantized_linear(dtype: torch.dtype, level: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    rows, outputs = data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 13, 17])), data.draw(st.integers(1, 70))
+    rows, outputs = data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 13, 17, 33, 50])), data.draw(st.integers(1, 70))
     (inputs, group), bits = data.draw(st.sampled_from(GROUPS)), data.draw(st.sampled_from(BITS))
     grid = draw_grid(data, outputs, inputs, group, bits)
     weight = packed(grid)
@@ -84,6 +84,56 @@ def test_quantized_linear(dtype: torch.dtype, level: str, data: st.DataObject) -
     assert ours.dtype == theirs.dtype
     assert float((ours.float() - theirs.float()).abs().max() / scale) <= BOUND[dtype]
     assert torch.equal(ours, torch.cat(alone)), "a row must not depend on its neighbours"
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="no AMX here")
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_tiles_give_the_bits_of_vectors(data: st.DataObject) -> None:
+    """Integers are exact and what follows is in one order: whatever the tiles, blocks, panels and threads."""
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    rows, outputs = data.draw(st.sampled_from([12, 13, 16, 17, 31, 32, 100, 513, 540])), data.draw(st.integers(1, 130))
+    group = data.draw(st.sampled_from([32, 40, 64, 96, 112, 120, 128, 192, 256]))
+    inputs, bits = group * data.draw(st.integers(1, 12)), data.draw(st.sampled_from([2, 4, 5, 8]))
+    weight = packed(draw_grid(data, outputs, inputs, group, bits))
+    x = torch.randn(rows, inputs).to(data.draw(st.sampled_from(DTYPES)))
+    bias = torch.randn(outputs).to(x.dtype) if data.draw(st.booleans()) else None
+    threads = data.draw(st.sampled_from([1, 2]))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with cpu.using("amx"):
+            tiles = cpu.quantized_linear(x, weight, bias, group=weight.share)
+    finally:
+        torch.set_num_threads(before)
+    with cpu.using("avx512vnni"):
+        assert torch.equal(tiles, cpu.quantized_linear(x, weight, bias, group=weight.share))
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="no AMX here")
+def test_tiles_in_several_panels() -> None:
+    weight = packed(Grid(torch.randint(256, (40, 16384), dtype=torch.uint8), torch.rand(40, 1), None, 8))
+    x = torch.randn(130, 16384).bfloat16()
+    ours = []
+    for level in ("amx", "avx512vnni"):
+        with cpu.using(level):
+            ours.append(cpu.quantized_linear(x, weight, group=weight.share))
+    assert torch.equal(*ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_activations_are_rounded_as_a_division_says(level: str, dtype: torch.dtype) -> None:
+    """Also close to the middle between two integers, and for very small and very large numbers."""
+    weight = packed(Grid((torch.eye(128) + 128).to(torch.uint8), torch.ones(128, 1), None, 8))
+    halves = (torch.arange(128) - 63.5) * torch.rand(60, 1)
+    drawn = torch.randn(60, 128) * 10 ** torch.linspace(-12, 30, 60)[:, None]
+    halves[:, 0] = 127 * halves.diff(dim=1)[:, 0]  # the largest: so that a step is about one between neighbours
+    x = torch.cat([halves, drawn]).to(dtype)
+    with cpu.using(level):
+        ours = cpu.quantized_linear(x.float(), weight, group=128)
+    codes, scales = reference.quantize_rows(x, 128)
+    assert torch.equal(ours, codes.float() * scales)
 
 
 @pytest.mark.parametrize("level", LEVELS)

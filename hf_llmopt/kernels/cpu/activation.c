@@ -16,7 +16,7 @@
 INLINE vec FN(act)(vec x, int kind) {
     vec zero = {0}, positive = FN(max)(x, zero);
     switch (kind) {
-    case 0: return x / (FN(exp)(-x) + 1.0f);
+    case 0: return FN(silu)(x);
     case 1: { /* tanh(u) = 1 - 2 / (e^2u + 1) */
         vec u = (x + x * x * x * 0.044715f) * 0.7978845608f;
         return x * (1.0f - 1.0f / (FN(exp)(u * 2.0f) + 1.0f));

@@ -13,7 +13,7 @@
 #define BLOCKS 2              /* of outputs at a time */
 #define CHUNK_INPUTS 512      /* whose weights are in the nearest cache */
 #define RUNS (CHUNK_INPUTS / 32) /* of inputs that share a scale, at most */
-#define PANEL_ROWS 256        /* at most: of 32 outputs each row has sums */
+#define PANEL_ROWS 512        /* at most: of 32 outputs each row has sums */
 #define PANEL_BYTES (5 << 18) /* of x, which stays in a cache of the core while the weights pass */
 #define AT(name) PASTE(name, any, LEVEL)
 #define SELF "tiles.c"
@@ -206,11 +206,13 @@ void FN(tiles_share)(const linear *a, long from, long to) {
         for (long n = from; n < to; n += BLOCKS * OUT) {
             long end = top + panel < a->rows ? top + panel : a->rows, side = n + OUT < to;
             AT(panel_product)(a, top, end, n / OUT, side, total, &shaped);
-            for (long m = top; m < end; m++)
+            for (long m = top; m < end; m++) {
+                __builtin_prefetch((E *)a->y + (m + 8) * a->stride + n, 1);
                 for (long j = 0; j <= side; j++) {
                     long left = to - n - j * OUT, i = m - top;
                     FN(finish)(a, m, n + j * OUT, total[i / OUT][j * OUT + i % OUT], left < OUT ? left : OUT);
                 }
+            }
         }
     if (shaped) _tile_release();
 }

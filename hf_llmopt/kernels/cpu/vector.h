@@ -43,14 +43,19 @@ INLINE vec FN(load)(const E *p) {
 #endif
 }
 
+#if DTYPE == 1
+/* The bits of v in the upper halves, rounded to nearest even; the lower ones are 0. */
+INLINE uvec FN(bits)(vec v) {
+    uvec bits = (uvec)v, nan = (uvec)(v != v);
+    return ((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000 & ~nan) | (nan & 0x7fc00000);
+}
+#endif
+
 INLINE void FN(store)(E *p, vec v) {
 #if DTYPE == 0
     memcpy(p, &v, sizeof v);
 #elif DTYPE == 1
-    uvec bits = (uvec)v;
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    uvec nan = (uvec)(v != v);
-    hvec h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), hvec);
+    hvec h = __builtin_convertvector(FN(bits)(v) >> 16, hvec);
     memcpy(p, &h, sizeof h);
 #else
     halfvec h = __builtin_convertvector(v, halfvec);
@@ -75,6 +80,8 @@ INLINE void FN(store_part)(E *p, vec v, long n) {
 INLINE vec FN(rounded)(vec v) {
 #if DTYPE == 0
     return v;
+#elif DTYPE == 1
+    return (vec)FN(bits)(v);
 #else
     E full[WIDTH];
     FN(store)(full, v);
@@ -120,6 +127,20 @@ INLINE vec FN(exp)(vec x) {
     p = p * r * r + r + 1.0f;
     ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     return p * (vec)power;
+}
+
+/* x / (1 + e^-x), a division being slower than the rest: Newton's steps for the reciprocal and for the remainder. */
+INLINE vec FN(silu)(vec x) {
+    vec d = FN(exp)(-x) + 1.0f;
+#ifdef __AVX512F__
+    vec r = (vec)_mm512_rcp14_ps((__m512)d);
+    r += r * (1.0f - d * r);
+    vec q = x * r, exact = q + r * (x - q * d);
+    ivec finite = (q - q) == 0.0f;
+    return (vec)(((ivec)exact & finite) | ((ivec)q & ~finite));
+#else
+    return x / d;
+#endif
 }
 
 /* cap tanh(x / cap), by tanh(u) = 1 - 2 / (e^2u + 1). */
