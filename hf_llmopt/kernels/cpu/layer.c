@@ -131,7 +131,7 @@ typedef struct FN(space) {
 
 INLINE void *FN(take)(FN(space) space, size_t bytes) {
     void *room = space->start ? space->start + space->used : NULL;
-    space->used += (bytes + 63) / 64 * 64;
+    space->used += (bytes + LINE - 1) / LINE * LINE;
     return room;
 }
 
@@ -182,8 +182,9 @@ int FN(layers)(const void *arguments, int threads) {
         FN(place)(all->layers + i, all, threads, &space);
         if (space.used > most) most = space.used;
     }
-    char *start = malloc(most);
-    if (!start) return 1;
+    void *memory = malloc(most + LINE);
+    if (!memory) return 1;
+    char *start = next_line(memory);
     for (long i = 0; i < all->count; i++) {
         struct FN(space) space = {start, 0};
         all->layers[i].x = i ? all->y : all->x, all->layers[i].y = all->y;
@@ -191,7 +192,7 @@ int FN(layers)(const void *arguments, int threads) {
     }
 #pragma omp parallel num_threads(threads) if (threads > 1 && all->hidden * all->layers->gate.outputs > SMALL)
     for (long i = 0; i < all->count; i++) FN(layer_team)(all->layers + i, threads, all->spent);
-    free(start);
+    free(memory);
     return 0;
 }
 #endif

@@ -233,14 +233,15 @@ void FN(linear_share)(const linear *a, long t, long n) {
 
 int FN(linear)(const void *arguments, int threads) {
     linear a = *(const linear *)arguments;
-    a.scratch = malloc(linear_scratch(a.rows, a.laid));
-    if (!a.scratch) return 1;
+    void *memory = malloc(linear_scratch(a.rows, a.laid) + LINE);
+    if (!memory) return 1;
+    a.scratch = next_line(memory);
 #pragma omp parallel num_threads(threads) if (threads > 1 && a.outputs * a.inputs > SMALL)
     {
         FN(linear_prepare)(&a);
         FN(linear_share)(&a, team_thread(), team_size());
     }
-    free(a.scratch);
+    free(memory);
     return 0;
 }
 #undef TILED

@@ -18,7 +18,6 @@
 #include "tiles.h"
 #include "types.h"
 #define OUT 16
-#define MOST 128        /* inputs that share a scale at most: sums of 255 * 127 * 128 are exact as floats too */
 #define PANEL (1 << 18) /* bytes of x that stay in a cache of the core while the weights pass */
 #define AHEAD 1024      /* bytes of weights that are fetched ahead */
 #define MAGIC 0x4B000000 /* 2^23: its last bits count ones */
@@ -31,12 +30,12 @@ typedef struct {
     const uint8_t *zeros;
     long next, side; /* to the second block: bytes of weights, and scales; 0 where there is none */
 } tile;
-#define RUNS 8          /* of inputs that share a scale, which a thread lays out at a time */
 #define AT(name) PASTE(name, any, LEVEL)
 #define SELF "quantized.c"
 #include "levels.h"
 #elif defined(FORMAT)
 #include "finish.h"
+#include "rounding.h"
 
 /* Tiles: rows at most, of integers and of floats; blocks of outputs at a time; sums that hide each other's latency; parts of
  * 16 integers that fit a register. */
@@ -70,6 +69,7 @@ typedef struct {
 #endif
 
 #ifdef HAS_AMX
+extern void FN(tiles_prepare)(const linear *);
 extern void FN(tiles_share)(const linear *, long, long);
 #endif
 
@@ -252,79 +252,7 @@ INLINE long FN(tile_rows)(const linear *a, long m, long *first) {
     return rows;
 }
 
-/* The sum of lanes that are whole numbers, whose order makes no difference, or NaN. */
-INLINE float FN(whole_sum)(vec v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    return FN(sum)(v);
-#endif
-}
-
-/* Inputs [k, k + count) of row m as they are laid out, as floats; count is at most MOST, and the rest up to whole vectors is 0. */
-INLINE void FN(gather)(const linear *a, long m, long k, long count, vec *to) {
-    const E *x = (const E *)a->x + m * a->inputs;
-    if (!a->order) {
-        for (long i = 0; i < count; i += WIDTH)
-            to[i / WIDTH] = count - i < WIDTH ? FN(load_part)(x + k + i, count - i) : FN(load)(x + k + i);
-        return;
-    }
-    float line[MOST] = {0};
-    for (long i = 0; i < count; i++)
-        if (a->order[k + i] >= 0) line[i] = FN(get)(x + a->order[k + i]);
-    memcpy(to, line, sizeof(vec) * (size_t)((count + WIDTH - 1) / WIDTH));
-}
-
-/* v / step, to the bit: the remainder of a product with the reciprocal corrects it (Markstein 1990). */
-INLINE vec FN(divided)(vec v, float step, float reciprocal) {
-#ifdef __AVX512F__
-    __m512 q = _mm512_mul_ps((__m512)v, _mm512_set1_ps(reciprocal));
-    __m512 left = _mm512_fnmadd_ps(q, _mm512_set1_ps(step), (__m512)v);
-    return (vec)_mm512_fmadd_ps(left, _mm512_set1_ps(reciprocal), q);
-#else
-    (void)reciprocal;
-    return v / step;
-#endif
-}
-
-/* x of a row and `share` inputs as integers: largest to 127, rounded to even. What is not finite makes the scale NaN. */
-INLINE void FN(quantize)(const linear *a, long m, long run, int8_t *codes, float *step, float *codes_sum) {
-    const long count = a->share;
-    vec x[MOST / WIDTH], most = {0}, faults = {0}, sum = {0};
-    FN(gather)(a, m, run * count, count, x);
-    for (long i = 0; i < count; i += WIDTH) {
-        vec v = x[i / WIDTH];
-        most = FN(max)(most, FN(max)(v, -v));
-        faults += v - v;
-    }
-    const float top = FN(top)(most), scale = (top > 1e-9f ? top : 1e-9f) / 127.0f;
-    const float reciprocal = 1.0f / scale;
-    for (long i = 0; i < count; i += WIDTH) {
-        typedef int8_t bytes __attribute__((vector_size(WIDTH)));
-        /* adding 1.5 * 2^23 rounds to the nearest integer */
-        vec v = FN(divided)(x[i / WIDTH], scale, reciprocal) + 12582912.0f - 12582912.0f;
-        bytes narrow = __builtin_convertvector(__builtin_convertvector(v, ivec), bytes);
-        memcpy(codes + i, &narrow, sizeof narrow);
-        sum += v;
-    }
-    *step = scale + FN(whole_sum)(faults), *codes_sum = FN(whole_sum)(sum);
-}
-
-#ifdef HAS_AMX
-/* The inputs of a row that have the scales [run, last), where tiles.c reads them. */
-INLINE void FN(lay_lines)(const linear *a, long m, long run, long last) {
-    const long first = m - m % 16, rows = tiles_rows(a, first), all = a->laid / a->share, share = a->share;
-    const long depth = tiles_depth(share), each = a->rows * all;
-    int8_t *line = tiles_x(a, first, run * share) + 64 * (m - first), codes[MOST + 64];
-    float *steps = tiles_steps(a) + first * all + run * rows + m - first;
-    for (; run < last; run++, steps += rows) {
-        FN(quantize)(a, m, run, codes, steps, steps + each);
-        for (long i = 0; i < share; i += depth, line += 64 * rows) memcpy(line, codes + i, 64); /* all of a line */
-    }
-}
-#endif
-
-/* The same, where integer tiles read them. */
+/* x of a row and `share` inputs, where integer tiles read it. */
 INLINE void FN(lay_fours)(const linear *a, long m, long run) {
     long first, rows = FN(tile_rows)(a, m, &first), runs = a->laid / a->share;
     int8_t *line = (int8_t *)a->scratch + first * a->laid + run * a->share * rows + 4 * (m - first), codes[MOST];
@@ -337,12 +265,7 @@ INLINE void FN(lay_fours)(const linear *a, long m, long run) {
 void FN(quantized_prepare)(const linear *a) {
 #ifdef HAS_AMX
     if (tiles_serve(a)) {
-        const long runs = a->laid / a->share, some = (runs + RUNS - 1) / RUNS;
-#pragma omp for schedule(static)
-        for (long i = 0; i < a->rows * some; i++) {
-            long run = i % some * RUNS;
-            FN(lay_lines)(a, i / some, run, run + RUNS < runs ? run + RUNS : runs);
-        }
+        FN(tiles_prepare)(a);
         return;
     }
 #endif

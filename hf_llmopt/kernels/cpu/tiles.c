@@ -15,11 +15,13 @@
 #define RUNS (CHUNK_INPUTS / 32) /* of inputs that share a scale, at most */
 #define PANEL_ROWS 512        /* at most: of 32 outputs each row has sums */
 #define PANEL_BYTES (5 << 18) /* of x, which stays in a cache of the core while the weights pass */
+#define LAID_RUNS 8           /* of a row, which a thread lays out at a time */
 #define AT(name) PASTE(name, any, LEVEL)
 #define SELF "tiles.c"
 #include "levels.h"
 #elif defined(FORMAT) && defined(HAS_AMX)
 #include "finish.h"
+#include "rounding.h"
 
 #if DTYPE == 0 /* what follows does not depend on the format */
 /* Sums are tiles 0 to 3, x 4 and 5, weights 6 and 7. */
@@ -197,6 +199,28 @@ LOCAL void AT(panel_product)(const linear *a, long top, long end, long b, long s
 }
 #endif
 
+/* The inputs of a row that have the scales [run, last). */
+INLINE void FN(lay_lines)(const linear *a, long m, long run, long last) {
+    const long first = m - m % 16, rows = tiles_rows(a, first), all = a->laid / a->share, share = a->share;
+    const long depth = tiles_depth(share), each = a->rows * all;
+    int8_t *line = tiles_x(a, first, run * share) + 64 * (m - first), codes[MOST + 64];
+    float *steps = tiles_steps(a) + first * all + run * rows + m - first;
+    for (; run < last; run++, steps += rows) {
+        FN(quantize)(a, m, run, codes, steps, steps + each);
+        for (long i = 0; i < share; i += depth, line += 64 * rows) memcpy(line, codes + i, 64); /* all of a line */
+    }
+}
+
+/* Called by every thread of a team, which meets here. */
+void FN(tiles_prepare)(const linear *a) {
+    const long runs = a->laid / a->share, some = (runs + LAID_RUNS - 1) / LAID_RUNS;
+#pragma omp for schedule(static)
+    for (long i = 0; i < a->rows * some; i++) {
+        long run = i % some * LAID_RUNS;
+        FN(lay_lines)(a, i / some, run, run + LAID_RUNS < runs ? run + LAID_RUNS : runs);
+    }
+}
+
 /* The outputs [from, to), once all rows are laid out. */
 void FN(tiles_share)(const linear *a, long from, long to) {
     vec total[PANEL_ROWS / OUT][BLOCKS * OUT];
@@ -206,13 +230,11 @@ void FN(tiles_share)(const linear *a, long from, long to) {
         for (long n = from; n < to; n += BLOCKS * OUT) {
             long end = top + panel < a->rows ? top + panel : a->rows, side = n + OUT < to;
             AT(panel_product)(a, top, end, n / OUT, side, total, &shaped);
-            for (long m = top; m < end; m++) {
-                __builtin_prefetch((E *)a->y + (m + 8) * a->stride + n, 1);
+            for (long m = top; m < end; m++)
                 for (long j = 0; j <= side; j++) {
                     long left = to - n - j * OUT, i = m - top;
                     FN(finish)(a, m, n + j * OUT, total[i / OUT][j * OUT + i % OUT], left < OUT ? left : OUT);
                 }
-            }
         }
     if (shaped) _tile_release();
 }

@@ -18,6 +18,12 @@
 #include <immintrin.h>
 #endif
 
+/* Memory lies in lines, and what crosses one is read twice. */
+#define LINE 64
+static inline void *next_line(void *p) {
+    return (void *)(((uintptr_t)p + LINE - 1) / LINE * LINE);
+}
+
 #define WIDTH 16 /* floats in a vector */
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
