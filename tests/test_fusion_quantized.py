@@ -94,6 +94,18 @@ def test_int8_activations_give_the_own_logits(schemes: tuple[Scheme, ...], dtype
     assert joined(model), model.llmopt.stats.fused
 
 
+@pytest.mark.parametrize(("limit", "together"), [(1 << 30, True), (80, False)])
+def test_prompts_join_as_far_as_the_products_are_ours(
+    limit: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond what is measured, the products choose one by one."""
+    called, layers = list[int](), cpu.layers
+    monkeypatch.setattr(cpu.BlockedWeight, "own_rows", lambda *_: limit)
+    monkeypatch.setattr(cpu, "layers", lambda x, stages: called.append(len(x)) or layers(x, stages))
+    tokens(quantized("llama", INT8), "kv_cache", 100)
+    assert (100 in called) == together, called
+
+
 def test_dense_products_among_quantized_ones() -> None:
     model = quantized("llama", INT4, activations=False, skip="k_proj")
     assert type(model.get_submodule("model.layers.0.self_attn.k_proj")) is nn.Linear
