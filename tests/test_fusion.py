@@ -236,6 +236,24 @@ def test_few_rows_only() -> None:
     assert watch.calls["linear"] <= 1  # the head sees the last token only
 
 
+def test_joined_passes_enter_nothing_inside_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of modules a step, none of which would be called."""
+    model, entered = build("llama"), []
+    check(model)
+    enter = Fusion.entered
+
+    @contextmanager
+    def seen(self: Fusion, model: Any, tokens: int) -> Iterator[None]:
+        with enter(self, model, tokens):
+            entered.append({name for name, module in model.named_modules() if "forward" in vars(module)})
+            yield
+
+    monkeypatch.setattr(Fusion, "entered", seen)
+    generate(model, True)
+    inside = {name for name in entered[-1] if ".layers." in name and not name.split(".layers.")[1].isdigit()}
+    assert len(entered[-1]) > len(inside) == 0
+
+
 # ------------------------------------------------------------------------------------------------- entering and leaving
 
 

@@ -137,6 +137,20 @@ def test_a_replaced_weight_is_noticed() -> None:
     assert torch.equal(tokens(model, "kv_cache", 9), tokens(model, False, 9))
 
 
+def test_weights_that_move_are_noticed() -> None:
+    """Sharing memory with another process moves a kernel's tensors; what was there before is somebody else's."""
+    model = quantized("llama", INT4, INT8)
+    first = tokens(model, True, 9, 5)
+    assert joined(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            for tensor in module.kernel.tensors.values():
+                former = tensor.untyped_storage()
+                tensor.data = tensor.clone()
+                former.fill_(0)
+    assert torch.equal(tokens(model, True, 9, 5), first)
+
+
 def test_quantized_head_and_batch_invariance() -> None:
     model = quantized("llama", INT4)
     model.lm_head = QuantizedHead.of(model.lm_head, bits=8, group_size=32)

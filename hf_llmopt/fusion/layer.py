@@ -9,16 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import StepInputs, current_step
 from ..errors import UnsupportedModel
 from ..kernels import cpu
-from ..kernels.arguments import Layer, Stage
+from ..kernels.arguments import Layer, Seen, Stage, Turns
 from .kinds import inside
 from .proved import Proofs, Proved
 from .structure import Candidate, Structure
 
+CPU = torch.device("cpu")
 APART = (
     "The model changed its hidden states between two decoder layers that were joined, or left one out. They are apart "
     "from now on, and the pass can be run again."
@@ -29,7 +31,8 @@ def in_c(
     structure: Structure, bound: Layer, layer: int, x: Tensor, step: StepInputs, turns: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """As `Compute`."""
-    return cpu.layers(x, [structure.stage(bound, layer, step, turns)])
+    how = structure.turns(step.slots(layer, CPU), turns)
+    return cpu.layers(x, [Stage(bound, step.seen(layer, structure.scaling, structure.softcap), how, structure.heads)])
 
 
 class Joined(Proved):
@@ -52,6 +55,7 @@ class Joined(Proved):
         self._before = before
         self._next: Joined | None = None
         self._apart = False  # something was done to what the layer before gives
+        self._told: tuple[int | float, ...] | None = None  # weights that move are seen by `Fusion.refresh`
         self._order: int = 0 if before is None else before._order + 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,10 +78,11 @@ class Joined(Proved):
         if self._before is not None:
             joined = follows and ahead is not None and ahead.last is self._before and not self._apart
             self._before._next = self if joined else None
-        stages, last = [self._stage(step, turns)], self
+        known: dict[Any, tuple[Seen, Turns]] = {}
+        stages, last = [self._stage(step, turns, known)], self
         while last._next is not None and last._next.found.limit >= hidden_states.shape[1]:
             last = last._next
-            stages.append(last._stage(step, turns))
+            stages.append(last._stage(step, turns, known))
         step.note("cpu")
         x = hidden_states[0]
         gave = cpu.layers(x if x.is_contiguous() else x.contiguous(), stages)[None]
@@ -100,10 +105,19 @@ class Joined(Proved):
             layer._apart = True
             layer._next, layer = None, layer._next
 
-    def _stage(self, step: StepInputs, turns: Any) -> Stage:
-        structure = self._proofs.structures[self._signature]
+    def _stage(self, step: StepInputs, turns: Any, known: dict[Any, tuple[Seen, Turns]]) -> Stage:
+        """This layer of a pass; `known` is what layers of a structure and a cache group share but for their pages."""
+        structure, layer, store = self._proofs.structures[self._signature], self.found.layer, step.store
         assert structure is not None
-        return structure.stage(self._bind(structure), self.found.layer, step, turns)
+        if self._told is None:
+            self._told = cpu.layer_numbers(self._bind(structure))
+        key = id(structure), store.group_of[layer]
+        if key not in known:
+            seen = step.seen(layer, structure.scaling, structure.softcap)
+            known[key] = seen, structure.turns(step.slots(layer, CPU), turns)
+        seen, how = known[key]
+        seen = seen._replace(keys=store.keys[layer], values=store.values[layer])
+        return Stage(self._bind(structure), seen, how, structure.heads, self._told)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..kernels import cpu
-from ..kernels.cpu import own_products
+from ..kernels.cpu import BlockedWeight, own_products
 from ..kv_cache import LayerSpec
 from ..quantization import QuantizedHead, QuantizedLinear
 from ..walk import modules, running
@@ -165,12 +165,12 @@ class Fusion:
                 found = self._try(kind, recognise_as, module, rows)
                 if found is None:
                     continue
-                forward, inner = found
+                forward, parts = found
                 if not _proves(module, forward):
                     self.refused[kind] = self.refused.get(kind, 0) + 1
                     continue
                 self._add(module, kind, forward)
-                covered.update(inner)
+                covered.update(parts)
                 break
         self._outer = [entry for entry in self._entries if id(entry[0]) not in inner]
         self._require_all(model)
@@ -277,8 +277,10 @@ def _global_hooks() -> int:
 
 def _weights(module: nn.Module) -> tuple[object, ...]:
     """What recognition depended on, besides what runs."""
-    laid = id(module.__dict__.get("kernel"))  # of a quantized product
-    return laid, *[(id(p), p.data_ptr(), p.dtype, p.stride()) for p in module._parameters.values() if p is not None]
+    kernel = module.__dict__.get("kernel")  # of a quantized product; sharing memory with a process moves its tensors
+    laid = [tensor.data_ptr() for tensor in kernel.tensors.values()] if isinstance(kernel, BlockedWeight) else []
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return id(kernel), *laid, *[(id(p), p.data_ptr(), p.dtype, p.stride()) for p in parameters]
 
 
 def _proves(module: nn.Module, forward: Forward) -> bool:

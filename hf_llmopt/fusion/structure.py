@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention import StepInputs
-from ..kernels.arguments import Layer, Stage, Turns
+from ..kernels.arguments import Layer, Turns
 from .kinds import Rows, is_library_code, is_plain, norm_of, plain_linear, product_of, quantized_linear
 
 SMALL = 1 << 18  # elements of a weight
@@ -89,12 +87,9 @@ class Structure(NamedTuple):
         norms = [None if name is None else norm_of(layer.get_submodule(name)) for name in self.norms]
         return Layer(tuple(norms), tuple(products), self.kind, self.parallel)  # type: ignore[arg-type]
 
-    def stage(self, bound: Layer, layer: int, step: StepInputs, turns: tuple[Tensor, Tensor] | None) -> Stage:
-        """A layer of a pass, over the pages of `step`."""
-        slots = step.slots(layer, torch.device("cpu"))
-        how = Turns(None, None, slots)
-        if self.rotation != "none" and turns is not None:
-            cosine, sine = (part[0].contiguous() for part in turns)
-            how = Turns(cosine, sine, slots, ROTATIONS.index(self.rotation))
-        seen = step.seen(layer, self.scaling, self.softcap)
-        return Stage(bound, seen, how, self.heads)
+    def turns(self, slots: Tensor, turns: tuple[Tensor, Tensor] | None) -> Turns:
+        """Positions of a pass, whose tokens are in `slots`."""
+        if self.rotation == "none" or turns is None:
+            return Turns(None, None, slots)
+        cosine, sine = (part[0].contiguous() for part in turns)
+        return Turns(cosine, sine, slots, ROTATIONS.index(self.rotation))

@@ -183,9 +183,13 @@ class Layer(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A layer of a pass: what it computes, from which keys, at which positions, with how many query heads."""
+    """A layer of a pass: what it computes, from which keys, at which positions, with how many query heads.
+
+    `told` is what C is told of the layer alone, if that is known from earlier passes.
+    """
 
     layer: Layer
     seen: Seen
     turns: Turns
     heads: int
+    told: tuple[int | float, ...] | None = None

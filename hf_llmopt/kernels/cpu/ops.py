@@ -16,7 +16,7 @@ import torch  # before the extension: both must share torch's OpenMP runtime
 from torch import Tensor
 
 from ...errors import unknown
-from ..arguments import Norm, PageFormat, Product, Seen, Stage
+from ..arguments import Layer, Norm, PageFormat, Product, Seen, Stage
 
 if TYPE_CHECKING:
     from .quantized import BlockedWeight
@@ -137,15 +137,22 @@ def _trees(*seen: Seen) -> list[int]:
     return [_address(each.tree) for each in seen] if any(each.tree is not None for each in seen) else []
 
 
-def _add_stage(numbers: list[int | float], stage: Stage, tokens: int, dtype: torch.dtype) -> None:
-    layer, seen, (cosine, sine, slots, pairs), heads = stage
-    _, key_dim, value_dim = seen.shape
-    joined = layer.products[1] is None
-    head = 2 * key_dim + value_dim if joined else key_dim
+def layer_numbers(layer: Layer) -> tuple[int | float, ...]:
+    """What C is told of a layer alone: addresses of its weights, shapes."""
+    numbers: list[int | float] = []
     for norm in layer.norms:
         numbers += _NO_NORM if norm is None else _norm_numbers(norm)
     for product in layer.products:
         numbers += _NO_PRODUCT if product is None else _product_numbers(product)
+    return tuple(numbers)
+
+
+def _add_stage(numbers: list[int | float], stage: Stage, tokens: int, dtype: torch.dtype) -> None:
+    layer, seen, (cosine, sine, slots, pairs), heads, told = stage
+    _, key_dim, value_dim = seen.shape
+    joined = layer.products[1] is None
+    head = 2 * key_dim + value_dim if joined else key_dim
+    numbers += layer_numbers(layer) if told is None else told
     numbers += _seen_numbers(seen, tokens, heads)
     numbers += (
         _address(cosine), _address(sine), slots.data_ptr(), 0 if cosine is None else cosine.shape[-1], pairs,

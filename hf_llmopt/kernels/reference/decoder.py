@@ -16,7 +16,7 @@ def layer(x: Tensor, stage: Stage) -> Tensor:
 
     The tokens' keys and values are stored first: the queries see them too.
     """
-    layer, seen, turns, heads = stage
+    layer, seen, turns, heads, _ = stage
     before, query_norm, key_norm, after, before_mlp, after_mlp = layer.norms
     query_product, key_product, value_product, output, gate, up, down = layer.products
     tokens, (kv_heads, key_dim, value_dim) = len(x), seen.shape
