@@ -105,6 +105,7 @@ def test_user_errors(arguments: tuple[str, ...], says: str) -> None:
 def test_plain_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU part's cases, small: every attention is what it should be, and whose error is too large fails."""
     monkeypatch.setattr(plain, "_microseconds", lambda way, device: float(way().shape[1]))
+    monkeypatch.setattr("hf_llmopt.attention.plain._wins", lambda *_: True)  # a race, which a busy machine may lose
     small = [case._replace(tokens=192, window=case.window and 40) for case in plain.CASES]
     with torch.inference_mode():
         cases = [plain.measure(case, (4, 2, 16), torch.Generator().manual_seed(0)) for case in small]

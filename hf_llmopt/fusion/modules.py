@@ -222,7 +222,7 @@ class Fusion:
         if not self.timed:
             return lambda module: 0 if type(module) in PRODUCTS else ROWS[-1]
         alike: dict[tuple[object, ...], list[Tensor]] = {}
-        dtype = model.dtype if model.dtype in cpu.DTYPES else torch.float32
+        dtype = next((p.dtype for p in model.parameters() if p.dtype in cpu.DTYPES), torch.float32)
 
         def key(module: Any) -> tuple[object, ...]:
             return type(module), module.weight.shape, module.weight.dtype
