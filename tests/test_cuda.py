@@ -254,7 +254,7 @@ def test_pinned_memory() -> None:
     """As many bytes as were asked for, known to the driver as pinned, and given back."""
     from hf_llmopt.kv_cache.transfer import pinned_zeros
 
-    tensor = pinned_zeros((3, 5000), torch.bfloat16)
+    tensor = pinned_zeros((3, 5000), torch.bfloat16, torch.device("cuda"))
     assert tensor.is_pinned()
     assert not tensor.any()
     there = tensor.to("cuda", non_blocking=True) + 1

@@ -157,8 +157,8 @@ def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
             told.append(("unpin", address))
 
     monkeypatch.setattr(torch.cuda, "cudart", Driver)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("done"))
-    tensor = pinned_zeros((3, 5), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append(device))
+    tensor = pinned_zeros((3, 5), torch.bfloat16, second := torch.device("cuda", 1))
     assert tensor.shape == (3, 5)
     assert tensor.dtype == torch.bfloat16
     assert not tensor.any()
@@ -167,9 +167,9 @@ def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     view.fill_(1)
     assert told == [("pin", address, 30)]
     del view
-    assert told[1:] == ["done", ("unpin", address)]
+    assert told[1:] == [second, ("unpin", address)]
     with pytest.raises(MemoryError, match=r"0\.00 GiB of memory could not be pinned \(CUDA error 2\)"):
-        pinned_zeros((1001, 1000), torch.uint8)
+        pinned_zeros((1001, 1000), torch.uint8, second)
 
 
 def test_where_there_is_nothing_to_offload(monkeypatch: pytest.MonkeyPatch) -> None:

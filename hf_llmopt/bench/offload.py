@@ -79,7 +79,8 @@ def bench(
 
 def _bus(nbytes: int) -> float:
     """Bytes a second that a copy from pinned memory reaches."""
-    host, device = pinned_zeros((nbytes,), torch.uint8), torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    host = pinned_zeros((nbytes,), torch.uint8, device.device)
     times = []
     for _ in range(5):
         torch.cuda.synchronize()

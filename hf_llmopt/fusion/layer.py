@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attention import StepInputs, current_step
+from ..attention.inputs import CPU
 from ..errors import UnsupportedModel
 from ..kernels import cpu
 from ..kernels.arguments import Layer, Seen, Stage, Turns
@@ -20,7 +20,6 @@ from .kinds import inside
 from .proved import Proofs, Proved
 from .structure import Candidate, Structure
 
-CPU = torch.device("cpu")
 APART = (
     "The model changed its hidden states between two decoder layers that were joined, or left one out. They are apart "
     "from now on, and the pass can be run again."

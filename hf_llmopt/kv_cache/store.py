@@ -86,7 +86,7 @@ class LayerSpec:
         dtype = self.dtype if form is None else torch.uint8
         with torch.inference_mode(False):  # pages outlive the call that made them
             if self.offloaded and self.device.type == "cuda":
-                return pinned_zeros((count, *row), dtype)
+                return pinned_zeros((count, *row), dtype, self.device)
             return torch.zeros(count, *row, dtype=dtype, device=self.home)
 
 

@@ -26,12 +26,13 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def pinned_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def pinned_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros in pinned host memory, as many bytes as they are: `pin_memory=True` takes the next power of two.
 
     Args:
         shape: Of at least one element.
         dtype: Any.
+        device: Copies to and from there, and is waited for before the memory is given back.
 
     Raises:
         MemoryError: The system gives no memory, or does not let it be pinned.
@@ -44,12 +45,13 @@ def pinned_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     driver: Any = torch.cuda.cudart()
     if error := int(driver.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
         raise MemoryError(f"{tensor.nbytes / 2**30:.2f} GiB of memory could not be pinned (CUDA error {error})")
-    weakref.finalize(memory, _unpin, driver, tensor.data_ptr()).atexit = False  # the process's end frees everything
+    unpin = weakref.finalize(memory, _unpin, driver, tensor.data_ptr(), device)
+    unpin.atexit = False  # the process's end frees everything
     return tensor
 
 
-def _unpin(driver: Any, address: int) -> None:
-    torch.cuda.synchronize()  # until nothing is copied there any more
+def _unpin(driver: Any, address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # until nothing is copied there any more
     driver.cudaHostUnregister(address)
 
 
