@@ -62,12 +62,12 @@ def bench(
         The report, ready for JSON; `report["passed"]` says whether all tokens were the same and llmopt served its
         calls. On a GPU it also says how long reading the weights takes.
     """
+    floor = {"floor_ms_per_step": _floor(model)} if model.device.type == "cuda" else {}
     results = [
         _workload(model, workload, replayed, texts, repeats, seed, on_run)
         for workload in workloads
         for replayed in ([False, True] if graphs else [False])
     ]
-    floor = {"floor_ms_per_step": _floor(model)} if model.device.type == "cuda" else {}
     return {
         "bench": "kv_cache",
         "schema": 1,

@@ -44,7 +44,7 @@ TOKENS = 16  # the longest span that is decoded
 PROGRAMS = 4  # for each multiprocessor
 PARTS = 128  # of a span's keys, at most
 SMALL = 2**24  # numbers that a launch reads: where it reads more, it begins when the one ahead has ended
-LEAST_BLOCKS = 2  # of keys that a part reads: fewer cost more to join than they save
+LEAST_KEYS = 64  # of a part: fewer cost more to join than they save
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _decode(
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    ready(EARLY)
+    launch_next(EARLY)
     head = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
@@ -89,6 +89,8 @@ def _decode(
     branch = None
     if tree is not None:
         branch = tl.load(tree + token, mask=mine, other=0)
+    pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
+    ready(EARLY)
     q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, FORM)
     total = nothing(BLOCK_M, BLOCK_V, FORM)
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
@@ -96,7 +98,6 @@ def _decode(
     if sinks is not None and part == 0:  # a score that has no value
         largest = tl.load(sinks + query_head, mask=mine, other=0).to(tl.float32) * 1.4426950408889634
         weight += 1
-    pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
     keys += head * KEY_DIM
     values += head * VALUE_DIM
     for key in tl.range(low, high, BLOCK_N, num_stages=STAGES):
@@ -112,7 +113,6 @@ def _decode(
         s = visible(score(q, k, k_scales, factor, cap, FORM), place, first, end, branch, tree is not None)
         v = rows_of(values, slots, seen, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE, FORM)
         total, largest, weight = add(s, v, v_scales, total, largest, weight, FORM)
-    launch_next(EARLY)
     place = (token.to(tl.int64) * (KV_HEADS * GROUP) + query_head) * SPLIT + part
     if SPLIT == 1:
         weight = tl.where(weight > 0, weight, 1)
@@ -130,7 +130,6 @@ def _join(
     SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, LEAST_BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     launch_next(EARLY)
-    ready(EARLY)
     head = tl.program_id(0)
     start = tl.load(tiles + tl.program_id(2) * 3)
     count = tl.load(tiles + tl.program_id(2) * 3 + 1)
@@ -141,6 +140,7 @@ def _join(
     part = tl.arange(0, BLOCK_S)
     filled = (part == 0) | ((part < SPLIT) & ((begin + part * each) * BLOCK_N < stop))
     place = row * SPLIT + part
+    ready(EARLY)
     largest = tl.load(sums + place * 2, mask=filled, other=LEAST)
     weight = tl.load(sums + place * 2 + 1, mask=filled, other=0.0)
     factor = tl.exp2(largest - tl.max(largest, 0))
@@ -166,7 +166,9 @@ def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
         return Shape(rows, 32, 4 if rows <= 64 else 8, 3)
     if seen.form is not None and seen.form.bits == 4:  # a block of keys is four times as small
         return Shape(rows, 128 if rows == 16 else 64, 4, 5)
-    return Shape(rows, 32, 4, 4)
+    if seen.form is not None or rows == 32:
+        return Shape(rows, 32, 4, 4)
+    return Shape(rows, 64, 4, 2 if rows == 16 else 3)
 
 
 def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int]:
@@ -180,7 +182,7 @@ def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int
     """
     shape = shape_for(query, seen, tokens)
     programs = PROGRAMS * multiprocessors(query.device) // (spans * seen.shape.kv_heads)
-    return shape, max(1, min(programs, -(-seen.longest // (LEAST_BLOCKS * shape.keys)), PARTS))
+    return shape, max(1, min(programs, -(-seen.longest // max(LEAST_KEYS, shape.keys)), PARTS))
 
 
 def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, shape: Shape) -> Tensor:
@@ -199,6 +201,7 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
     """
     kv_heads, key_dim, value_dim = seen.shape
     heads = query.shape[1]
+    least = -(-LEAST_KEYS // shape.keys)
     small = len(tiles) * seen.longest * kv_heads * (key_dim + value_dim) <= SMALL
     pages, constants = arguments(query, seen)
     out = query.new_empty(len(query), heads, value_dim)
@@ -211,13 +214,13 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
         seen.tree, seen.sinks, seen.scaling * LOG2E, seen.softcap * LOG2E if seen.softcap else None,
         query.stride(0), query.stride(1), seen.table.shape[1],
         **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
-        SPLIT=split, LEAST_BLOCKS=LEAST_BLOCKS, STAGES=shape.stages, num_warps=shape.warps,
+        SPLIT=split, LEAST_BLOCKS=least, STAGES=shape.stages, num_warps=shape.warps,
         **(early(query.device) if small else {"EARLY": False}),
     )  # fmt: skip
     if split > 1:
         _join[(heads, tokens, len(tiles))](
             parts, sums, out, seen.items, tiles, HEADS=heads, VALUE_DIM=value_dim, BLOCK_N=shape.keys,
-            BLOCK_V=block_of(value_dim), SPLIT=split, BLOCK_S=triton.next_power_of_2(split), LEAST_BLOCKS=LEAST_BLOCKS,
+            BLOCK_V=block_of(value_dim), SPLIT=split, BLOCK_S=triton.next_power_of_2(split), LEAST_BLOCKS=least,
             num_warps=4, **early(query.device),
         )  # fmt: skip
     return out

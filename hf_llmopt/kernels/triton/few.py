@@ -48,16 +48,21 @@ class Tile(NamedTuple):
 def _multiplied(
     x, weight, rows, M, K, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Outputs `rows` of all rows of x, float32 `[BLOCK_N, BLOCK_M]`."""
+    """Outputs `rows` of all rows of x, float32 `[BLOCK_N, BLOCK_M]`; `WAIT` for x, and ask for weights before."""
     column = tl.arange(0, BLOCK_K)
     token = tl.arange(0, BLOCK_M)
-    if BLOCK_M == 1:
-        total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     places = weight + rows.to(tl.int64)[:, None] * K + column[None, :]
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    if BLOCK_M == 1:
+        w = tl.load(places) if EVEN else tl.load(places, mask=(column < K)[None, :], other=0.0)
+        ready(WAIT)
+        near = tl.load(x + column, mask=column < K, other=0.0)
+        total = w.to(tl.float32) * near.to(tl.float32)[None, :]
+    else:
+        ready(WAIT)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k in tl.range(BLOCK_K if BLOCK_M == 1 else 0, K, BLOCK_K, num_stages=STAGES):
         if EVEN:
             w = tl.load(places + k)
         else:
@@ -100,13 +105,12 @@ def _few(
             bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
-    ready(EARLY)
-    y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
+    y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE, EARLY)
     y = finished(y, bias, rows, factor, dtype)
     if KIND is not None:
         y = activated(y, KIND).to(dtype).to(tl.float32)
         if second is not None:
-            up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE)
+            up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE, False)
             y = y * finished(up, second_bias, rows, factor, dtype)
     launch_next(EARLY and BLOCK_M > 1)
     put(y, out, residual, tl.arange(0, BLOCK_M), output, M, outputs, width, column)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..arguments import Layer, Norm, Product, Shape, Turns
 
 # Tiles that are measured, for one row and for more.
-SINGLE = (Tile(4, 1024, 4, 1), Tile(4, 2048, 4, 1), Tile(4, 512, 4, 1))
+SINGLE = (Tile(4, 1024, 4, 1), Tile(4, 2048, 4, 1), Tile(1, 2048, 4, 1), Tile(4, 512, 4, 1))
 SEVERAL = (Tile(64, 128, 4, 4), Tile(64, 256, 4, 4), Tile(64, 128, 4, 6), Tile(16, 128, 4, 6))
 
 JOINT = 256  # rows up to which quantized weights of one launch were faster in every shape
