@@ -11,7 +11,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-COPY constraints.txt pyproject.toml setup.cfg README.md LICENSE ./
+COPY constraints.txt pyproject.toml setup.cfg setup.py README.md LICENSE ./
 COPY hf_llmopt hf_llmopt
 # The kernels hold code for every processor and choose at run time, so the image runs on others than the one that built it.
 RUN pip install --no-cache-dir -c constraints.txt build && python -m build --wheel --outdir /wheels

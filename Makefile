@@ -97,7 +97,7 @@ define make-environment
 endef
 
 # $(1): variables of the build, $(2): arguments of setuptools.
-build-kernels = $(1) $(TEST_ENV)/bin/python -c "import setuptools; setuptools.setup()" -q $(2)
+build-kernels = $(1) $(TEST_ENV)/bin/python setup.py -q $(2)
 
 $(DEMO_ENV)/.made: $(SETTINGS)
 	$(call make-environment,$(DEMO_ENV),.)
@@ -139,7 +139,7 @@ $(TEST_ENV)/.notebooks: $(TEST_ENV)/.made
 
 # The package is installed from its sources and the kernels lie among them: they are built again if a file of theirs is
 # newer.
-$(TEST_ENV)/.built: $(TEST_ENV)/.made $(KERNELS)
+$(TEST_ENV)/.built: $(TEST_ENV)/.made setup.py $(KERNELS)
 	$(call build-kernels,CFLAGS="$(TEST_CFLAGS)",build_ext --inplace)
 	@touch $@
 
