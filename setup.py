@@ -15,8 +15,9 @@ class BuildSideBySide(build_ext):
         compile_all = self.compiler.compile
 
         def side_by_side(sources: list[str], *arguments: object, **options: object) -> list[str]:
+            longest_first = sorted(sources, key=os.path.getsize, reverse=True)  # none is left over when others are done
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = pool.map(lambda source: compile_all([source], *arguments, **options), sources)
+                objects = pool.map(lambda source: compile_all([source], *arguments, **options), longest_first)
                 return [name for names in objects for name in names]
 
         self.compiler.compile = side_by_side

@@ -1,5 +1,6 @@
 """What every test shares: no network, one thread, fixed seeds, one tiny model per architecture."""
 
+import gc
 import os
 import random
 import socket
@@ -20,6 +21,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from architectures import build
+
+
+def pytest_collection_finish() -> None:
+    """Modules and the tests themselves stay to the end: no collection of garbage needs to go through them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Extensions complain about what they find still there when Python ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -192,25 +192,33 @@ SLOW = [
 ]
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are launched where the tests run. The interpreter takes as long for a program of 4 outputs as of 32."""
+    monkeypatch.setattr(launched, "LAUNCHES", {DEVICE})
+    if DEVICE == "cpu":
+        monkeypatch.setattr(layers, "SINGLE", (Tile(32, 64, 4, 1),))
+
+
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize(
-    ("name", "layers"),
+    ("name", "count"),
     [("llama", 1), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ["llama", *SLOW])],
 )
-def test_models(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models(name: str, count: int) -> None:
     """A prompt's tokens and single ones, of a model whose layers are launched: stock's tokens."""
-    monkeypatch.setattr(launched, "LAUNCHES", {DEVICE})
-    model = build(name, num_hidden_layers=layers).to(DEVICE)
+    model = build(name, num_hidden_layers=count).to(DEVICE)
     inputs = {key: tensor.to(DEVICE) for key, tensor in ragged().items()}
     arguments: dict[str, Any] = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None}
     stock = model.generate(**inputs, **arguments)
     assert torch.equal(model.generate(**inputs, **arguments, llmopt={"strict": True}), stock)
-    assert model.llmopt.stats.fused == (f"{layers} x decoder layer",)
+    assert model.llmopt.stats.fused == (f"{count} x decoder layer",)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("dtype", ["auto", pytest.param("int8", marks=pytest.mark.slow)])
 def test_offloaded_pages(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What launches write to a layer's copies on the device is written back."""
-    monkeypatch.setattr(launched, "LAUNCHES", {DEVICE})
     monkeypatch.setattr(runner, "OFFLOADED", {DEVICE})
     model = build("llama", num_hidden_layers=2).to(DEVICE)
     inputs = {key: tensor[:1].to(DEVICE) for key, tensor in ragged().items()}
