@@ -23,15 +23,17 @@ if not torch.cuda.is_available():
 from architectures import build
 
 
-def pytest_collection_finish() -> None:
-    """Modules and the tests themselves stay to the end: no collection of garbage needs to go through them again."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     """Extensions complain about what they find still there when Python ends."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage() -> None:
+    """Modules and tests stay to the end: no collection need go through them. What measures thaws them."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

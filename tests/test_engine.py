@@ -105,7 +105,7 @@ def test_memory_is_flat_over_many_requests(model) -> None:
     with Engine(served) as engine:
         objects = []
         for _ in range(4):
-            handles = [engine.submit([3 + i % 80, 7, 9], max_new_tokens=2, **KW) for i in range(300)]
+            handles = [engine.submit([3 + i % 80, 7, 9], max_new_tokens=2, **KW) for i in range(100)]
             for handle in handles:
                 handle.result(120)
             del handles, handle
