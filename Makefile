@@ -32,7 +32,7 @@ help:  ## show this list
 demo: $(DEMO_ENV)/.made  ## run the demonstration: stock beside llmopt, the same tokens
 	$(DEMO_ENV)/bin/hf-llmopt demo $(DEMO_ARGS)
 
-test: $(TEST_ENV)/.built  ## run the tests, one process, under 14 minutes on two cores
+test: $(TEST_ENV)/.built  ## run the tests, one process, under 20 minutes
 	$(TEST_ENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(TEST_ENV)/.notebooks $(TEST_ENV)/.built  ## run the tests with the slow ones
