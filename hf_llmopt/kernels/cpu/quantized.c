@@ -19,7 +19,7 @@
 #include "types.h"
 #define OUT 16
 #define PANEL (1 << 18) /* bytes of x that stay in a cache of the core while the weights pass */
-#define AHEAD 1024      /* bytes of weights that are fetched ahead */
+#define AHEAD 2048      /* bytes of weights that are fetched ahead */
 #define MAGIC 0x4B000000 /* 2^23: its last bits count ones */
 typedef struct {
     const linear *a;

@@ -2,7 +2,8 @@
  *
  * x        where tiles.h says: a line of 64 bytes for each row and `depth` inputs
  * weight   [inputs / share][2 blocks of outputs][share / 4][16][4]: as quantized.c has it, but signed and less its zero. Some
- *            hundred inputs of 32 outputs are brought into this form, stay in the nearest cache, and meet all rows of a panel.
+ *            hundred inputs of 32 outputs are brought into this form, stay in the nearest cache, and meet all rows of a panel;
+ *            or are read where quantized.c has them, see tiles_direct.
  *
  * Integers are exact, and what follows them is in the order of quantized.c: a row has the same bits by either. */
 #ifndef LLMOPT_TILES
@@ -31,10 +32,11 @@ LOCAL void AT(set_shape)(long rows, long depth) {
 
 /* Some inputs of two blocks of outputs, whose following weights are fetched, `lines` of either for each run of a block of rows. */
 typedef struct {
-    int8_t weight[CHUNK_INPUTS * BLOCKS * OUT];
+    int8_t filled[CHUNK_INPUTS * BLOCKS * OUT];
     vec scales[RUNS][BLOCKS], zeros[RUNS][BLOCKS];
+    const void *weight[BLOCKS];
     const uint8_t *next;
-    long runs, depth, lines, side;
+    long stride, runs, depth, lines, side; /* stride: bytes from a run to the next one */
 } AT(chunk) __attribute__((aligned(64)));
 
 /* Blocks of rows, and how far it is from the end of one's inputs to the next one's. */
@@ -52,7 +54,7 @@ LOCAL void AT(signed_codes)(const linear *a, long b, long k, long count, int8_t 
     const __m512i half = _mm512_set1_epi8(15);
     __m512i zero = _mm512_set1_epi8((char)(int)a->zero);
     for (long run = 0; run < count; run += a->share, to += a->share * OUT) {
-        if (a->zeros && !tiles_corrected(a)) {
+        if (a->zeros) {
             __m128i each = _mm_loadu_si128((const __m128i *)(a->zeros + (b * groups + (k + run) / a->group) * OUT));
             zero = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(each), _mm512_set1_epi32(0x01010101));
         }
@@ -71,24 +73,27 @@ LOCAL void AT(signed_codes)(const linear *a, long b, long k, long count, int8_t 
 
 /* Inputs [k, k + count) of the blocks of outputs b and b + side, for so many blocks of rows. */
 LOCAL void AT(fill)(AT(chunk) * c, const linear *a, long b, long side, long k, long count, long blocks) {
-    const long bytes = a->kind == FOUR_BITS ? 8 : 16, block = a->laid * bytes, groups = a->laid / a->group;
+    const long bytes = a->kind == FOUR_BITS ? 8 : 16, block = a->laid * bytes, groups = a->laid / a->group, direct = tiles_direct(a);
+    const uint8_t *first = (const uint8_t *)a->weight + b * block + k * bytes;
     c->runs = count / a->share, c->depth = tiles_depth(a->share), c->side = side * block;
-    c->next = (const uint8_t *)a->weight + b * block + (k + count) * bytes + (k + count == a->laid ? block : 0);
-    c->lines = (count * bytes / 64 + blocks * c->runs - 1) / (blocks * c->runs);
+    c->stride = a->share * OUT * (direct ? 1 : BLOCKS);
+    c->next = first + count * bytes + (k + count == a->laid ? block : 0);
     for (long j = 0; j < BLOCKS; j++) {
-        AT(signed_codes)(a, b + j * side, k, count, c->weight + j * a->share * OUT);
+        c->weight[j] = direct ? first + j * c->side : (const void *)(c->filled + j * a->share * OUT);
+        if (!direct) AT(signed_codes)(a, b + j * side, k, count, c->filled + j * a->share * OUT);
         for (long i = 0; i < c->runs; i++) {
             long at = ((b + j * side) * groups + (k + i * a->share) / a->group) * OUT;
             memcpy(&c->scales[i][j], a->scales + at, sizeof(vec));
-            for (long n = 0; tiles_corrected(a) && n < OUT; n++) c->zeros[i][j][n] = (float)a->zeros[at + n] - a->zero;
+            for (long n = 0; direct && n < OUT; n++) c->zeros[i][j][n] = a->zeros ? (float)a->zeros[at + n] : a->zero;
         }
     }
+    c->lines = (count * bytes / 64 + blocks * c->runs - 1) / (blocks * c->runs);
     TILES_READ();
 }
 
 /* Adds a run's sums, times the scales of rows and outputs, to what is there so far. */
 INLINE void AT(add_run)(vec *total, int32_t (*sums)[OUT * OUT], long rows, const float *steps, const float *row_sums,
-                        const vec *scales, const vec *zeros, const int corrected) {
+                        const vec *scales, const vec *zeros, const int direct) {
     const vec scale[BLOCKS] = {scales[0], scales[1]}, zero[BLOCKS] = {zeros[0], zeros[1]};
     _Pragma("GCC unroll 16") for (long m = 0; m < rows; m++) {
         const vec step = steps[m] - (vec){0};
@@ -96,31 +101,36 @@ INLINE void AT(add_run)(vec *total, int32_t (*sums)[OUT * OUT], long rows, const
             ivec whole;
             memcpy(&whole, sums[b] + m * OUT, sizeof whole);
             vec product = __builtin_convertvector(whole, vec);
-            if (corrected) product -= zero[b] * row_sums[m];
+            if (direct) product -= zero[b] * row_sums[m];
             total[b * OUT + m] += product * (scale[b] * step);
         }
     }
 }
 
 /* A run of inputs that share a scale, in one or two parts. */
-#define MULTIPLY(SUM)                                                                                                  \
+#define MULTIPLY(SUM, w)                                                                                               \
     _tile_loadd(6, w, 64);                                                                                             \
     _tile_zero(SUM);                                                                                                   \
-    _tile_dpbssd(SUM, 4, 6);                                                                                           \
+    if (direct)                                                                                                        \
+        _tile_dpbsud(SUM, 4, 6);                                                                                       \
+    else                                                                                                               \
+        _tile_dpbssd(SUM, 4, 6);                                                                                       \
     if (parts > 1) {                                                                                                   \
-        _tile_loadd(7, w + part, 64);                                                                                  \
-        _tile_dpbssd(SUM, 5, 7);                                                                                       \
-    }                                                                                                                  \
-    w += parts * part;
+        _tile_loadd(7, (w) + part, 64);                                                                                \
+        if (direct)                                                                                                    \
+            _tile_dpbsud(SUM, 5, 7);                                                                                   \
+        else                                                                                                           \
+            _tile_dpbssd(SUM, 5, 7);                                                                                   \
+    }
 #define STORE(FIRST, SECOND, to)                                                                                       \
     _tile_stored(FIRST, (to)[0], 64);                                                                                  \
     _tile_stored(SECOND, (to)[1], 64);
 
 /* Blocks of rows times a chunk. While a run is multiplied, the one before it is stored, and that before it scaled: a core
  * has not enough loads and stores under way to hide the latency of products otherwise. */
-INLINE void AT(span_product)(const AT(chunk) * c, const AT(span) * s, const long rows, const int parts, const int corrected) {
+INLINE void AT(span_product)(const AT(chunk) * c, const AT(span) * s, const long rows, const int parts, const int direct) {
     int32_t sums[2][BLOCKS][OUT * OUT] __attribute__((aligned(64)));
-    const int8_t *x = s->x, *w = c->weight;
+    const int8_t *x = s->x, *first = c->weight[0], *second = c->weight[1];
     const float *steps = s->steps, *row_sums = s->row_sums;
     const uint8_t *next = c->next;
     vec(*total)[BLOCKS * OUT] = s->total;
@@ -131,13 +141,14 @@ INLINE void AT(span_product)(const AT(chunk) * c, const AT(span) * s, const long
             if (parts > 1) _tile_loadd(5, x + rows * 64, 64);
             x += parts * rows * 64;
             if (i % 2) {
-                MULTIPLY(2)
-                MULTIPLY(3)
+                MULTIPLY(2, first)
+                MULTIPLY(3, second)
             } else {
-                MULTIPLY(0)
-                MULTIPLY(1)
+                MULTIPLY(0, first)
+                MULTIPLY(1, second)
             }
-            if (++run == c->runs) run = 0, w = c->weight, x += s->gap;
+            first += c->stride, second += c->stride;
+            if (++run == c->runs) run = 0, first = c->weight[0], second = c->weight[1], x += s->gap;
             for (long j = 0; j < c->lines; j++, next += 64) {
                 __builtin_prefetch(next);
                 __builtin_prefetch(next + c->side);
@@ -149,7 +160,7 @@ INLINE void AT(span_product)(const AT(chunk) * c, const AT(span) * s, const long
             STORE(2, 3, sums[1])
         }
         if (i < 2) continue;
-        AT(add_run)(*total, sums[i % 2], rows, steps, row_sums, c->scales[scaled], c->zeros[scaled], corrected);
+        AT(add_run)(*total, sums[i % 2], rows, steps, row_sums, c->scales[scaled], c->zeros[scaled], direct);
         steps += rows, row_sums += rows;
         if (++scaled == c->runs) scaled = 0, total++, steps += s->steps_gap, row_sums += s->steps_gap;
     }
@@ -158,15 +169,15 @@ INLINE void AT(span_product)(const AT(chunk) * c, const AT(span) * s, const long
 #undef STORE
 
 #define VARIANTS(DO) DO(1, 0) DO(1, 1) DO(2, 0) DO(2, 1)
-#define VARIANT(PARTS, CORRECTED)                                                                                      \
-    static __attribute__((noinline)) void AT(span_##PARTS##_##CORRECTED)(const AT(chunk) * c, const AT(span) * s) {    \
+#define VARIANT(PARTS, DIRECT)                                                                                         \
+    static __attribute__((noinline)) void AT(span_##PARTS##_##DIRECT)(const AT(chunk) * c, const AT(span) * s) {       \
         if (s->rows == OUT)                                                                                            \
-            AT(span_product)(c, s, OUT, PARTS, CORRECTED);                                                             \
+            AT(span_product)(c, s, OUT, PARTS, DIRECT);                                                                \
         else                                                                                                           \
-            AT(span_product)(c, s, s->rows, PARTS, CORRECTED);                                                         \
+            AT(span_product)(c, s, s->rows, PARTS, DIRECT);                                                            \
     }
-#define CASE(PARTS, CORRECTED)                                                                                         \
-    case 2 * PARTS + CORRECTED: AT(span_##PARTS##_##CORRECTED)(c, s); break;
+#define CASE(PARTS, DIRECT)                                                                                            \
+    case 2 * PARTS + DIRECT: AT(span_##PARTS##_##DIRECT)(c, s); break;
 VARIANTS(VARIANT)
 
 LOCAL void AT(multiply_span)(const AT(chunk) * c, const AT(span) * s, int variant) {
@@ -192,7 +203,7 @@ LOCAL void AT(panel_product)(const linear *a, long top, long end, long b, long s
                 (a->laid - count) / c.depth * rows * 64, (all - c.runs) * rows,
             };
             if (*shaped != rows) AT(set_shape)(*shaped = rows, c.depth);
-            AT(multiply_span)(&c, &s, 2 * (int)(share / c.depth) + tiles_corrected(a));
+            AT(multiply_span)(&c, &s, 2 * (int)(share / c.depth) + tiles_direct(a));
             first += here * OUT, c.next += here * c.runs * c.lines * 64;
         }
     }

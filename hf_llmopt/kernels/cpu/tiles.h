@@ -13,8 +13,10 @@ static inline long tiles_depth(long share) {
 
 #define TILES_FEWEST 12 /* rows from which tiles are faster */
 #define tiles_serve(a) ((a)->share && (a)->rows >= TILES_FEWEST && tiles_depth((a)->share) >= 32 && tiles_depth((a)->share) * 2 >= (a)->share)
-/* Differences of codes and zeros of 8 bits each do not fit a byte: their zeros follow the integers. */
-#define tiles_corrected(a) ((a)->zeros && (a)->zero == 128.0f)
+/* Codes of 8 bits are multiplied as they lie, and zeros follow the integers, where few rows share the work of taking zeros off,
+ * and where each group has its own: a difference of bytes does not fit a byte. */
+#define TILES_DIRECT 64
+#define tiles_direct(a) ((a)->kind == EIGHT_BITS && ((a)->zeros || (a)->rows <= TILES_DIRECT))
 #define tiles_row_bytes(a) ((a)->laid / tiles_depth((a)->share) * 64)
 /* Of the block that begins with row `first`. */
 #define tiles_rows(a, first) ((a)->rows - (first) < 16 ? (a)->rows - (first) : 16)
