@@ -1,9 +1,9 @@
 /* The long spans of attention.c, after FlashAttention (Dao et al. 2022): no matrix of scores is stored.
  *
  * A tile is ROWS query rows of one span and one key head, a row being a token and a query head. It sees the keys block by
- * block, with the online softmax of Milakov and Gimelshein (2018). Rows stand in the lanes of vectors, so that maxima and
- * sums need no exchange between lanes. Blocks count from the request's first token, and one that a row does not see leaves
- * it as it is: its result does not depend on its tile.
+ * block, which some neighbouring tiles share, with the online softmax of Milakov and Gimelshein (2018). Rows stand in the
+ * lanes of vectors, so that maxima and sums need no exchange between lanes. Blocks count from the request's first token, and
+ * one that a row does not see leaves it as it is: its result does not depend on its tile.
  *
  * unit      4 bytes: a float, or a pair of bf16 numbers, which one instruction multiplies and sums
  * query     [key_dim units][ROWS]     of a tile
@@ -17,13 +17,14 @@
 #define ROWS FLASH_ROWS
 #define BLOCK FLASH_BLOCK
 #define MOST (ROWS / WIDTH) /* vectors of a tile */
+#define TILES FLASH_TILES
+#define EACH 8 /* groups of tiles that a thread has at least, so that none waits long */
 typedef struct {
-    long token, row, rows, kv_head; /* the span's first token, and the tile's rows in it */
-} flash_tile;
+    long token, row, rows, kv_head; /* the span's first token, and the tiles' rows in it */
+} flash_tiles;
 #define SELF "flash.c"
 #include "levels.h"
 #elif defined(FORMAT)
-#include "pages.h"
 #undef PAIR
 #if defined(HAS_BF16_DOT) && DTYPE == 1
 #define PAIR 2 /* elements of a unit */
@@ -35,105 +36,38 @@ typedef struct {
 #define HAS_TILES 1
 #endif
 
-/* sum + rows times one unit. */
-INLINE vec FN(multiply)(vec sum, vec rows, uint32_t unit) {
-#if PAIR == 2
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows, (__m512bh)_mm512_set1_epi32((int)unit));
-#else
-    float x;
-    memcpy(&x, &unit, 4);
-    return sum + rows * x;
-#endif
-}
+#include "outer.h"
+#include "pages.h"
 
-/* M rows of `sum` [..][N] get += a [M][count units] b [count units][N]; a unit lies at m * across + k * along. The products of
- * CHAIN units are summed first: the error of a sum grows with its length. */
-#define M 4
-#define CHAIN 64
-INLINE void FN(outer)(vec *sum, const uint32_t *a, long across, long along, const vec *b, long count, const int N) {
-    for (long from = 0; from < count; from += CHAIN) {
-        vec s[M * MOST] = {0};
-        for (long k = from; k < count && k < from + CHAIN; k++) {
-            vec rows[MOST];
-            memcpy(rows, b + k * N, (size_t)N * sizeof *rows);
-            _Pragma("GCC unroll 4") for (int m = 0; m < M; m++)
-                _Pragma("GCC unroll 4") for (int n = 0; n < N; n++)
-                    s[m * N + n] = FN(multiply)(s[m * N + n], rows[n], a[m * across + k * along]);
-        }
-        _Pragma("GCC unroll 16") for (int i = 0; i < M * N; i++) sum[i] += s[i];
-    }
-}
-
-#ifdef HAS_TILES
-/* The same for 16 rows of a [16][count units]: tiles 0 to 3 are sums, 4 of a, 5 and 6 of b. */
-LOCAL void FN(outer_tiles)(vec *sum, const uint32_t *a, long across, const vec *b, long count, const int N) {
-    int32_t parts[MOST][WIDTH][WIDTH] __attribute__((aligned(64)));
-    TILES_READ();
-    for (long from = 0; from < count; from += CHAIN) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (long k = from; k < count && k < from + CHAIN; k += WIDTH) {
-            const vec *rows = b + k * N;
-            _tile_loadd(4, a + k, across * 4);
-#define COLUMN(n, B)                                                                                                   \
-    if (n < N) {                                                                                                       \
-        _tile_loadd(B, rows + n, N * 64);                                                                              \
-        _tile_dpbf16ps(n, 4, B);                                                                                       \
-    }
-            COLUMN(0, 5)
-            COLUMN(1, 6)
-            COLUMN(2, 5)
-            COLUMN(3, 6)
-#undef COLUMN
-        }
-        _tile_stored(0, parts[0], 64);
-        if (N > 1) _tile_stored(1, parts[1], 64);
-        if (N > 2) _tile_stored(2, parts[2], 64);
-        if (N > 3) _tile_stored(3, parts[3], 64);
-        for (int m = 0; m < WIDTH; m++)
-            for (int n = 0; n < N; n++) {
-                vec part;
-                memcpy(&part, parts[n][m], sizeof part);
-                sum[m * N + n] += part;
-            }
-    }
-}
-
-/* Values of a block with the units of a number side by side, as tiles of rows read them. */
-LOCAL void FN(turn)(const uint32_t *value, long room, uint32_t *to) {
-    for (long t = 0; t < BLOCK / PAIR; t += WIDTH)
-        for (long d = 0; d < room; d += WIDTH) {
-            ivec lanes[WIDTH];
-            for (int i = 0; i < WIDTH; i++) memcpy(lanes + i, value + (t + i) * room + d, sizeof *lanes);
-            FN(transpose)(lanes);
-            for (int i = 0; i < WIDTH; i++) memcpy(to + (d + i) * (BLOCK / PAIR) + t, lanes + i, sizeof *lanes);
-        }
-}
-#endif
+/* A tile: its rows in the span, which tokens they see, the sums so far, and the tokens that any and that all of them see. */
+typedef struct FN(flash_tile) {
+    vec *query, *output, best[MOST], sum[MOST];
+    ivec first[MOST], end[MOST], bits[MOST];
+    long row, rows, low, high, all_first, all_end;
+} FN(flash_tile);
 
 /* What a thread works with. */
 typedef struct FN(flash_room) {
-    vec *query, *output, score[BLOCK * MOST];
+    FN(flash_tile) tiles[TILES];
+    vec score[BLOCK * MOST];
     uint32_t *key, *value, *turned; /* turned: the values, where tiles multiply; or NULL */
     long key_units, value_room; /* of a key; of an output, in whole vectors */
 } FN(flash_room);
 
 /* Rows of a tile, transposed; scores are scaled afterwards, so that nothing is rounded. Missing rows are 0. */
-LOCAL void FN(flash_query)(const attention *a, const flash_tile *tile, FN(flash_room) * room, const int N) {
-    long group = a->heads / a->kv_heads, rows = tile->rows, units = room->key_units;
+INLINE void FN(flash_query)(const attention *a, const flash_tiles *all, const FN(flash_tile) * tile, long units, const int N) {
+    long group = a->heads / a->kv_heads, rows = tile->rows;
     for (int n = 0; n < N; n++) {
         FN(element) line[WIDTH][MAX_DIM + PAIR * WIDTH] = {0};
         for (long i = 0; i < WIDTH && n * WIDTH + i < rows; i++) {
-            long row = tile->row + n * WIDTH + i, head = tile->kv_head * group + row % group;
-            FN(query_row)(a, tile->token + row / group, head, line[i]);
+            long row = tile->row + n * WIDTH + i, head = all->kv_head * group + row % group;
+            FN(query_row)(a, all->token + row / group, head, line[i]);
         }
         for (long k = 0; k < units; k += WIDTH) {
             ivec lanes[WIDTH];
             for (int i = 0; i < WIDTH; i++) memcpy(lanes + i, line[i] + k * PAIR, sizeof *lanes);
             FN(transpose)(lanes);
-            for (long i = 0; i < WIDTH && k + i < units; i++) room->query[(k + i) * N + n] = (vec)lanes[i];
+            for (long i = 0; i < WIDTH && k + i < units; i++) tile->query[(k + i) * N + n] = (vec)lanes[i];
         }
     }
 }
@@ -205,77 +139,90 @@ INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const i
     }
 }
 
-INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_room) * room, const int N) {
-    long group = a->heads / a->kv_heads, rows = tile->rows, low = INT32_MAX, high = 0, all_first = 0, all_end = INT32_MAX;
+INLINE void FN(begin_rows)(const attention *a, const flash_tiles *all, FN(flash_tile) * tile, const FN(flash_room) * room, const int N) {
+    long group = a->heads / a->kv_heads;
     int32_t limits[3][ROWS] = {0};
-    const int32_t *pages = a->table + a->items[3 * tile->token] * a->table_width;
-    for (long i = 0; i < rows; i++) {
-        const int32_t *item = a->items + 3 * (tile->token + (tile->row + i) / group);
+    tile->low = INT32_MAX, tile->high = 0, tile->all_first = 0, tile->all_end = INT32_MAX;
+    for (long i = 0; i < tile->rows; i++) {
+        const long token = all->token + (tile->row + i) / group;
+        const int32_t *item = a->items + 3 * token;
         long first = limits[0][i] = item[1], end = limits[1][i] = item[2];
-        low = first < low ? first : low, all_first = first > all_first ? first : all_first;
-        high = end > high ? end : high;
-        limits[2][i] = a->tree ? a->tree[tile->token + (tile->row + i) / group] : SEES_ALL;
+        if (first < tile->low) tile->low = first;
+        if (first > tile->all_first) tile->all_first = first;
+        if (end > tile->high) tile->high = end;
+        limits[2][i] = a->tree ? a->tree[token] : SEES_ALL;
         if (limits[2][i] != SEES_ALL) end -= BITS;
-        all_end = end < all_end ? end : all_end;
+        if (end < tile->all_end) tile->all_end = end;
     }
-    ivec first[MOST], end[MOST], bits[MOST];
-    memcpy(first, limits[0], sizeof first);
-    memcpy(end, limits[1], sizeof end);
-    memcpy(bits, limits[2], sizeof bits);
-    vec best[MOST], sum[MOST] = {0}, shrink[MOST];
-    for (int n = 0; n < N; n++) best[n] = FN(splat)(-3.4e38f);
-    memset(room->output, 0, (size_t)(room->value_room * N) * sizeof *room->output);
-    FN(flash_query)(a, tile, room, N);
-    for (long from = low / BLOCK * BLOCK; from < high; from += BLOCK) {
-        int whole = from >= all_first && from + BLOCK <= all_end;
-        vec *score = room->score;
-        FN(flash_block)(a, pages, tile->kv_head, room, from, low, high);
+    memcpy(tile->first, limits[0], sizeof tile->first);
+    memcpy(tile->end, limits[1], sizeof tile->end);
+    memcpy(tile->bits, limits[2], sizeof tile->bits);
+    for (int n = 0; n < N; n++) tile->best[n] = FN(splat)(-3.4e38f), tile->sum[n] = (vec){0};
+    memset(tile->output, 0, (size_t)(room->value_room * N) * sizeof *tile->output);
+    FN(flash_query)(a, all, tile, room->key_units, N);
+}
+
+/* Whether any of a block's factors is not 1: later ones seldom bring a larger score. */
+INLINE int FN(differs)(vec factor) {
+    ivec not_one = factor != 1.0f, any = {0};
+    return memcmp(&not_one, &any, sizeof any) != 0;
+}
+
+/* The block at `from`, whose keys and values are there. */
+INLINE void FN(step_rows)(const attention *a, FN(flash_tile) * tile, FN(flash_room) * room, long from, const int N) {
+    int whole = from >= tile->all_first && from + BLOCK <= tile->all_end;
+    vec *score = room->score, shrink[MOST];
+#ifdef HAS_TILES
+    if (room->turned) {
+        for (int t = 0; t < BLOCK; t += WIDTH)
+            FN(outer_tiles)(score + t * N, room->key + t * room->key_units, room->key_units, tile->query, room->key_units, 0, N);
+    } else
+#endif
+    {
         memset(score, 0, (size_t)(BLOCK * N) * sizeof *score);
-#ifdef HAS_TILES
-        if (room->turned) {
-            FN(turn)(room->value, room->value_room, room->turned);
-            for (int t = 0; t < BLOCK; t += WIDTH)
-                FN(outer_tiles)(score + t * N, room->key + t * room->key_units, room->key_units, room->query, room->key_units, N);
-        } else
-#endif
-            for (int t = 0; t < BLOCK; t += M)
-                FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, room->query, room->key_units, N);
-        FN(flash_softmax)(a, score, from, first, end, bits, whole, best, sum, shrink, N);
-#if PAIR == 2
-        for (int t = 0; t < BLOCK; t += 2)
-            for (int n = 0; n < N; n++) { /* two weights of a row side by side */
-                const uvec low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = low | (low + 16) << 16;
-                __m512bh both = _mm512_cvtne2ps_pbh((__m512)score[(t + 1) * N + n], (__m512)score[t * N + n]);
-                score[t / 2 * N + n] = (vec)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
-            }
-#endif
-        for (long i = 0; i < room->value_room * N; i++) room->output[i] *= shrink[i % N];
-#ifdef HAS_TILES
-        for (long d = 0; room->turned && d < room->value_room; d += WIDTH)
-            FN(outer_tiles)(room->output + d * N, room->turned + d * (BLOCK / PAIR), BLOCK / PAIR, score, BLOCK / PAIR, N);
-        if (room->turned) continue;
-#endif
-        for (long d = 0; d < room->value_room; d += M) {
-            FN(outer)(room->output + d * N, room->value + d, 1, room->value_room, score, BLOCK / PAIR, N);
-        }
+        for (int t = 0; t < BLOCK; t += M)
+            FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, tile->query, room->key_units, N);
     }
+    FN(flash_softmax)(a, score, from, tile->first, tile->end, tile->bits, whole, tile->best, tile->sum, shrink, N);
+#if PAIR == 2
+    for (int t = 0; t < BLOCK; t += 2)
+        for (int n = 0; n < N; n++) { /* two weights of a row side by side */
+            const uvec low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = low | (low + 16) << 16;
+            __m512bh both = _mm512_cvtne2ps_pbh((__m512)score[(t + 1) * N + n], (__m512)score[t * N + n]);
+            score[t / 2 * N + n] = (vec)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
+        }
+#endif
+    for (int n = 0; n < N; n++)
+        if (FN(differs)(shrink[n]))
+            for (long d = 0; d < room->value_room; d++) tile->output[d * N + n] *= shrink[n];
+#ifdef HAS_TILES
+    for (long d = 0; room->turned && d < room->value_room; d += WIDTH)
+        FN(outer_tiles)(tile->output + d * N, room->turned + d * (BLOCK / PAIR), BLOCK / PAIR, score, BLOCK / PAIR, 1, N);
+    if (room->turned) return;
+#endif
+    for (long d = 0; d < room->value_room; d += M)
+        FN(outer)(tile->output + d * N, room->value + d, 1, room->value_room, score, BLOCK / PAIR, N);
+}
+
+INLINE void FN(end_rows)(const attention *a, const flash_tiles *all, const FN(flash_tile) * tile, const int N) {
+    long group = a->heads / a->kv_heads, rows = tile->rows;
     for (int n = 0; n < N; n++) {
-        vec factor, total = sum[n];
+        vec factor, best = tile->best[n], total = tile->sum[n];
         if (a->sinks) { /* a sink takes part in the softmax and has no value */
             vec sink = {0}, top;
-            for (long i = 0; i < WIDTH; i++) sink[i] = a->sinks[tile->kv_head * group + (tile->row + n * WIDTH + i) % group];
-            top = FN(max)(best[n], sink);
-            total = total * FN(exp)(best[n] - top) + FN(exp)(sink - top);
-            factor = FN(exp)(best[n] - top) / total;
+            for (long i = 0; i < WIDTH; i++) sink[i] = a->sinks[all->kv_head * group + (tile->row + n * WIDTH + i) % group];
+            top = FN(max)(best, sink);
+            total = total * FN(exp)(best - top) + FN(exp)(sink - top);
+            factor = FN(exp)(best - top) / total;
         } else
             factor = 1.0f / total;
         for (long d = 0; d < a->value_dim; d += WIDTH) {
             ivec lanes[WIDTH];
-            for (int i = 0; i < WIDTH; i++) lanes[i] = (ivec)(room->output[(d + i) * N + n] * factor);
+            for (int i = 0; i < WIDTH; i++) lanes[i] = (ivec)(tile->output[(d + i) * N + n] * factor);
             FN(transpose)(lanes);
             for (long i = 0; i < WIDTH && n * WIDTH + i < rows; i++) {
-                long row = tile->row + n * WIDTH + i, head = tile->kv_head * group + row % group;
-                E *to = (E *)a->output + ((tile->token + row / group) * a->heads + head) * a->value_dim + d;
+                long row = tile->row + n * WIDTH + i, head = all->kv_head * group + row % group;
+                E *to = (E *)a->output + ((all->token + row / group) * a->heads + head) * a->value_dim + d;
                 if (a->value_dim - d >= WIDTH)
                     FN(store)(to, (vec)lanes[i]);
                 else
@@ -285,21 +232,76 @@ INLINE void FN(flash_rows)(const attention *a, const flash_tile *tile, FN(flash_
     }
 }
 
-/* Tile i of all, counted from the last: those see most keys, and come first. */
-LOCAL int FN(flash_tile_at)(const attention *a, long i, flash_tile *tile) {
-    long group = a->heads / a->kv_heads;
+/* What is compiled for the vectors that a tile has. */
+#define BY_VECTORS(CALL)                                                                                               \
+    if (tile->rows <= WIDTH) {                                                                                         \
+        const int N = 1;                                                                                               \
+        CALL;                                                                                                          \
+    } else if (tile->rows <= 2 * WIDTH) {                                                                              \
+        const int N = 2;                                                                                               \
+        CALL;                                                                                                          \
+    } else {                                                                                                           \
+        const int N = MOST;                                                                                            \
+        CALL;                                                                                                          \
+    }
+LOCAL void FN(flash_begin)(const attention *a, const flash_tiles *all, FN(flash_tile) * tile, const FN(flash_room) * room) {
+    BY_VECTORS(FN(begin_rows)(a, all, tile, room, N))
+}
+
+LOCAL void FN(flash_step)(const attention *a, FN(flash_tile) * tile, FN(flash_room) * room, long from) {
+    BY_VECTORS(FN(step_rows)(a, tile, room, from, N))
+}
+
+LOCAL void FN(flash_end)(const attention *a, const flash_tiles *all, const FN(flash_tile) * tile) {
+    BY_VECTORS(FN(end_rows)(a, all, tile, N))
+}
+#undef BY_VECTORS
+
+LOCAL void FN(flash_rows)(const attention *a, const flash_tiles *all, FN(flash_room) * room) {
+    long low = INT32_MAX, high = 0, count = (all->rows + ROWS - 1) / ROWS;
+    const int32_t *pages = a->table + a->items[3 * all->token] * a->table_width;
+    for (long i = 0; i < count; i++) {
+        FN(flash_tile) *tile = room->tiles + i;
+        tile->row = all->row + i * ROWS, tile->rows = all->rows - i * ROWS < ROWS ? all->rows - i * ROWS : ROWS;
+        FN(flash_begin)(a, all, tile, room);
+        low = tile->low < low ? tile->low : low, high = tile->high > high ? tile->high : high;
+    }
+    for (long from = low / BLOCK * BLOCK; from < high; from += BLOCK) {
+        FN(flash_block)(a, pages, all->kv_head, room, from, low, high);
+#ifdef HAS_TILES
+        if (room->turned) FN(turn)(room->value, room->value_room, room->turned);
+#endif
+        for (long i = 0; i < count; i++)
+            if (from + BLOCK > room->tiles[i].low && from < room->tiles[i].high) FN(flash_step)(a, room->tiles + i, room, from);
+    }
+    for (long i = 0; i < count; i++) FN(flash_end)(a, all, room->tiles + i);
+}
+
+/* Group i of `together` tiles of all, counted from the last: those see most keys, and come first. */
+LOCAL int FN(flash_tiles_at)(const attention *a, long i, long together, flash_tiles *tiles) {
+    long group = a->heads / a->kv_heads, most = together * ROWS;
     for (long end = a->tokens, token; end > a->leading; end = token) {
         token = attention_begin(a, end);
-        long rows = (end - token) * group, tiles = (rows + ROWS - 1) / ROWS;
-        if (i >= tiles * a->kv_heads) {
-            i -= tiles * a->kv_heads;
+        long rows = (end - token) * group, groups = (rows + most - 1) / most;
+        if (i >= groups * a->kv_heads) {
+            i -= groups * a->kv_heads;
             continue;
         }
-        long row = (tiles - 1 - i / a->kv_heads) * ROWS;
-        *tile = (flash_tile){token, row, rows - row < ROWS ? rows - row : ROWS, i % a->kv_heads};
+        long row = (groups - 1 - i / a->kv_heads) * most;
+        *tiles = (flash_tiles){token, row, rows - row < most ? rows - row : most, i % a->kv_heads};
         return 1;
     }
     return 0;
+}
+
+/* Groups of all spans. */
+LOCAL long FN(flash_groups)(const attention *a, long together) {
+    long found = 0, most = together * ROWS;
+    for (long token = a->leading, end; token < a->tokens; token = end) {
+        end = attention_span(a, token);
+        found += ((end - token) * (a->heads / a->kv_heads) + most - 1) / most * a->kv_heads;
+    }
+    return found;
 }
 
 /* Called by every thread of a team; all have finished when it returns. */
@@ -307,8 +309,12 @@ void FN(flash_team)(const attention *a) {
     FN(flash_room) room;
     room.key_units = (a->key_dim + PAIR - 1) / PAIR, room.value_room = (a->value_dim + WIDTH - 1) / WIDTH * WIDTH;
     uintptr_t memory = ((uintptr_t)(a->states + team_thread() * flash_room(a)) + 63) / 64 * 64;
-    room.query = (vec *)memory, room.output = room.query + room.key_units * MOST;
-    room.value = (uint32_t *)(room.output + room.value_room * MOST);
+    vec *next = (vec *)memory;
+    for (long i = 0; i < TILES; i++) {
+        room.tiles[i].query = next, room.tiles[i].output = next + room.key_units * MOST;
+        next = room.tiles[i].output + room.value_room * MOST;
+    }
+    room.value = (uint32_t *)next;
     room.key = room.value + room.value_room * BLOCK / PAIR;
     room.turned = NULL;
 #ifdef HAS_TILES /* pairs leave room for the values once more */
@@ -318,21 +324,12 @@ void FN(flash_team)(const attention *a) {
         FN(shape_tiles)(full, bytes);
     }
 #endif
-    flash_tile tile;
-    long tiles = 0;
-    for (long token = a->leading, end; token < a->tokens; token = end) {
-        end = attention_span(a, token);
-        tiles += ((end - token) * (a->heads / a->kv_heads) + ROWS - 1) / ROWS * a->kv_heads;
-    }
+    long together = TILES, groups;
+    while ((groups = FN(flash_groups)(a, together)) < EACH * team_size() && together > 1) together /= 2;
 #pragma omp for schedule(dynamic, 1)
-    for (long i = 0; i < tiles; i++) {
-        if (!FN(flash_tile_at)(a, i, &tile)) continue;
-        if (tile.rows <= WIDTH)
-            FN(flash_rows)(a, &tile, &room, 1);
-        else if (tile.rows <= 2 * WIDTH)
-            FN(flash_rows)(a, &tile, &room, 2);
-        else
-            FN(flash_rows)(a, &tile, &room, MOST);
+    for (long i = 0; i < groups; i++) {
+        flash_tiles tiles;
+        if (FN(flash_tiles_at)(a, i, together, &tiles)) FN(flash_rows)(a, &tiles, &room);
     }
 #ifdef HAS_TILES
     if (room.turned) _tile_release();

@@ -125,8 +125,12 @@ INLINE vec FN(exp)(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     return p * (vec)power;
+#endif
 }
 
 /* x / (1 + e^-x), a division being slower than the rest: Newton's steps for the reciprocal and for the remainder. */
