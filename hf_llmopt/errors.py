@@ -145,7 +145,7 @@ def about(module: str) -> Iterator[None]:
 def unknown(what: str, given: object, allowed: Iterable[str]) -> InvalidOption:
     """Build the error for an unknown name: what was given, the nearest match, what is allowed."""
     names = sorted(allowed, key=str)
-    folded = {str(name).casefold(): str(name) for name in names}
+    folded = {str(name).casefold(): name for name in names}
     close = get_close_matches(str(given).casefold(), folded, n=1)
     hint = f" Did you mean {folded[close[0]]!r}?" if close else ""
     return InvalidOption(f"{what} {given!r} does not exist.{hint} Allowed: {', '.join(map(repr, names))}.")

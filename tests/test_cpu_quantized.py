@@ -209,3 +209,21 @@ def test_memory() -> None:
 def test_grids_of_other_devices_and_formats() -> None:
     assert cpu.BlockedWeight.pack(Grid(torch.zeros(16, 8, dtype=torch.uint8, device="meta"), torch.ones(16, 1))) is None
     assert cpu.BlockedWeight.pack(Grid(torch.zeros(16, 8, dtype=torch.float8_e5m2), torch.ones(16, 1))) is None
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("order", [False, True])
+def test_what_is_faster_does_not_decide_what_is_rounded(
+    order: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    index = (torch.arange(160) // 20)[torch.randperm(160)].int() if order else None
+    weight = packed(Grid(torch.randint(2**bits, (33, 160), dtype=torch.uint8), torch.rand(33, 8), None, bits, index))
+    x = torch.randn(2, 10, 160)
+    found = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(cpu.BlockedWeight, "own_rows", lambda *_, limit=limit: limit)
+        found.append(weight.product(x))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
+    apart = float((weight.product(x, activations=False) - found[0]).norm() / found[0].norm())
+    assert apart > 1e-3  # so that the former could fail

@@ -301,6 +301,9 @@ def test_the_heads_copy_is_counted_and_goes_where_the_model_goes(tmp_path):
     report = model.llmopt.quantization
     assert (report.head_bytes, report.bytes) == (size, plain.llmopt.quantization.bytes)
     assert plain.llmopt.quantization.head_bytes == 0
+    assert "the head in" in str(report)
+    assert "not quantized" not in str(report)
+    assert "not quantized" in str(plain.llmopt.quantization)
     before = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), before)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), before)
@@ -334,7 +337,7 @@ def test_modules_that_do_not_fit_stay_and_are_listed(tmp_path):
 
 
 def test_errors_come_before_work_is_lost(folder, tmp_path):
-    with pytest.raises(UnsupportedQuantization, match=r"no multiple of the group size 40.* divisor of 32, as 8\."):
+    with pytest.raises(UnsupportedQuantization, match=r"no multiple of the group size 40.* divisor of 32, as 32\."):
         load(folder, config("int4", group_size=40))
     model = load(folder, "int4")
     for again in ("int8", "int4", "gptq"):

@@ -124,7 +124,8 @@ def plan(model: PreTrainedModel, config: QuantizationConfig, fused: Collection[s
     if set(left) <= set(skipped):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "it has no nn.Linear"
         common = gcd(*(inputs for inputs, _ in left.values()))
-        sizes = f"Leave group_size out, or choose a divisor of {common}, as {gcd(group_size, common)}."
+        best = max((size for size in range(1, GROUP_SIZES[0] + 1) if common % size == 0), default=0)
+        sizes = f"Leave group_size out, or choose a divisor of {common}, as {best}."
         remedy = sizes if left and config.group_size else "Skip less." if config.skip else "Load it without a method."
         raise UnsupportedQuantization(
             f"No product of {type(model).__name__} can be quantized with {config!r} ({reasons}). {remedy}"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .head import QuantizedHead
 from .linear import QuantizedLinear
 
+HEAD_COPY = "multiplies with a copy"  # how the reason of a quantized head begins
+
 
 @dataclass
 class QuantizationReport:
@@ -47,9 +49,11 @@ class QuantizationReport:
     def __str__(self) -> str:
         """A line to print: how much there is less, and what stayed."""
         size = f"{self.bytes / 1e6:.1f} MB instead of {self.bytes_before / 1e6:.1f} MB"
-        first, more = list(self.skipped)[:3], len(self.skipped) - 3
-        left = f"; not quantized: {', '.join(first)}" if first else ""
-        return f"{len(self.quantized)} products in {size}{left}" + (f" and {more} more" if more > 0 else "")
+        head = f"; the head in {self.head_bytes / 1e6:.1f} MB more" if self.head_bytes else ""
+        kept = [name for name, reason in self.skipped.items() if not reason.startswith(HEAD_COPY)]
+        left = f"; not quantized: {', '.join(kept[:3])}" if kept else ""
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        return f"{len(self.quantized)} products in {size}{head}{left}{more}"
 
     @classmethod
     def of(
@@ -73,9 +77,7 @@ class QuantizationReport:
                 found.bytes += _bytes(tensor for leaf, tensor in own if leaf != "bias")
             elif isinstance(module, QuantizedHead):
                 found.head_bytes = _bytes(module.buffers(recurse=False))
-                found.skipped[name] = (
-                    f"multiplies with a copy of {module.bits} bits, made at run time; files keep it as it is"
-                )
+                found.skipped[name] = f"{HEAD_COPY} of {module.bits} bits, made at run time; files keep it as it is"
         return found
 
 

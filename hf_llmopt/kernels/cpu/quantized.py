@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import reference
 from ..arguments import Grid
 from ..race import best_seconds
 from . import ops
@@ -132,8 +133,26 @@ class BlockedWeight:
             bias = bias.to(x.dtype)
         group, rows = self.share if activations else 0, x.numel() // self.inputs
         if rows > FEW and not _own.only and rows > self.own_rows(x.dtype, group):
-            return linear(x, ops.dequantize(self, x.dtype), bias)
+            return linear(self.rounded(x, group), ops.dequantize(self, x.dtype), bias)
         return ops.quantized_linear(x.contiguous(), self, bias, group=group)
+
+    def rounded(self, x: Tensor, group: int) -> Tensor:
+        """What the kernel multiplies: which product is faster must not decide whether activations are rounded.
+
+        Args:
+            x: `[..., inputs]`.
+            group: Inputs whose activations share an int8 scale, or 0 for x itself.
+        """
+        if not group:
+            return x
+        rows, order = x.reshape(-1, self.inputs), self.tensors.get("order")
+        laid = rows if order is None else torch.where(order >= 0, rows[:, order.clamp_min(0).long()], 0)
+        codes, scales = reference.quantize_rows(laid, group)
+        found = (codes.unflatten(1, (-1, group)) * scales[..., None]).flatten(1).to(x.dtype)
+        if order is not None:
+            laid, found = found, torch.empty_like(rows)
+            found[:, order[order >= 0].long()] = laid[:, order >= 0]
+        return found.view(x.shape)
 
     def own_rows(self, dtype: torch.dtype, group: int) -> int:
         """Rows up to which this kernel is faster than torch's product with a dense copy; measured once per shape.
@@ -154,7 +173,7 @@ class BlockedWeight:
             ours, theirs, made = best_seconds(
                 [
                     lambda: ops.quantized_linear(x, self, group=group),
-                    lambda: linear(x, dense),
+                    lambda: linear(self.rounded(x, group), dense),
                     lambda: ops.dequantize(self, dtype),
                 ],
                 rounds=3,
