@@ -24,6 +24,11 @@ class Rows(Protocol):
     thread: int  # who waits for it
     submitted: bool  # to an `Engine`, whose other requests end without this one
 
+    @property
+    def only_best(self) -> bool:
+        """Whether nobody reads more of its logits than which token is the best."""
+        ...
+
     def account(self, seconds: float, paths: set[str], share: Share) -> None:
         """A step that computed some of the group's tokens took the model `seconds`, through these attention paths."""
         ...

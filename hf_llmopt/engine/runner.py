@@ -243,7 +243,9 @@ class Runner:
                 given = torch.cat(rows)[None].to(device)
             else:
                 put(given)
-            logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches))
+            # Nobody reads more of the logits than which token is the best.
+            best = not inside and all(request.group is not None and request.group.only_best for request, _ in needed)
+            logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches), best)
         self.cache.layers = []  # states belong to their requests
         if self.taps is not None:
             self.taps.hand_out(spans)
@@ -262,6 +264,7 @@ class Runner:
         note: Callable[[str], None],
         adapters: Sequence[str | None],
         watched: bool,
+        best: bool,
     ) -> tuple[Tensor, Clock]:
         """A pass, launch by launch.
 
@@ -273,6 +276,7 @@ class Runner:
             note: Called with the names of the attention paths that ran.
             adapters: Of each token.
             watched: Somebody looks at how tokens attend.
+            best: Of the logits only the place of the largest of each row counts.
 
         Returns:
             The logits `[kept, vocabulary]`, and the clock of the model's pass.
@@ -289,7 +293,7 @@ class Runner:
         step = StepInputs(store, spans, [upload(each, device) for each in slots], attend, note, tiled, watched)
         adapted = self._lora.entered(adapters, kept or [0], device) if any(adapters) else nullcontext()
         tapped = nullcontext() if self.taps is None else self.taps.entered()
-        with self._entered(model, tokens), adapted, tapped:
+        with self._entered(model, tokens, best), adapted, tapped:
             positions, clock = long(batch.positions, device), Clock(device)
             logits = self._compute(model, given, positions, keep, columns, step)
             clock.stop()
@@ -297,9 +301,9 @@ class Runner:
                 step.ahead.close()
         return logits, clock
 
-    def _entered(self, model: PreTrainedModel, tokens: int) -> AbstractContextManager[None]:
-        """Our kernels in the place of modules, for a pass of `tokens` tokens."""
-        return nullcontext() if self.fusion is None else self.fusion.entered(model, tokens)
+    def _entered(self, model: PreTrainedModel, tokens: int, best: bool = False) -> AbstractContextManager[None]:
+        """Our kernels in the place of modules, for a pass of `tokens` tokens; `best` as of `_eagerly`."""
+        return nullcontext() if self.fusion is None else self.fusion.entered(model, tokens, best)
 
     def _fused(self, model: PreTrainedModel, given: Tensor, *inputs: Any) -> Tensor:
         """The pass that a graph records: as `_compute`, with the layers that are launched."""
@@ -337,5 +341,7 @@ class Runner:
         self.cache.columns = 0 if columns is None else columns
         with serving(self._configs, step):
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        if self.fusion is not None:
+            self.fusion.see(output.logits)
         logits: Tensor = output.logits[:, 0] if self.states else output.logits[0]
         return logits if keep is None or (self._keeps_logits and not self.states) else logits[keep.to(logits.device)]

@@ -93,6 +93,8 @@ class _Twin:
         translation: What the text's tokens are to the second model; `None` where they are the same.
     """
 
+    only_best = False  # drafts come with their probabilities
+
     def __init__(self, text: Text, translation: Translation | None) -> None:
         self.thread, self.submitted, self.stats = get_ident(), False, Stats()
         self._reading = None if translation is None else Reading(translation)

@@ -28,9 +28,16 @@ Found = tuple[Forward, Iterable[nn.Module]]
 
 
 class _Inside(threading.local):
-    """Whether this thread runs an engine step: a plain forward in another thread must not meet replacements."""
+    """Whether this thread runs an engine step: a plain forward in another thread must not meet replacements.
+
+    Attributes:
+        best: Of each row of logits only the place of the largest counts in this step.
+        given: What the output head gave in it, and how often that had been written to.
+    """
 
     now = False
+    best = False
+    given: tuple[Tensor, int] | None = None
 
 
 inside = _Inside()
@@ -58,7 +65,7 @@ def is_library_code(module: nn.Module) -> bool:
     )
 
 
-def _fits(x: Tensor, weight: Tensor | None) -> bool:
+def fits(x: Tensor, weight: Tensor | None) -> bool:
     """Whether the C kernels take this input now."""
     return (
         inside.now
@@ -117,7 +124,7 @@ def linear(module: nn.Module, rows: Rows) -> Found | None:
 
     def forward(x: Tensor) -> Tensor:
         weight: Any = parameters["weight"]
-        if x.numel() > limit * inputs or not _fits(x, weight):
+        if x.numel() > limit * inputs or not fits(x, weight):
             return eager(x)
         return product(x if x.is_contiguous() else x.contiguous(), weight, parameters["bias"])
 
@@ -141,7 +148,7 @@ def norm(module: nn.Module, rows: Rows) -> Found | None:
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if not _fits(x, weight) or x.shape[-1] != how.width:
+        if not fits(x, weight) or x.shape[-1] != how.width:
             return eager(x)
         return cpu.norm(x if x.is_contiguous() else x.contiguous(), how._replace(weight=weight, bias=bias))
 
@@ -196,7 +203,7 @@ def activation(module: nn.Module, rows: Rows) -> Found | None:
     eager: Forward = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        return cpu.gated(x, None, kind) if x.is_contiguous() and _fits(x, None) else eager(x)
+        return cpu.gated(x, None, kind) if x.is_contiguous() and fits(x, None) else eager(x)
 
     return forward, ()
 
@@ -244,7 +251,7 @@ def gated_mlp(module: nn.Module, rows: Rows) -> Found | None:
     inputs = next(linear for name, linear in zip(products, linears, strict=True) if name != "down_proj").in_features
 
     def forward(x: Tensor) -> Tensor:
-        if x.numel() > limit * inputs or not _fits(x, first["weight"]):
+        if x.numel() > limit * inputs or not fits(x, first["weight"]):
             return eager(x)
         x = x if x.is_contiguous() else x.contiguous()
         gate = cpu.linear(x, first["weight"], first["bias"])

@@ -30,6 +30,7 @@ from ..kv_cache import LayerSpec
 from ..quantization import QuantizedHead, QuantizedLinear
 from ..walk import modules, running
 from .choice import ROWS, own_rows
+from .head import Screened
 from .kinds import (
     PRODUCTS,
     RECOGNISERS,
@@ -116,12 +117,15 @@ class Fusion:
         self._outer = self._entries  # those that are not inside a joined layer
         self._limit = 0  # tokens up to which joined layers serve
         self._mark: tuple[object, ...] = ()
+        self._head: Screened | None = None
         self._hooks = 0  # how many hooks torch had ever registered when the model was looked at
         self.refresh(model, running(model))
 
     def refresh(self, model: PreTrainedModel, now: tuple[object, ...]) -> bool:
         """Recognise the modules again if any was exchanged or hooked since, `now` being what runs; `True` if so."""
         self._hooks = RemovableHandle.next_id
+        if self._head is not None:
+            self._head.refresh()
         mark = (now, *map(_weights, modules(model)))
         if mark == self._mark:
             return False
@@ -134,7 +138,7 @@ class Fusion:
         return True
 
     def _recognise(self, model: PreTrainedModel) -> None:
-        self._entries, self.replaced, self.refused = [], {}, {}
+        self._entries, self.replaced, self.refused, self._head = [], {}, {}, None
         self._outer, self._limit = self._entries, 0
         if not (self.launched or cpu.available()) or _global_hooks():
             return self._require_all(model)
@@ -158,6 +162,7 @@ class Fusion:
                 self._limit = min(self._limit, found.limit) if inner else found.limit
                 inner.update(id(child.__dict__) for child in module.modules() if child is not module)
         covered: set[nn.Module] = set()
+        head = model.get_output_embeddings() if self.timed and is_library_code(model) else None
         for module in () if self.launched else model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
                 continue
@@ -169,6 +174,8 @@ class Fusion:
                 if not _proves(module, forward):
                     self.refused[kind] = self.refused.get(kind, 0) + 1
                     continue
+                if module is head and Screened.takes(head):
+                    forward = self._head = Screened(head, forward, rows(head))
                 self._add(module, kind, forward)
                 covered.update(parts)
                 break
@@ -184,6 +191,8 @@ class Fusion:
         lines += [f"{count} x {kind}: refused, differs from eager" for kind, count in self.refused.items()]
         if eager:
             lines.append(f"{eager} x decoder layer: eager, no variant gave its result")
+        if self._head is not None and self._head.nbytes:
+            lines.append(f"output head: best tokens found by an int8 copy of {self._head.nbytes / 1e6:.0f} MB")
         return tuple(lines)
 
     def _require_all(self, model: PreTrainedModel) -> None:
@@ -242,25 +251,31 @@ class Fusion:
         return rows
 
     @contextmanager
-    def entered(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:
-        """Let the replacements be the modules' forward inside the block, for a pass of `tokens` tokens."""
+    def entered(self, model: PreTrainedModel, tokens: int, best: bool = False) -> Iterator[None]:
+        """Let the replacements be the modules' forward inside the block.
+
+        Args:
+            model: The model.
+            tokens: Of the pass.
+            best: Of its logits only the place of the largest of each row counts.
+        """
         if self._hooks != RemovableHandle.next_id:  # by a processor or criterion, since the last pass
             self.refresh(model, running(model))
         # Where joined layers serve the pass, nothing inside them is called.
         joined = tokens <= self._limit and self._proofs.structures and None not in self._proofs.structures.values()
         entries = self._outer if joined else self._entries
-        former = inside.now
+        former = inside.now, inside.best
         with _passes:
             for attributes, replacement in entries:
                 if not _users[id(attributes)]:
                     attributes["forward"] = replacement
                 _users[id(attributes)] += 1
         try:
-            inside.now = True
+            inside.now, inside.best = True, best
             with own_products() if self.batch_invariant else nullcontext():
                 yield
         finally:
-            inside.now = former
+            inside.now, inside.best = former
             with _passes:
                 for attributes, _ in entries:
                     _users[id(attributes)] -= 1
@@ -268,6 +283,11 @@ class Fusion:
                         del _users[id(attributes)]
                         attributes.pop("forward", None)
                 _passes.notify_all()
+
+    def see(self, logits: Tensor) -> None:
+        """What the model returned, inside the block."""
+        if self._head is not None:
+            self._head.see(logits)
 
 
 def _global_hooks() -> int:

@@ -104,8 +104,7 @@ def choose(rows: Sequence[Row], logits: Sequence[Sequence[Tensor]]) -> Chosen:
     plain: list[int] = []
     shaped: list[int] = []
     for place, (row, _, _) in enumerate(places):
-        simple = not (row.do_sample or row.called or row.stages or row.wished or row.shows)
-        (plain if simple else shaped).append(place)
+        (plain if row.only_best else shaped).append(place)
     if plain:
         chosen.add(plain, pick(stack([places[place][2] for place in plain])))
     if shaped:

@@ -67,9 +67,6 @@ class Group:
         self.returns_dict = returns = bool(generation_config.return_dict_in_generate)
         self.scores: tuple[Tensor, ...] | None = () if returns and generation_config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if returns and generation_config.output_logits else None
-        # Whether anybody is shown float32 scores. A GPU finds the best of all rows at once.
-        self._looks = bool(processors) or self.do_sample or self.scores is not None or self.logits is not None
-        self._looks |= input_ids.device.type != "cpu"
         self.pad: Any = generation_config._pad_token_tensor
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.unfinished = torch.ones(len(requests), dtype=torch.long, device=input_ids.device)
@@ -116,6 +113,11 @@ class Group:
                 self.engine.remove(self)
             if self.engine.owners:
                 cpu.rest()  # the threads of an `Engine` go on
+
+    @property
+    def only_best(self) -> bool:
+        """Whether nobody reads more of the logits than which token is the best."""
+        return not (self.processors or self.do_sample or self.scores is not None or self.logits is not None)
 
     def users_objects(self) -> list[Any]:
         """Processors and criteria that are not transformers' own, and the streamer: they may carry state."""
@@ -174,7 +176,9 @@ class Group:
 
     def advance(self) -> None:
         """One step of stock's loop: processors, the draw, criteria, streamer; then the rows get their tokens."""
-        tokens = self._choose(self._next_logits()) if self._looks else self._best()
+        # Nobody has to be shown float32 scores; a GPU finds the best of all rows at once.
+        straight = self.only_best and self.input_ids.device.type == "cpu"
+        tokens = self._best() if straight else self._choose(self._next_logits())
         overlaps = self._overlaps()
         self.input_ids = torch.cat([self.input_ids, tokens.clamp_min(0)[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self._call(

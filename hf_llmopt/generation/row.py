@@ -163,6 +163,11 @@ class Row(Group):
         if wishes.constraint is not None:
             self.wished.append(constrain(wishes.constraint()))
 
+    @property
+    def only_best(self) -> bool:
+        """Whether nobody reads more of the logits than which token is the best."""
+        return not (self.do_sample or self.called or self.stages or self.wished or self.shows)
+
     def forget(self) -> None:
         """No further token will be chosen: what said which may come is dropped, with the memory that it holds."""
         self.wished, self.wishes = [], replace(self.wishes, constraint=None)

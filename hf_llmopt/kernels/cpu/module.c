@@ -20,6 +20,7 @@
 #include "attention.h"
 #include "conv1d.h"
 #include "layer.h"
+#include "leaders.h"
 #include "linear.h"
 #include "norm.h"
 #include "pages.h"
@@ -51,6 +52,7 @@ TABLE(attention)
 TABLE(conv1d)
 TABLE(dequantize)
 TABLE(layers)
+TABLE(leaders)
 TABLE(linear)
 TABLE(norm)
 TABLE(pack_rows)
@@ -203,6 +205,17 @@ static PyObject *py_argmax(PyObject *self, PyObject *const *items, Py_ssize_t co
     return run(argmax_table, &r, level, format, threads, &a);
 }
 
+static PyObject *py_leaders(PyObject *self, PyObject *const *items, Py_ssize_t count) {
+    (void)self;
+    OPEN
+    leaders a = {0};
+    a.estimates = pointer(&r), a.error = pointer(&r), a.spread = pointer(&r), a.slack = pointer(&r);
+    a.logits = pointer(&r), a.found = pointer(&r);
+    a.rows = number(&r), a.width = number(&r), a.most = number(&r), a.parts = number(&r);
+    a.spacing = real(&r);
+    return run(leaders_table, &r, level, format, threads, &a);
+}
+
 static layer read_layer(reader *r) {
     layer a = {0};
     norm *norms[] = {&a.before_attention, &a.query_norm, &a.key_norm, &a.after_attention, &a.before_mlp, &a.after_mlp};
@@ -297,6 +310,7 @@ static PyMethodDef methods[] = {
     {"conv1d", (PyCFunction)(void (*)(void))py_conv1d, METH_FASTCALL, "See conv1d.c."},
     {"dequantize", (PyCFunction)(void (*)(void))py_dequantize, METH_FASTCALL, "See quantized.c."},
     {"layers", (PyCFunction)(void (*)(void))py_layers, METH_FASTCALL, "See layer.c."},
+    {"leaders", (PyCFunction)(void (*)(void))py_leaders, METH_FASTCALL, "See leaders.c."},
     {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, "See linear.c."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL, "See norm.c."},
     {"pack_rows", (PyCFunction)(void (*)(void))py_pack_rows, METH_FASTCALL, "See pages.c."},

@@ -282,3 +282,19 @@ def argmax(x: Tensor) -> Tensor:
     best = torch.empty(rows, dtype=torch.int64, device="cpu")
     _C.argmax(_level, DTYPES[x.dtype], torch.get_num_threads(), x.data_ptr(), best.data_ptr(), rows, width, x.stride(0))
     return best
+
+
+def leaders(
+    estimates: Tensor, error: Tensor, spread: Tensor, slack: Tensor, dtype: torch.dtype, most: int
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.leaders`; all tensors are contiguous."""
+    rows, width = len(spread), len(error)
+    logits = torch.empty(rows, width, dtype=dtype, device="cpu")
+    found = torch.empty(1 + most, dtype=torch.int64, device="cpu")
+    _C.leaders(
+        _level, DTYPES[dtype], torch.get_num_threads(), estimates.data_ptr(), error.data_ptr(), spread.data_ptr(),
+        slack.data_ptr(), logits.data_ptr(), found.data_ptr(), rows, width, most, len(estimates) // rows,
+        torch.finfo(dtype).eps,
+    )  # fmt: skip
+    count = int(found[0])
+    return logits, None if count < 0 else found[1 : 1 + count]

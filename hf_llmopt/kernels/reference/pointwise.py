@@ -59,3 +59,28 @@ def rotate(x: Tensor, turns: Turns) -> Tensor:
 def argmax(x: Tensor) -> Tensor:
     """The first of the largest elements of each row of `[rows, width]`, int64; -1 for a row that contains NaN."""
     return x.float().argmax(dim=-1).masked_fill(x.isnan().any(dim=-1), -1)
+
+
+def leaders(
+    estimates: Tensor, error: Tensor, spread: Tensor, slack: Tensor, dtype: torch.dtype, most: int
+) -> tuple[Tensor, Tensor | None]:
+    """Which outputs of a head may be the largest of their row once they are rounded to `dtype`.
+
+    Args:
+        estimates: float32 `[rows, outputs]`, or `[2 * rows, outputs]`: an estimate is the sum of two, `rows` apart.
+        error: float32 `[outputs]`; an estimate is off by at most `error * spread + slack`.
+        spread: float32 `[rows]`.
+        slack: float32 `[rows]`.
+        dtype: Of the logits.
+        most: Outputs that may be found.
+
+    Returns:
+        The estimates in `dtype`, `[rows, outputs]`, and the places of all that may be the largest of some row,
+        ascending; `None` if they are more than `most`, or if no number bounds them.
+    """
+    estimate, off = estimates.unflatten(0, (-1, len(spread))).sum(0), error * spread[:, None]
+    least, largest = (estimate - off).amax(1), (estimate + off).amax(1)
+    bar = least - 2 * slack - torch.finfo(dtype).eps * torch.maximum(least.abs(), largest.abs())
+    places = (estimate + off >= bar[:, None]).any(0).nonzero()[:, 0]
+    bounded = bool(bar.isfinite().all()) and len(places) <= most
+    return estimate.to(dtype), places if bounded else None

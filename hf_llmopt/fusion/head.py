@@ -1,0 +1,169 @@
+"""An output head where only the best token of each row counts.
+
+Greedy decoding reads one number of a row of logits: where the largest stands. An int8 copy of the weight, half of what
+the head reads, tells every logit but for an error with a strict bound: with `w = q + e` and `x = a + r`, where `a` is x
+rounded to int8, of few rows the sum of x and what is left of it, each rounded,
+
+    |w x - q a| <= |e| |x| + |q| |r|      (Cauchy and Schwarz, twice)
+
+Outputs whose upper bound stays below the best lower bound cannot win. The few that are left, some dozens of a hundred
+thousand, are multiplied with the weight itself, by the product that serves the head otherwise: the largest logit is the
+same to the last bit, and so is the token. All others are estimates, so who looks at logits gets the whole product.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from random import Random
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..kernels import cpu
+from ..kernels.arguments import Grid
+from ..kernels.cpu import BlockedWeight
+from ..kernels.race import best_seconds
+from .kinds import Forward, fits, inside, plain_linear
+
+LEAST = 1 << 25  # bytes of a weight: smaller ones may stay in a cache, and cost little
+ROWS = (8, 4, 2, 1)  # of a pass, tried in this order
+FEW = 4  # rows up to which a second part costs next to nothing
+PARTS = 2
+PASSES = 64  # in which the copy would have served, until it is made: that takes as long as some tens of passes
+PART = 1 << 18  # elements of the weight that are worked on at a time: they stay in the cache
+SHARE = 32  # one of so many outputs may be left
+PAUSE = 64  # passes after one in which more were left, twice as many each time
+TILE = 16  # outputs that the product computes alike: those behind the last whole tile may differ in the last bits
+
+
+class Screened:
+    """The replacement of a head, which is asked for the best tokens or for logits (`inside.best`).
+
+    Args:
+        head: Which `takes` says yes to.
+        whole: Its product.
+        limit: Rows up to which that is ours.
+
+    Attributes:
+        returned: Whether the model returns what the head gives it, as it is: a bound on numbers that are scaled or
+            capped on their way says nothing of what they become.
+    """
+
+    def __init__(self, head: nn.Module, whole: Forward, limit: int) -> None:
+        self._head: Any = weakref.ref(head)
+        self._whole = whole
+        self._limit = min(limit, ROWS[0])
+        self._inputs: int = head.in_features  # type: ignore[assignment]
+        self._passes = 0  # that could have been screened before there was a copy
+        self._pause, self._length = 0, PAUSE
+        self._copy: BlockedWeight | None = None
+        self._mark: tuple[int, int] | None = None
+        self.returned = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., inputs]` to `[..., outputs]`."""
+        y = self._best(x) if inside.best and self.returned and self._serves(x) else self._whole(x)
+        inside.given = y, -1 if y.is_inference() else y._version
+        return y
+
+    @staticmethod
+    def takes(head: Any) -> bool:
+        """Whether a module is such a head, and large enough."""
+        return plain_linear(head) and head.bias is None and head.weight.nbytes >= LEAST
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copy."""
+        return 0 if self._copy is None else sum(tensor.nbytes for tensor in self._copy.tensors.values())
+
+    def see(self, logits: Tensor) -> None:
+        """Compare what the model returned with what the head gave in this thread's pass."""
+        given, inside.given = inside.given, None
+        if given is not None:
+            self.returned = given[0] is logits and given[1] == (-1 if logits.is_inference() else logits._version)
+
+    def refresh(self) -> None:
+        """Drop a copy of a weight that is another now; one number of each output shows writes that torch counts not."""
+        weight = self._weight()
+        if self._copy is not None and not (
+            self._mark == (weight.data_ptr(), weight._version) and torch.equal(weight[:, self._place], self._column)
+        ):
+            self._copy = None
+
+    def _weight(self) -> Tensor:
+        weight: Tensor = self._head().weight
+        return weight.detach()
+
+    def _serves(self, x: Tensor) -> bool:
+        weight = self._weight()
+        if not self._limit or x.numel() > self._limit * self._inputs or not fits(x, weight):
+            return False
+        if self._pause:
+            self._pause -= 1
+            return False
+        if self._copy is None or self._mark != (weight.data_ptr(), weight._version):
+            self._passes += 1
+            if self._passes < PASSES:
+                return False
+            self._passes = 0
+            self._make(weight)
+        return self._copy is not None
+
+    def _make(self, weight: Tensor) -> None:
+        """Make the copy, if there is room for it, and find up to how many rows it is of use."""
+        self._copy, version = None, weight._version
+        if psutil.virtual_memory().available < 4 * weight.numel() or not weight.isfinite().all():
+            return
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
+        scales, off, size = (torch.empty(len(weight), device="cpu") for _ in range(3))
+        at_once = max(1, PART // self._inputs)
+        for start in range(0, len(weight), at_once):
+            part = slice(start, start + at_once)
+            wide = weight[part].float()
+            scales[part] = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            near = torch.round(wide / scales[part, None])
+            codes[part] = near + 128
+            near *= scales[part, None]
+            size[part], off[part] = near.norm(dim=1), (wide - near).norm(dim=1)
+        self._error, self._size = off, float(size.max())
+        self._place = Random().randrange(self._inputs)
+        self._column = weight[:, self._place].clone()
+        self._copy, self._mark = BlockedWeight.pack(Grid(codes, scales[:, None], bits=8)), (weight.data_ptr(), version)
+        x = torch.linspace(-1, 1, self._inputs, device="cpu").to(weight.dtype)
+        self._limit = next((rows for rows in ROWS if rows <= self._limit and self._pays(x.repeat(rows, 1))), 0)
+        self._pause = 0
+        if not self._limit:
+            self._copy = None
+
+    def _pays(self, x: Tensor) -> bool:
+        ours, theirs = best_seconds([partial(self._best, x), partial(self._whole, x)], rounds=3)
+        return ours < theirs
+
+    def _best(self, x: Tensor) -> Tensor:
+        """Logits of which the largest of each row are right, and no other is as large."""
+        copy: Any = self._copy
+        weight = self._weight()
+        rows = x.reshape(-1, self._inputs)
+        rest = wide = rows.float()
+        parts = []
+        for _ in range(PARTS if len(rows) <= FEW else 1):
+            parts.append(copy.rounded(rest, copy.share))
+            rest = rest - parts[-1]
+        estimates = cpu.quantized_linear(torch.cat(parts), copy, group=copy.share)
+        # Norms, and products of either kind, are sums of `inputs` numbers in float32.
+        rounding = self._inputs * torch.finfo(torch.float32).eps
+        spread = wide.norm(dim=1) * (1 + rounding)
+        slack = self._size * (rest.norm(dim=1) + rounding * spread)
+        logits, places = cpu.leaders(estimates, self._error, spread, slack, x.dtype, len(weight) // SHARE)
+        if places is None:
+            self._pause, self._length = self._length, 2 * self._length
+            return self._whole(x)
+        whole = len(weight) - len(weight) % TILE
+        places = places[places < whole]
+        again = places[-1:].expand(-len(places) % TILE)
+        places = torch.cat([places, again, torch.arange(whole, len(weight), device="cpu")])
+        logits.index_copy_(1, places, cpu.linear(rows, weight.index_select(0, places)))
+        return logits.view(*x.shape[:-1], -1)
