@@ -243,8 +243,8 @@ def test_joined_passes_enter_nothing_inside_layers(monkeypatch: pytest.MonkeyPat
     enter = Fusion.entered
 
     @contextmanager
-    def seen(self: Fusion, model: Any, tokens: int) -> Iterator[None]:
-        with enter(self, model, tokens):
+    def seen(self: Fusion, model: Any, tokens: int, best: bool) -> Iterator[None]:
+        with enter(self, model, tokens, best):
             entered.append({name for name, module in model.named_modules() if "forward" in vars(module)})
             yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -121,10 +122,12 @@ def test_every_output_that_may_win_is_found() -> None:
         x = torch.randn(1, 4, 48) * torch.logspace(-3, trial % 5, 48)
         exact = x[0].double() @ linear.weight.double().T
         asked(made, x)
-        copied: Any = made._copy
-        near = copied.rounded(x[0], copied.share)
-        off = made._error * x[0].norm(dim=1)[:, None] + made._size * (x[0] - near).norm(dim=1)[:, None]
-        estimate = near.double() @ copied.dequantize(torch.float32).double().T
+        copied = made.copy
+        assert copied is not None
+        kernel = copied.kernel
+        near = kernel.rounded(x[0], kernel.share)
+        off = copied.error * x[0].norm(dim=1)[:, None] + copied.size * (x[0] - near).norm(dim=1)[:, None]
+        estimate = near.double() @ kernel.dequantize(torch.float32).double().T
         assert bool(((estimate - exact).abs() <= off * (1 + 1e-5)).all())
         assert torch.equal(asked(made, x)[0].argmax(1), exact.argmax(1))
 
@@ -151,7 +154,19 @@ def test_numbers_that_are_none(served: list[int]) -> None:
     linear, made = a_head(4096, 64)
     linear.weight[5, 5] = float("inf")
     assert torch.equal(asked(made, x[:, :1]), asked(made, x[:, :1], best=False))
-    assert made.nbytes == 0
+    assert made.copy is None
+
+
+def test_a_write_that_nothing_shows_can_be_told() -> None:
+    model = wide("llama", tie_word_embeddings=False, dtype=torch.bfloat16)
+    arguments = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False}
+    first = model.generate(PROMPT, llmopt=True, **arguments)
+    before = model.lm_head.weight.data.clone()
+    model.lm_head.weight.data[77, 1:] = (
+        9 * before[int(first[0, -1]), 1:]
+    )  # the column that is looked at may be the first
+    model.llmopt.weights_changed()
+    assert torch.equal(model.generate(PROMPT, llmopt=True, **arguments), model.generate(PROMPT, **arguments))
 
 
 @pytest.mark.parametrize("write", ["counted", "uncounted", "exchanged"])
@@ -170,6 +185,18 @@ def test_a_weight_that_changes_is_copied_again(write: str) -> None:
     made.refresh()
     assert first != 77
     assert int(asked(made, x).argmax()) == 77
+
+
+def test_engines_share_a_copy_and_releasing_them_frees_it(served: list[int]) -> None:
+    model = wide("llama")
+    arguments = {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+    model.generate(PROMPT, llmopt=True, **arguments)
+    model.generate(PROMPT, llmopt={"kv_cache": {"page_size": 4}}, **arguments)
+    assert len(served) == 8
+    assert len(screened._copies) == 1
+    model.llmopt.release()
+    gc.collect()
+    assert not screened._copies
 
 
 def wide(name: str, **arguments: Any) -> nn.Module:

@@ -17,6 +17,7 @@ import weakref
 from functools import partial
 from random import Random
 from typing import Any
+from weakref import WeakValueDictionary
 
 import psutil
 import torch
@@ -32,11 +33,71 @@ LEAST = 1 << 25  # bytes of a weight: smaller ones may stay in a cache, and cost
 ROWS = (8, 4, 2, 1)  # of a pass, tried in this order
 FEW = 4  # rows up to which a second part costs next to nothing
 PARTS = 2
-PASSES = 64  # in which the copy would have served, until it is made: that takes as long as some tens of passes
+PASSES = (
+    16  # in which the copy would have served, until it is made: with the first calls, which set up other things too
+)
 PART = 1 << 18  # elements of the weight that are worked on at a time: they stay in the cache
 SHARE = 32  # one of so many outputs may be left
 PAUSE = 64  # passes after one in which more were left, twice as many each time
 TILE = 16  # outputs that the product computes alike: those behind the last whole tile may differ in the last bits
+
+
+class Copy:
+    """A weight rounded to int8, with what the rounding changed.
+
+    Args:
+        weight: `[outputs, inputs]`, finite, on the CPU.
+
+    Attributes:
+        kernel: The rounded weight.
+        error: Norm of what each output lost, float32 `[outputs]`.
+        size: Largest norm of the rounded outputs.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        outputs, inputs = weight.shape
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
+        scales, self.error, sizes = (torch.empty(outputs, device="cpu") for _ in range(3))
+        at_once = max(1, PART // inputs)
+        for start in range(0, outputs, at_once):
+            part = slice(start, start + at_once)
+            wide = weight[part].float()
+            scales[part] = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            near = torch.round(wide / scales[part, None])
+            codes[part] = near + 128
+            near *= scales[part, None]
+            sizes[part], self.error[part] = near.norm(dim=1), (wide - near).norm(dim=1)
+        self.size = float(sizes.max())
+        self.kernel: Any = BlockedWeight.pack(Grid(codes, scales[:, None], bits=8))
+        self._mark = _mark(weight)
+        self._place = Random().randrange(inputs)
+        self._column = weight[:, self._place].clone()
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Copy | None:
+        """The copy of a weight, which all engines share; `None` if it cannot be made, or memory is short."""
+        found = _copies.get(_mark(weight))
+        if found is None or not found.is_of(weight):
+            if psutil.virtual_memory().available < 4 * weight.numel() or not weight.isfinite().all():
+                return None
+            found = _copies[_mark(weight)] = cls(weight)
+        return found
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is what it was; a number of each output shows writes that torch does not count."""
+        return self._mark == _mark(weight) and torch.equal(weight[:, self._place], self._column)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.nbytes for tensor in self.kernel.tensors.values())
+
+
+_copies: WeakValueDictionary[tuple[object, ...], Copy] = WeakValueDictionary()
+
+
+def _mark(weight: Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight._version, weight.shape, weight.dtype
 
 
 class Screened:
@@ -48,20 +109,21 @@ class Screened:
         limit: Rows up to which that is ours.
 
     Attributes:
+        copy: Of its weight, once there is one.
         returned: Whether the model returns what the head gives it, as it is: a bound on numbers that are scaled or
             capped on their way says nothing of what they become.
     """
 
     def __init__(self, head: nn.Module, whole: Forward, limit: int) -> None:
+        self.copy: Copy | None = None
+        self.returned = False
         self._head: Any = weakref.ref(head)
         self._whole = whole
         self._limit = min(limit, ROWS[0])
         self._inputs: int = head.in_features  # type: ignore[assignment]
         self._passes = 0  # that could have been screened before there was a copy
+        self._mark: tuple[object, ...] = ()  # of the weight that was copied, or could not be
         self._pause, self._length = 0, PAUSE
-        self._copy: BlockedWeight | None = None
-        self._mark: tuple[int, int] | None = None
-        self.returned = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`."""
@@ -74,11 +136,6 @@ class Screened:
         """Whether a module is such a head, and large enough."""
         return plain_linear(head) and head.bias is None and head.weight.nbytes >= LEAST
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the copy."""
-        return 0 if self._copy is None else sum(tensor.nbytes for tensor in self._copy.tensors.values())
-
     def see(self, logits: Tensor) -> None:
         """Compare what the model returned with what the head gave in this thread's pass."""
         given, inside.given = inside.given, None
@@ -86,12 +143,15 @@ class Screened:
             self.returned = given[0] is logits and given[1] == (-1 if logits.is_inference() else logits._version)
 
     def refresh(self) -> None:
-        """Drop a copy of a weight that is another now; one number of each output shows writes that torch counts not."""
-        weight = self._weight()
-        if self._copy is not None and not (
-            self._mark == (weight.data_ptr(), weight._version) and torch.equal(weight[:, self._place], self._column)
-        ):
-            self._copy = None
+        """Drop a copy of a weight that is another now."""
+        if self.copy is not None and not self.copy.is_of(self._weight()):
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop the copy."""
+        if self.copy is not None:
+            _copies.pop(self._mark, None)
+        self.copy, self._mark = None, ()
 
     def _weight(self) -> Tensor:
         weight: Tensor = self._head().weight
@@ -104,39 +164,23 @@ class Screened:
         if self._pause:
             self._pause -= 1
             return False
-        if self._copy is None or self._mark != (weight.data_ptr(), weight._version):
+        if self._mark != _mark(weight):
             self._passes += 1
             if self._passes < PASSES:
                 return False
-            self._passes = 0
-            self._make(weight)
-        return self._copy is not None
+            self._take_copy(weight)
+        return self.copy is not None
 
-    def _make(self, weight: Tensor) -> None:
-        """Make the copy, if there is room for it, and find up to how many rows it is of use."""
-        self._copy, version = None, weight._version
-        if psutil.virtual_memory().available < 4 * weight.numel() or not weight.isfinite().all():
-            return
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
-        scales, off, size = (torch.empty(len(weight), device="cpu") for _ in range(3))
-        at_once = max(1, PART // self._inputs)
-        for start in range(0, len(weight), at_once):
-            part = slice(start, start + at_once)
-            wide = weight[part].float()
-            scales[part] = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-            near = torch.round(wide / scales[part, None])
-            codes[part] = near + 128
-            near *= scales[part, None]
-            size[part], off[part] = near.norm(dim=1), (wide - near).norm(dim=1)
-        self._error, self._size = off, float(size.max())
-        self._place = Random().randrange(self._inputs)
-        self._column = weight[:, self._place].clone()
-        self._copy, self._mark = BlockedWeight.pack(Grid(codes, scales[:, None], bits=8)), (weight.data_ptr(), version)
-        x = torch.linspace(-1, 1, self._inputs, device="cpu").to(weight.dtype)
-        self._limit = next((rows for rows in ROWS if rows <= self._limit and self._pays(x.repeat(rows, 1))), 0)
-        self._pause = 0
+    def _take_copy(self, weight: Tensor) -> None:
+        """Get a copy, and find up to how many rows it is of use."""
+        self._passes = 0
+        self.copy, self._mark = Copy.of(weight), _mark(weight)
+        if self.copy is not None:
+            x = torch.linspace(-1, 1, self._inputs, device="cpu").to(weight.dtype)
+            self._limit = next((rows for rows in ROWS if rows <= self._limit and self._pays(x.repeat(rows, 1))), 0)
+            self._pause, self._length = 0, PAUSE
         if not self._limit:
-            self._copy = None
+            self.copy = None
 
     def _pays(self, x: Tensor) -> bool:
         ours, theirs = best_seconds([partial(self._best, x), partial(self._whole, x)], rounds=3)
@@ -144,20 +188,21 @@ class Screened:
 
     def _best(self, x: Tensor) -> Tensor:
         """Logits of which the largest of each row are right, and no other is as large."""
-        copy: Any = self._copy
-        weight = self._weight()
+        copy, weight = self.copy, self._weight()
+        assert copy is not None
+        kernel = copy.kernel
         rows = x.reshape(-1, self._inputs)
         rest = wide = rows.float()
         parts = []
         for _ in range(PARTS if len(rows) <= FEW else 1):
-            parts.append(copy.rounded(rest, copy.share))
+            parts.append(kernel.rounded(rest, kernel.share))
             rest = rest - parts[-1]
-        estimates = cpu.quantized_linear(torch.cat(parts), copy, group=copy.share)
+        estimates = cpu.quantized_linear(torch.cat(parts), kernel, group=kernel.share)
         # Norms, and products of either kind, are sums of `inputs` numbers in float32.
         rounding = self._inputs * torch.finfo(torch.float32).eps
         spread = wide.norm(dim=1) * (1 + rounding)
-        slack = self._size * (rest.norm(dim=1) + rounding * spread)
-        logits, places = cpu.leaders(estimates, self._error, spread, slack, x.dtype, len(weight) // SHARE)
+        slack = copy.size * (rest.norm(dim=1) + rounding * spread)
+        logits, places = cpu.leaders(estimates, copy.error, spread, slack, x.dtype, len(weight) // SHARE)
         if places is None:
             self._pause, self._length = self._length, 2 * self._length
             return self._whole(x)

@@ -191,8 +191,8 @@ class Fusion:
         lines += [f"{count} x {kind}: refused, differs from eager" for kind, count in self.refused.items()]
         if eager:
             lines.append(f"{eager} x decoder layer: eager, no variant gave its result")
-        if self._head is not None and self._head.nbytes:
-            lines.append(f"output head: best tokens found by an int8 copy of {self._head.nbytes / 1e6:.0f} MB")
+        if self._head is not None and self._head.copy is not None:
+            lines.append(f"output head: best tokens found by an int8 copy of {self._head.copy.nbytes / 1e6:.0f} MB")
         return tuple(lines)
 
     def _require_all(self, model: PreTrainedModel) -> None:
@@ -283,6 +283,11 @@ class Fusion:
                         del _users[id(attributes)]
                         attributes.pop("forward", None)
                 _passes.notify_all()
+
+    def weights_changed(self) -> None:
+        """Somebody says that weights were written in a way that cannot be seen."""
+        if self._head is not None:
+            self._head.forget()
 
     def see(self, logits: Tensor) -> None:
         """What the model returned, inside the block."""
