@@ -11,16 +11,18 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from hf_llmopt.kernels.triton import argmax, extend, few, gated, hopper, int_linear, norm, rotary, wide
+from hf_llmopt.kernels.triton import argmax, extend, few, gated, hopper, int_linear, leaders, norm, rotary, wide
 
 CAPABILITIES = (80, 90)
-POINTERS = {"slots": "*i64", "best": "*fp32", "where": "*i32", "first": "*bf16", "second": "*bf16", "third": "*bf16"}
+POINTERS = {"slots": "*i64", "where": "*i32", **dict.fromkeys(("best", "spreads", "error"), "*fp32")} | dict.fromkeys(
+    ("first", "second", "third"), "*bf16"
+)
 WORDS = (
     dict.fromkeys(("first", "second", "third"), "*i32")
     | {f"{name}_zeros": "*u8" for name in ("first", "second", "third")}
     | {"words": "*i32"}
 )
-FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32"}
+FLOATS = {"epsilon": "fp32", "query_epsilon": "fp32", "key_epsilon": "fp32", "factor": "fp32", "slack": "fp32"}
 
 
 def compile_for(capability: int, kernel: Any, warps: int = 4, **constants: Any) -> str:
@@ -48,6 +50,12 @@ def cases() -> Any:
     """Kernels and their constants."""
     yield argmax._parts, {"BLOCK": 2048}
     yield argmax._join, {"BLOCK": 64}
+    yield leaders._bounds, {"BLOCK": 2048, "BLOCK_K": 4096, "SPACING": 2**-7}
+    for rows, (outputs, inputs, _, stages) in ((1, leaders.SINGLE), (16, leaders.SEVERAL)):
+        yield leaders._settle, {
+            "EVEN": True, "BLOCK_M": rows, "OUTPUTS": 64, "BLOCK_N": outputs, "BLOCK_K": inputs, "BLOCK_P": 64,
+            "STAGES": stages, "SPACING": 2**-7, "DTYPE": triton.language.bfloat16,
+        }  # fmt: skip
     for centre, variant, weight in ((False, 0, {}), (False, 2, {}), (True, 1, {"weight": None, "bias": None})):
         yield norm._norm, {"GROUPS": 1, "WIDTH": 24, "BLOCK": 32, "CENTRE": centre, "VARIANT": variant, **weight}
     for kind, up in itertools.product(("silu", "gelu_tanh", "gelu", "relu2"), ({}, {"up": None})):

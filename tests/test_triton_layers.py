@@ -12,13 +12,13 @@ from architectures import build, ragged
 from torch import Tensor
 
 from hf_llmopt.engine import runner
-from hf_llmopt.fusion import launched
+from hf_llmopt.fusion import head, launched
 from hf_llmopt.kernels import reference
 from hf_llmopt.kernels.arguments import Norm, Product, Turns
 from hf_llmopt.quantization import make_grid
 
 pytest.importorskip("triton")
-from hf_llmopt.kernels.triton import argmax, int_linear, weight, wide
+from hf_llmopt.kernels.triton import argmax, int_linear, leaders, weight, wide
 from hf_llmopt.kernels.triton import few as few_rows
 from hf_llmopt.kernels.triton import layer as layers
 from hf_llmopt.kernels.triton.few import Tile, few
@@ -66,6 +66,31 @@ def test_argmax(dtype: torch.dtype, width: int) -> None:
     assert argmax.serves(x)
     assert argmax.argmax(x).tolist() == reference.argmax(x).tolist()
     assert not argmax.serves(x.T) or width == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(70, 40), (2100, 128), (4500, 64)])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_leaders_are_settled(dtype: torch.dtype, outputs: int, inputs: int, rows: int) -> None:
+    x, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, dtype=dtype)
+    weight[outputs // 2 :: 7] = weight[outputs // 3]  # ties
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    copied = torch.round(weight.float() / scale) * scale
+    error, size = (weight.float() - copied).norm(dim=1), float(copied.norm(dim=1).max())
+    estimates = (x.float() @ copied.T).to(dtype)
+    given = estimates.clone()
+    ours = leaders.settle(estimates, x, weight, error, size)
+    theirs = reference.settle(given, x, weight, error, size)
+    whole = reference.linear(x, weight)
+    close(ours, theirs)
+    nowhere = torch.full_like(weight, float("nan"))  # shows what is multiplied
+    multiplied = leaders.settle(given.clone(), x, nowhere, error, size).isnan()
+    assert torch.equal(multiplied, reference.settle(given, x, nowhere, error, size).isnan())
+    assert torch.equal(theirs.argmax(1), whole.argmax(1))
+    exact = ours.gather(1, ours.argmax(1, keepdim=True)), ours.gather(1, whole.argmax(1, keepdim=True))
+    assert torch.equal(*exact)  # the same token, or one whose product is as large
+    x[0, 0] = float("nan")
+    assert bool(leaders.settle(given, x, weight, error, size)[0].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,6 +238,47 @@ def test_models(name: str, count: int) -> None:
     stock = model.generate(**inputs, **arguments)
     assert torch.equal(model.generate(**inputs, **arguments, llmopt={"strict": True}), stock)
     assert model.llmopt.stats.fused == (f"{count} x decoder layer",)
+
+
+@pytest.mark.usefixtures("launches")
+def test_heads_are_read_in_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the best tokens count; the graph of a pass knows whether they do."""
+    seen: list[int] = []
+    settle = leaders.settle
+
+    def watched(estimates: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(x))
+        return settle(estimates, x, *rest)
+
+    monkeypatch.setattr(head, "LEAST", 0)
+    monkeypatch.setattr(head, "pack", weight.TritonWeight.pack)
+    monkeypatch.setattr(leaders, "settle", watched)
+    model = build("llama", num_hidden_layers=1, vocab_size=300).to(DEVICE)
+    inputs = {key: tensor.to(DEVICE) for key, tensor in ragged().items()}
+    arguments: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    stock = model.generate(**inputs, **arguments, output_logits=True, return_dict_in_generate=True)
+    shown = model.generate(
+        **inputs, **arguments, output_logits=True, return_dict_in_generate=True, llmopt={"strict": True}
+    )
+    torch.testing.assert_close(torch.stack(shown.logits), torch.stack(stock.logits), atol=1e-3, rtol=1e-3)
+    assert not seen
+    assert torch.equal(model.generate(**inputs, **arguments, llmopt={"strict": True}), stock.sequences)
+    assert seen
+    assert "output head" in model.llmopt.stats.fused[-1]
+    rows = len(stock.sequences)
+    new = torch.randn(model.lm_head.weight.shape[1], device=DEVICE)
+    with torch.no_grad():
+        model.lm_head.weight[7] = 9 * new  # counted
+    assert torch.equal(
+        model.generate(**inputs, **arguments, llmopt={"strict": True}), model.generate(**inputs, **arguments)
+    )
+    model.lm_head.weight.data[9] = -9 * new
+    model.llmopt.weights_changed()
+    seen.clear()
+    assert torch.equal(
+        model.generate(**inputs, **arguments, llmopt={"strict": True}), model.generate(**inputs, **arguments)
+    )
+    assert rows in seen
 
 
 @pytest.mark.usefixtures("launches")

@@ -33,6 +33,7 @@ class Key(NamedTuple):
         context: Tokens of the longest request, rounded up: the width of the block tables, and the parts that attention
             splits keys into.
         kept: Tokens of a span whose logits are computed: the last one, or all.
+        best: Of the logits only the place of the largest of each row counts, and the head makes use of it.
         runs: Of a prompt: whether its aligned blocks of RUN tokens lie in neighbouring slots, for every cache group.
     """
 
@@ -40,6 +41,7 @@ class Key(NamedTuple):
     length: int
     context: int
     kept: int
+    best: bool = False
     runs: tuple[bool, ...] = ()
 
     @property
@@ -59,6 +61,7 @@ class Batch:
         kept: Places of tokens whose logits somebody wants.
         slots: Per cache group, where each token is written, int64 `[tokens]` on the CPU.
         columns: As in `SpanCache`, on the CPU; `None` where the model does not ask for them.
+        best: As in `Key`.
     """
 
     spans: Sequence[Span]
@@ -67,6 +70,7 @@ class Batch:
     kept: Sequence[int]
     slots: Sequence[Tensor]
     columns: Tensor | None
+    best: bool = False
 
 
 class Parts(NamedTuple):
@@ -110,7 +114,7 @@ class Inputs:
 
     def _carve(self, buffer: Tensor | None) -> tuple[Parts, int]:
         """The parts of a buffer (of none, if only its length is asked for), and its length."""
-        rows, length, context, kept, _ = self.key
+        rows, length, context, kept = self.key[:4]
         tokens, pages, groups = rows * length, -(-context // self._store.page_size), len(self._store.groups)
         used = 0
 
@@ -175,10 +179,10 @@ def key_of(batch: Batch, page_size: int) -> Key | None:
             return None
         step = max(COARSE, (1 << (length - 1).bit_length()) // 16)
         runs = tuple(aligned(table, RUN, page_size) for table in batch.spans[0].tables)
-        return Key(1, -(-length // step) * step, max(COARSE_CONTEXT, context), 1, runs)
+        return Key(1, -(-length // step) * step, max(COARSE_CONTEXT, context), 1, batch.best, runs)
     if len(lengths) > 1 or rows * length > MOST_TOKENS:
         return None
     if any(span.context <= length for span in batch.spans):  # a prompt's beginning: nothing that comes again and again
         return None
     rounded = -(-rows // 16) * 16 if rows > 16 else 1 << (rows - 1).bit_length()
-    return Key(rounded, length, max(SHORTEST, context), 1 if len(batch.kept) <= rows else length)
+    return Key(rounded, length, max(SHORTEST, context), 1 if len(batch.kept) <= rows else length, batch.best)

@@ -254,6 +254,10 @@ class Graphs:
         self._prompts = False
         self._graphs = {other: found for other, found in self._graphs.items() if not other.is_prompt}
 
+    def clear(self) -> None:
+        """Drop what was recorded."""
+        self._graphs.clear()
+
     def give_up(self, reason: str) -> None:
         """Replay nothing from now on."""
         self.why_not = reason

@@ -145,6 +145,13 @@ class Runner:
             self.graphs.refresh(self.model, now)
         return self.anybody(self.fusion is not None and self.fusion.refresh(self.model, now))
 
+    def weights_changed(self) -> None:
+        """Somebody says that weights were written in a way that cannot be seen."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        if self.fusion is not None:
+            self.fusion.weights_changed()
+
     def anybody(self, says: bool) -> bool:
         """Whether it is so in any process that the model is sharded over; called by all of them."""
         return says if self.ranks is None else self.ranks.anybody(says)
@@ -229,12 +236,15 @@ class Runner:
         names = [request.adapter for request, length in spans for _ in range(length)]
         if self.states:
             self.cache.layers = states_of([request for request, _ in spans]).layers
-        batch = Batch(placed, ids_of(spans), positions, kept, slots, columns)
+        # Nobody reads more of the logits than which token is the best, and the head makes use of it.
+        best = not inside and all(request.group is not None and request.group.only_best for request, _ in needed)
+        best = best and self.fusion is not None and self.fusion.screens
+        batch = Batch(placed, ids_of(spans), positions, kept, slots, columns, best)
         put, logits = partial(put_unknown, spans), None
         eager = embeds or any(names) or watches or self.taps is not None
         if self.graphs is not None and self.graphs.store is self.store and not eager:
             clock = Clock(device)
-            logits = self.graphs.run(batch, partial(self._fused, model), put, note)
+            logits = self.graphs.run(batch, partial(self._fused, model, batch.best), put, note)
             clock.stop()
         if logits is None:
             given = long(batch.ids, device)
@@ -243,9 +253,7 @@ class Runner:
                 given = torch.cat(rows)[None].to(device)
             else:
                 put(given)
-            # Nobody reads more of the logits than which token is the best.
-            best = not inside and all(request.group is not None and request.group.only_best for request, _ in needed)
-            logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches), best)
+            logits, clock = self._eagerly(model, batch, given, attend, note, names, bool(watches))
         self.cache.layers = []  # states belong to their requests
         if self.taps is not None:
             self.taps.hand_out(spans)
@@ -264,7 +272,6 @@ class Runner:
         note: Callable[[str], None],
         adapters: Sequence[str | None],
         watched: bool,
-        best: bool,
     ) -> tuple[Tensor, Clock]:
         """A pass, launch by launch.
 
@@ -276,7 +283,6 @@ class Runner:
             note: Called with the names of the attention paths that ran.
             adapters: Of each token.
             watched: Somebody looks at how tokens attend.
-            best: Of the logits only the place of the largest of each row counts.
 
         Returns:
             The logits `[kept, vocabulary]`, and the clock of the model's pass.
@@ -293,7 +299,7 @@ class Runner:
         step = StepInputs(store, spans, [upload(each, device) for each in slots], attend, note, tiled, watched)
         adapted = self._lora.entered(adapters, kept or [0], device) if any(adapters) else nullcontext()
         tapped = nullcontext() if self.taps is None else self.taps.entered()
-        with self._entered(model, tokens, best), adapted, tapped:
+        with self._entered(model, tokens, batch.best), adapted, tapped:
             positions, clock = long(batch.positions, device), Clock(device)
             logits = self._compute(model, given, positions, keep, columns, step)
             clock.stop()
@@ -302,13 +308,13 @@ class Runner:
         return logits, clock
 
     def _entered(self, model: PreTrainedModel, tokens: int, best: bool = False) -> AbstractContextManager[None]:
-        """Our kernels in the place of modules, for a pass of `tokens` tokens; `best` as of `_eagerly`."""
+        """Our kernels in the place of modules, for a pass of `tokens` tokens; `best` as of `Batch`."""
         return nullcontext() if self.fusion is None else self.fusion.entered(model, tokens, best)
 
-    def _fused(self, model: PreTrainedModel, given: Tensor, *inputs: Any) -> Tensor:
+    def _fused(self, model: PreTrainedModel, best: bool, given: Tensor, *inputs: Any) -> Tensor:
         """The pass that a graph records: as `_compute`, with the layers that are launched."""
         launched = self.fusion is not None and self.fusion.launched
-        with self._entered(model, len(given)) if launched else nullcontext():
+        with self._entered(model, len(given), best) if launched else nullcontext():
             return self._compute(model, given, *inputs)
 
     def _compute(

@@ -19,24 +19,25 @@ from random import Random
 from typing import Any
 from weakref import WeakValueDictionary
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu
 from ..kernels.arguments import Grid
-from ..kernels.cpu import BlockedWeight
 from ..kernels.race import best_seconds
+from ..kernels.weight import pack
+from ..kv_cache.transfer import free_bytes
 from .kinds import Forward, fits, inside, plain_linear
 
 LEAST = 1 << 25  # bytes of a weight: smaller ones may stay in a cache, and cost little
 ROWS = (8, 4, 2, 1)  # of a pass, tried in this order
+GPU_ROWS = 16  # likewise on a GPU
 FEW = 4  # rows up to which a second part costs next to nothing
 PARTS = 2
-PASSES = (
-    16  # in which the copy would have served, until it is made: with the first calls, which set up other things too
-)
+# Passes in which the copy would have served, until it is made: among the first calls, which set up other things too.
+PASSES = 16
 PART = 1 << 18  # elements of the weight that are worked on at a time: they stay in the cache
+GPU_PART = 1 << 24  # likewise on a GPU, whose launches would cost more than its work
 SHARE = 32  # one of so many outputs may be left
 PAUSE = 64  # passes after one in which more were left, twice as many each time
 TILE = 16  # outputs that the product computes alike: those behind the last whole tile may differ in the last bits
@@ -46,7 +47,7 @@ class Copy:
     """A weight rounded to int8, with what the rounding changed.
 
     Args:
-        weight: `[outputs, inputs]`, finite, on the CPU.
+        weight: `[outputs, inputs]`, finite.
 
     Attributes:
         kernel: The rounded weight.
@@ -56,9 +57,9 @@ class Copy:
 
     def __init__(self, weight: Tensor) -> None:
         outputs, inputs = weight.shape
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
-        scales, self.error, sizes = (torch.empty(outputs, device="cpu") for _ in range(3))
-        at_once = max(1, PART // inputs)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        scales, self.error, sizes = (torch.empty(outputs, device=weight.device) for _ in range(3))
+        at_once = max(1, (GPU_PART if weight.is_cuda else PART) // inputs)
         for start in range(0, outputs, at_once):
             part = slice(start, start + at_once)
             wide = weight[part].float()
@@ -68,7 +69,7 @@ class Copy:
             near *= scales[part, None]
             sizes[part], self.error[part] = near.norm(dim=1), (wide - near).norm(dim=1)
         self.size = float(sizes.max())
-        self.kernel: Any = BlockedWeight.pack(Grid(codes, scales[:, None], bits=8))
+        self.kernel: Any = pack(Grid(codes, scales[:, None], bits=8))
         self._mark = _mark(weight)
         self._place = Random().randrange(inputs)
         self._column = weight[:, self._place].clone()
@@ -78,14 +79,18 @@ class Copy:
         """The copy of a weight, which all engines share; `None` if it cannot be made, or memory is short."""
         found = _copies.get(_mark(weight))
         if found is None or not found.is_of(weight):
-            if psutil.virtual_memory().available < 4 * weight.numel() or not weight.isfinite().all():
+            if free_bytes(weight.device) < 4 * weight.numel() or not weight.isfinite().all():
                 return None
             found = _copies[_mark(weight)] = cls(weight)
         return found
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight is what it was; a number of each output shows writes that torch does not count."""
-        return self._mark == _mark(weight) and torch.equal(weight[:, self._place], self._column)
+        """Whether the weight is what it was.
+
+        On a CPU a number of each output shows writes that torch does not count; a GPU would have to be waited for.
+        """
+        same = self._mark == _mark(weight)
+        return same and (weight.is_cuda or torch.equal(weight[:, self._place], self._column))
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +102,8 @@ _copies: WeakValueDictionary[tuple[object, ...], Copy] = WeakValueDictionary()
 
 
 def _mark(weight: Tensor) -> tuple[object, ...]:
-    return weight.data_ptr(), weight._version, weight.shape, weight.dtype
+    version = -1 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.shape, weight.dtype
 
 
 class Screened:
@@ -119,7 +125,7 @@ class Screened:
         self.returned = False
         self._head: Any = weakref.ref(head)
         self._whole = whole
-        self._limit = min(limit, ROWS[0])
+        self._limit = limit
         self._inputs: int = head.in_features  # type: ignore[assignment]
         self._passes = 0  # that could have been screened before there was a copy
         self._mark: tuple[object, ...] = ()  # of the weight that was copied, or could not be
@@ -159,7 +165,7 @@ class Screened:
 
     def _serves(self, x: Tensor) -> bool:
         weight = self._weight()
-        if not self._limit or x.numel() > self._limit * self._inputs or not fits(x, weight):
+        if x.numel() > min(self._limit, ROWS[0]) * self._inputs or not fits(x, weight):
             return False
         if self._pause:
             self._pause -= 1
@@ -212,3 +218,36 @@ class Screened:
         places = torch.cat([places, again, torch.arange(whole, len(weight), device="cpu")])
         logits.index_copy_(1, places, cpu.linear(rows, weight.index_select(0, places)))
         return logits.view(*x.shape[:-1], -1)
+
+
+class ScreenedOnGPU(Screened):
+    """The same where layers are launched: nothing waits for the device, and a graph may record it.
+
+    There the estimates are products of x as it is, and however many outputs are left, a kernel multiplies those.
+
+    Args:
+        head: Which `takes` says yes to.
+        whole: Its product.
+    """
+
+    def __init__(self, head: nn.Module, whole: Forward) -> None:
+        super().__init__(head, whole, GPU_ROWS)
+
+    def _serves(self, x: Tensor) -> bool:
+        weight = self._weight()
+        if x.numel() > self._limit * self._inputs or x.dtype != weight.dtype or torch.is_grad_enabled():
+            return False
+        if self._mark != _mark(weight):
+            if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            self.copy, self._mark = Copy.of(weight), _mark(weight)
+        return self.copy is not None
+
+    def _best(self, x: Tensor) -> Tensor:
+        from ..kernels.triton.leaders import settle  # Triton may be missing where nothing is launched
+
+        copy = self.copy
+        assert copy is not None
+        rows = x.reshape(-1, self._inputs).contiguous()
+        made = settle(copy.kernel.product(rows), rows, self._weight(), copy.error, copy.size)
+        return made.view(*x.shape[:-1], -1)

@@ -30,7 +30,7 @@ from ..kv_cache import LayerSpec
 from ..quantization import QuantizedHead, QuantizedLinear
 from ..walk import modules, running
 from .choice import ROWS, own_rows
-from .head import Screened
+from .head import Screened, ScreenedOnGPU
 from .kinds import (
     PRODUCTS,
     RECOGNISERS,
@@ -179,6 +179,9 @@ class Fusion:
                 self._add(module, kind, forward)
                 covered.update(parts)
                 break
+        if self.launched and head is not None and is_plain(head) and Screened.takes(head):
+            self._head = ScreenedOnGPU(head, head.forward)
+            self._entries.append((head.__dict__, Replacement(head, self._head, head.forward)))
         self._outer = [entry for entry in self._entries if id(entry[0]) not in inner]
         self._require_all(model)
 
@@ -283,6 +286,11 @@ class Fusion:
                         del _users[id(attributes)]
                         attributes.pop("forward", None)
                 _passes.notify_all()
+
+    @property
+    def screens(self) -> bool:
+        """Whether the head takes less time where only the best tokens count."""
+        return self._head is not None and self._head.returned
 
     def weights_changed(self) -> None:
         """Somebody says that weights were written in a way that cannot be seen."""

@@ -188,8 +188,7 @@ class ModelHandle:
             for engine in self._engines.values():
                 if engine.prompts is not None:
                     engine.prompts.weights_changed()
-                if engine.runner.fusion is not None:
-                    engine.runner.fusion.weights_changed()
+                engine.runner.weights_changed()
             model = None if self._model is None else self._model()
             for head in (module for module in model.modules() if isinstance(module, QuantizedHead)) if model else ():
                 head.forget()

@@ -84,3 +84,21 @@ def leaders(
     places = (estimate + off >= bar[:, None]).any(0).nonzero()[:, 0]
     bounded = bool(bar.isfinite().all()) and len(places) <= most
     return estimate.to(dtype), places if bounded else None
+
+
+def settle(estimates: Tensor, x: Tensor, weight: Tensor, error: Tensor, size: float) -> Tensor:
+    """Logits of which all that may be the largest of their row are products, and the others estimates.
+
+    Args:
+        estimates: `[rows, outputs]` of `x @ weight^T`, rounded to x's format; before, off by at most `error * |x|`.
+        x: `[rows, inputs]`.
+        weight: `[outputs, inputs]`.
+        error: float32 `[outputs]`.
+        size: Largest norm of an output's weights.
+    """
+    given, spacing, rounding = estimates.float(), torch.finfo(x.dtype).eps, x.shape[1] * torch.finfo(torch.float32).eps
+    spread = x.float().norm(dim=1, keepdim=True) * (1 + rounding)
+    off = error * spread + size * rounding * spread + spacing * given.abs()
+    least = (given - off).amax(1, keepdim=True)
+    bar = least - 2 * size * rounding * spread - 2 * spacing * least.abs()
+    return torch.where(given + off < bar, estimates, x @ weight.T)

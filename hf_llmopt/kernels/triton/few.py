@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _multiplied(
+def multiplied(
     x, weight, rows, M, K, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     WAIT: tl.constexpr,
@@ -105,12 +105,12 @@ def _few(
             bias = third_bias
     output = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(output, outputs - 1)
-    y = _multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE, EARLY)
+    y = multiplied(x, weight, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE, EARLY)
     y = finished(y, bias, rows, factor, dtype)
     if KIND is not None:
         y = activated(y, KIND).to(dtype).to(tl.float32)
         if second is not None:
-            up = _multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE, False)
+            up = multiplied(x, second, rows, M, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, DTYPE, False)
             y = y * finished(up, second_bias, rows, factor, dtype)
     launch_next(EARLY and BLOCK_M > 1)
     put(y, out, residual, tl.arange(0, BLOCK_M), output, M, outputs, width, column)
