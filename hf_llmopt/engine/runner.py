@@ -18,7 +18,7 @@ from ..adapters import LoraLayers
 from ..attention import Attend, Observer, Span, StepInputs, backend, configs_of, serving
 from ..config import LLMOptConfig
 from ..errors import InvalidOption
-from ..fusion import Fusion, launches
+from ..fusion import Fusion, Screened, launches
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, states_of, upload
 from ..kv_cache.eviction import Scored, called
@@ -149,12 +149,17 @@ class Runner:
         """Somebody says that weights were written in a way that cannot be seen."""
         if self.graphs is not None:
             self.graphs.clear()
-        if self.fusion is not None:
-            self.fusion.weights_changed()
+        if self._head is not None:
+            self._head.forget()
 
     def anybody(self, says: bool) -> bool:
         """Whether it is so in any process that the model is sharded over; called by all of them."""
         return says if self.ranks is None else self.ranks.anybody(says)
+
+    @property
+    def _head(self) -> Screened | None:
+        """The output head that can be asked for the best tokens only."""
+        return None if self.fusion is None else self.fusion.head
 
     @property
     def replays(self) -> int:
@@ -238,7 +243,7 @@ class Runner:
             self.cache.layers = states_of([request for request, _ in spans]).layers
         # Nobody reads more of the logits than which token is the best, and the head makes use of it.
         best = not inside and all(request.group is not None and request.group.only_best for request, _ in needed)
-        best = best and self.fusion is not None and self.fusion.screens
+        best = best and self._head is not None and self._head.returned
         batch = Batch(placed, ids_of(spans), positions, kept, slots, columns, best)
         put, logits = partial(put_unknown, spans), None
         eager = embeds or any(names) or watches or self.taps is not None
@@ -347,7 +352,7 @@ class Runner:
         self.cache.columns = 0 if columns is None else columns
         with serving(self._configs, step):
             output = model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
-        if self.fusion is not None:
-            self.fusion.see(output.logits)
+        if self._head is not None:
+            self._head.see(output.logits)
         logits: Tensor = output.logits[:, 0] if self.states else output.logits[0]
         return logits if keep is None or (self._keeps_logits and not self.states) else logits[keep.to(logits.device)]

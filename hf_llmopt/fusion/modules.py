@@ -95,6 +95,7 @@ class Fusion:
     Attributes:
         replaced: How many modules of each kind have a replacement.
         refused: How many were recognised but differed from their eager forward.
+        head: The output head that can be asked for the best tokens only, or `None`.
     """
 
     def __init__(
@@ -117,15 +118,15 @@ class Fusion:
         self._outer = self._entries  # those that are not inside a joined layer
         self._limit = 0  # tokens up to which joined layers serve
         self._mark: tuple[object, ...] = ()
-        self._head: Screened | None = None
+        self.head: Screened | None = None
         self._hooks = 0  # how many hooks torch had ever registered when the model was looked at
         self.refresh(model, running(model))
 
     def refresh(self, model: PreTrainedModel, now: tuple[object, ...]) -> bool:
         """Recognise the modules again if any was exchanged or hooked since, `now` being what runs; `True` if so."""
         self._hooks = RemovableHandle.next_id
-        if self._head is not None:
-            self._head.refresh()
+        if self.head is not None:
+            self.head.refresh()
         mark = (now, *map(_weights, modules(model)))
         if mark == self._mark:
             return False
@@ -138,7 +139,7 @@ class Fusion:
         return True
 
     def _recognise(self, model: PreTrainedModel) -> None:
-        self._entries, self.replaced, self.refused, self._head = [], {}, {}, None
+        self._entries, self.replaced, self.refused, self.head = [], {}, {}, None
         self._outer, self._limit = self._entries, 0
         if not (self.launched or cpu.available()) or _global_hooks():
             return self._require_all(model)
@@ -175,13 +176,13 @@ class Fusion:
                     self.refused[kind] = self.refused.get(kind, 0) + 1
                     continue
                 if module is head and Screened.takes(head):
-                    forward = self._head = Screened(head, forward, rows(head))
+                    forward = self.head = Screened(head, forward, rows(head))
                 self._add(module, kind, forward)
                 covered.update(parts)
                 break
         if self.launched and head is not None and is_plain(head) and Screened.takes(head):
-            self._head = ScreenedOnGPU(head, head.forward)
-            self._entries.append((head.__dict__, Replacement(head, self._head, head.forward)))
+            self.head = ScreenedOnGPU(head, head.forward)
+            self._entries.append((head.__dict__, Replacement(head, self.head, head.forward)))
         self._outer = [entry for entry in self._entries if id(entry[0]) not in inner]
         self._require_all(model)
 
@@ -194,8 +195,8 @@ class Fusion:
         lines += [f"{count} x {kind}: refused, differs from eager" for kind, count in self.refused.items()]
         if eager:
             lines.append(f"{eager} x decoder layer: eager, no variant gave its result")
-        if self._head is not None and self._head.copy is not None:
-            lines.append(f"output head: best tokens found by an int8 copy of {self._head.copy.nbytes / 1e6:.0f} MB")
+        if self.head is not None and self.head.copy is not None:
+            lines.append(f"output head: best tokens found by an int8 copy of {self.head.copy.nbytes / 1e6:.0f} MB")
         return tuple(lines)
 
     def _require_all(self, model: PreTrainedModel) -> None:
@@ -286,21 +287,6 @@ class Fusion:
                         del _users[id(attributes)]
                         attributes.pop("forward", None)
                 _passes.notify_all()
-
-    @property
-    def screens(self) -> bool:
-        """Whether the head takes less time where only the best tokens count."""
-        return self._head is not None and self._head.returned
-
-    def weights_changed(self) -> None:
-        """Somebody says that weights were written in a way that cannot be seen."""
-        if self._head is not None:
-            self._head.forget()
-
-    def see(self, logits: Tensor) -> None:
-        """What the model returned, inside the block."""
-        if self._head is not None:
-            self._head.see(logits)
 
 
 def _global_hooks() -> int:
