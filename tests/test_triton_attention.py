@@ -212,6 +212,32 @@ def test_decode(split: int, dtype: torch.dtype) -> None:
     check(*decoded(Case([(1, 1), (70, 1), (33, 1), (200, 1)], dtype=dtype), SMALL, split))
 
 
+@pytest.mark.parametrize("split", [1, 2, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_that_reads_ahead(dtype: torch.dtype, split: int) -> None:
+    ahead = Shape(16, 64, 4, 1)
+    check(*decoded(Case([(1, 1), (70, 1), (33, 2), (200, 1)], widths=(24, 16), dtype=dtype), ahead, split))
+    check(*decoded(Case([(90, 3), (130, 2)], window=("sliding", 30), sinks=True, tree=True, dtype=dtype), ahead, split))
+
+
+def test_reading_ahead_is_for_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are one block while these fill the device once, or twice behind a product of one row; then a loop."""
+    monkeypatch.setattr(decode, "early", lambda device: {"EARLY": True})
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 16)
+    query, seen = make(Case([(70, 1)], dtype=torch.float16))
+
+    def planned(tokens: int, longest: int) -> tuple[Shape, int]:
+        return decode.plan(query.expand(tokens, -1, -1), seen._replace(longest=longest), tokens, 1)
+
+    one, wide = Shape(16, 128, 4, 1), Shape(16, 256, 8, 1)
+    assert [planned(1, longest) for longest in (64, 256, 2048)] == [(one, 1), (one, 2), (one, 16)]
+    assert [planned(2, longest) for longest in (512, 1024)] == [(one, 4), (wide, 4)]
+    assert planned(1, 4096)[0].stages > 1
+    assert planned(2, 2048)[0].stages > 1
+    monkeypatch.setattr(decode, "early", lambda device: {"EARLY": False})
+    assert planned(1, 256)[0].stages > 1
+
+
 FEATURES = {
     "gqa": {"heads": (6, 2)},
     "mqa": {"heads": (5, 1)},

@@ -5,6 +5,9 @@ and a part of the span's keys. A second kernel joins the parts by the logarithms
 flash-decoding). Lengths, tables and tiles are read on the device and the grid is fixed, so that a CUDA graph replays
 the same launch while contexts grow: parts that have no keys return at once.
 
+Where programs are few, a part is one block of keys, and a program reads it while the launch before still runs (see
+`dependent.py`): what it waits for is the queries, and the keys and values of their own tokens.
+
 The twin is `reference.paged_attention`.
 """
 
@@ -45,6 +48,10 @@ PROGRAMS = 4  # for each multiprocessor
 PARTS = 128  # of a span's keys, at most
 SMALL = 2**24  # numbers that a launch reads: where it reads more, it begins when the one ahead has ended
 LEAST_KEYS = 64  # of a part: fewer cost more to join than they save
+# Parts that are read ahead, where the product before has one row, and several: keys, warps, and programs for each
+# multiprocessor at most. Its programs of one row begin early and leave less room.
+AHEAD_ONE = ((128, 4, 2),)
+AHEAD = (128, 4, 1), (256, 8, 1)
 
 
 @triton.jit
@@ -58,6 +65,15 @@ def _range(items, start, count, SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr,
 
 
 @triton.jit
+def _completed(rows, pages, slots, new, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows as from `rows_of`, with those that are new."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    places = pages + slots[:, None] * stride + d
+    rest = rows.to(pages.dtype.element_ty)
+    return tl.load(places, mask=new[:, None] & (d < DIM), other=rest).to(rows.dtype)
+
+
+@triton.jit
 def _decode(
     query, out, sums, keys, values, key_scales, value_scales, table, items, tiles, tree, sinks, factor, cap,
     QUERY_TOKEN, QUERY_HEAD, PAGES,
@@ -65,9 +81,9 @@ def _decode(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, LEAST_BLOCKS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr,
-    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    launch_next(EARLY)
+    launch_next(EARLY and not AHEAD)
     head = tl.program_id(0)
     part = tl.program_id(1)
     tile = tl.program_id(2)
@@ -90,7 +106,17 @@ def _decode(
     if tree is not None:
         branch = tl.load(tree + token, mask=mine, other=0)
     pages = table + tl.load(items + start * 3).to(tl.int64) * PAGES
+    keys += head * KEY_DIM
+    values += head * VALUE_DIM
+    if AHEAD:
+        place = low + tl.arange(0, BLOCK_N)
+        seen = (place >= lowest) & (place < high)
+        old = seen & (place < stop - count)  # an earlier pass wrote them
+        slots = slots_of(pages, place, seen, PAGE, True)
+        k = rows_of(keys, slots, old, KEY_SLOT, KEY_DIM, BLOCK_D, True, DTYPE, FORM)
+        v = rows_of(values, slots, old, VALUE_SLOT, VALUE_DIM, BLOCK_V, True, DTYPE, FORM)
     ready(EARLY)
+    launch_next(EARLY and AHEAD)
     q = queries_of(query, token, query_head, mine, QUERY_TOKEN, QUERY_HEAD, KEY_DIM, BLOCK_D, DTYPE, FORM)
     total = nothing(BLOCK_M, BLOCK_V, FORM)
     largest = tl.full([BLOCK_M], LEAST, tl.float32)
@@ -98,8 +124,13 @@ def _decode(
     if sinks is not None and part == 0:  # a score that has no value
         largest = tl.load(sinks + query_head, mask=mine, other=0).to(tl.float32) * 1.4426950408889634
         weight += 1
-    keys += head * KEY_DIM
-    values += head * VALUE_DIM
+    if AHEAD:
+        new = seen & (place >= stop - count)
+        k = _completed(k, keys, slots, new, KEY_SLOT, KEY_DIM, BLOCK_D)
+        v = _completed(v, values, slots, new, VALUE_SLOT, VALUE_DIM, BLOCK_V)
+        s = visible(score(q, k, None, factor, cap, FORM), place, first, end, branch, tree is not None)
+        total, largest, weight = add(s, v, None, total, largest, weight, FORM)
+        low += BLOCK_N
     for key in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         place = key + tl.arange(0, BLOCK_N)
         seen = (place >= lowest) & (place < high)  # pages before the window may be somebody else's by now
@@ -181,6 +212,11 @@ def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int
         tokens: Of the longest span.
     """
     shape = shape_for(query, seen, tokens)
+    if shape == Shape(16, 64, 4, 2) and early(query.device)["EARLY"]:
+        for keys, warps, most in AHEAD_ONE if len(query) == 1 else AHEAD:
+            split = -(-seen.longest // keys)
+            if spans * seen.shape.kv_heads * split <= most * multiprocessors(query.device):
+                return Shape(16, keys, warps, 1), split
     programs = PROGRAMS * multiprocessors(query.device) // (spans * seen.shape.kv_heads)
     return shape, max(1, min(programs, -(-seen.longest // max(LEAST_KEYS, shape.keys)), PARTS))
 
@@ -194,7 +230,7 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
         tiles: Of each span the first token, how many, and its request's, int32 `[spans, 3]`; as for `extend.extend`.
         tokens: Of the longest span, at most TOKENS; with the query heads of a key head at most `shape.rows`.
         split: Parts that a span's keys are split into, at most.
-        shape: Of the tiling.
+        shape: Of the tiling; with one stage, the first keys of a part are read ahead.
 
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
@@ -215,6 +251,7 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
         query.stride(0), query.stride(1), seen.table.shape[1],
         **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
         SPLIT=split, LEAST_BLOCKS=least, STAGES=shape.stages, num_warps=shape.warps,
+        AHEAD=shape.stages == 1 and seen.form is None,
         **(early(query.device) if small else {"EARLY": False}),
     )  # fmt: skip
     if split > 1:
