@@ -169,6 +169,58 @@ def test_a_write_that_nothing_shows_can_be_told() -> None:
     assert torch.equal(model.generate(PROMPT, llmopt=True, **arguments), model.generate(PROMPT, **arguments))
 
 
+def test_a_half_that_overflows(served: list[int]) -> None:
+    """Every logit from 65,520 on is infinite, and the first of them is the best."""
+    linear, made = a_head(2000, 64, torch.float16)
+    linear.weight.copy_(torch.randn(2000, 64))
+    for _ in range(20):
+        x = torch.randn(1, 1, 64).half()
+        x *= 66_000 / asked(made, x, best=False).amax().float() * 1.05
+        whole = asked(made, x, best=False)
+        made._pause = 0
+        assert torch.equal(asked(made, x).argmax(-1), whole.argmax(-1))
+    assert served
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_whose_squares_vanish(dtype: torch.dtype) -> None:
+    small = {torch.float16: 1e-6, torch.bfloat16: 1e-24, torch.float32: 1e-24}[dtype]
+    for of_weight, of_x in ((small, 1), (1, small), (small, small)):
+        linear, made = a_head(1000, 64, dtype)
+        linear.weight.copy_(torch.randn(1000, 64) * of_weight)
+        for _ in range(10):
+            x = (torch.randn(1, 2, 64) * of_x).to(dtype)
+            whole = asked(made, x, best=False)
+            made._pause = 0
+            assert torch.equal(asked(made, x).argmax(-1), whole.argmax(-1))
+
+
+def test_no_memory_for_a_copy_is_no_failure(monkeypatch: pytest.MonkeyPatch, served: list[int]) -> None:
+    def full(weight: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(screened, "pack", full)
+    model = wide("llama")
+    arguments = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+    assert torch.equal(model.generate(PROMPT, llmopt=True, **arguments), model.generate(PROMPT, **arguments))
+    assert not served
+
+
+def test_a_hook_on_the_model_sees_logits(served: list[int]) -> None:
+    model, seen = wide("llama"), []
+    arguments = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+    model.generate(PROMPT, llmopt=True, **arguments)
+    served.clear()
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[0, -1].clone()))
+    model.generate(PROMPT, llmopt=True, **arguments)  # whose engine is proved again
+    seen.clear()
+    tokens = model.generate(PROMPT, llmopt=True, **arguments)
+    shown = torch.stack(seen)
+    assert not served
+    whole = model(input_ids=tokens).logits[0, PROMPT.shape[1] - 1 : -1]
+    torch.testing.assert_close(shown, whole, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("write", ["counted", "uncounted", "exchanged"])
 def test_a_weight_that_changes_is_copied_again(write: str) -> None:
     linear, made = a_head(4096, 64)

@@ -38,6 +38,7 @@ PARTS = 2
 PASSES = 16
 PART = 1 << 18  # elements of the weight that are worked on at a time: they stay in the cache
 GPU_PART = 1 << 24  # likewise on a GPU, whose launches would cost more than its work
+LEAST_SIZE = 1e-15  # of the largest output: squares of smaller numbers may vanish
 SHARE = 32  # one of so many outputs may be left
 PAUSE = 64  # passes after one in which more were left, twice as many each time
 TILE = 16  # outputs that the product computes alike: those behind the last whole tile may differ in the last bits
@@ -81,7 +82,13 @@ class Copy:
         if found is None or not found.is_of(weight):
             if free_bytes(weight.device) < 4 * weight.numel() or not weight.isfinite().all():
                 return None
-            found = _copies[_mark(weight)] = cls(weight)
+            try:
+                found = cls(weight)
+            except (RuntimeError, MemoryError):  # memory is shorter than it said
+                return None
+            if found.size < LEAST_SIZE:
+                return None
+            _copies[_mark(weight)] = found
         return found
 
     def is_of(self, weight: Tensor) -> bool:

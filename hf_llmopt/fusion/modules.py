@@ -163,7 +163,8 @@ class Fusion:
                 self._limit = min(self._limit, found.limit) if inner else found.limit
                 inner.update(id(child.__dict__) for child in module.modules() if child is not module)
         covered: set[nn.Module] = set()
-        head = model.get_output_embeddings() if self.timed and is_library_code(model) else None
+        known = self.timed and is_plain(model) and is_library_code(model)  # nobody else sees what the head gives
+        head = model.get_output_embeddings() if known else None
         for module in () if self.launched else model.modules():  # parents come before their children
             if module in covered or not is_plain(module):
                 continue

@@ -67,7 +67,8 @@ class WeightsEpoch:
     def check(self, model: PreTrainedModel) -> None:
         """Compare the model with what it was at the last check, and begin a new epoch if it differs."""
         tensors = [tensor for tensor in _weights(model) if tensor.device.type != "meta"]
-        seen = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
+        versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        seen = tuple((id(t), t.data_ptr(), version) for t, version in zip(tensors, versions, strict=True))
         if [tensor[:2] for tensor in seen] != [tensor[:2] for tensor in self._tensors]:
             # Where to look is chosen anew for every set of tensors, and is nobody's to guess.
             random = Random()

@@ -5,12 +5,13 @@
  * logits    [rows, width]          the estimates
  * found     [1 + most]             how many outputs may be the largest of some row, and which, in order; -1 if they are
  *                                  more than `most`, or no number bounds them
- * spacing                          of the format, relative: what is rounded to the same number counts as equal */
+ * spacing, tiny                    of the format, relative and at 0: what is rounded to the same number counts as equal */
 #ifndef LLMOPT_LEADERS
 #define LLMOPT_LEADERS
 #include "leaders.h"
 #include "types.h"
 #define RUN 1024 /* outputs of which one bound is kept */
+#define LEAST 1e-15f /* norm: squares of numbers in smaller ones may vanish */
 #define SELF "leaders.c"
 #include "levels.h"
 #elif defined(FORMAT)
@@ -55,8 +56,9 @@ int FN(leaders)(const void *arguments, int threads) {
             if (upper[i] > most) most = upper[i];
             if (lower[i] > least) least = lower[i];
         }
-        bar[row] = least - 2 * a->slack[row] - a->spacing * fmaxf(fabsf(least), fabsf(most));
-        if (!isfinite(bar[row])) count = -1;
+        float largest = fmaxf(fabsf(least), fabsf(most));
+        bar[row] = least - 2 * a->slack[row] - a->spacing * largest - 2 * a->tiny;
+        if (!isfinite(bar[row]) || a->spread[row] < LEAST || (DTYPE == 2 && largest >= 65504)) count = -1;
     }
     for (long run = 0; run < runs && count >= 0; run++) {
         int leads = 0;

@@ -8,6 +8,6 @@ typedef struct {
     void *logits;
     int64_t *found;
     long rows, width, most, parts;
-    float spacing;
+    float spacing, tiny;
 } leaders;
 #endif

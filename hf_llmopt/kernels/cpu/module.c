@@ -212,7 +212,7 @@ static PyObject *py_leaders(PyObject *self, PyObject *const *items, Py_ssize_t c
     a.estimates = pointer(&r), a.error = pointer(&r), a.spread = pointer(&r), a.slack = pointer(&r);
     a.logits = pointer(&r), a.found = pointer(&r);
     a.rows = number(&r), a.width = number(&r), a.most = number(&r), a.parts = number(&r);
-    a.spacing = real(&r);
+    a.spacing = real(&r), a.tiny = real(&r);
     return run(leaders_table, &r, level, format, threads, &a);
 }
 

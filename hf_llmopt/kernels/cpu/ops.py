@@ -294,7 +294,7 @@ def leaders(
     _C.leaders(
         _level, DTYPES[dtype], torch.get_num_threads(), estimates.data_ptr(), error.data_ptr(), spread.data_ptr(),
         slack.data_ptr(), logits.data_ptr(), found.data_ptr(), rows, width, most, len(estimates) // rows,
-        torch.finfo(dtype).eps,
+        torch.finfo(dtype).eps, torch.finfo(dtype).tiny * torch.finfo(dtype).eps,
     )  # fmt: skip
     count = int(found[0])
     return logits, None if count < 0 else found[1 : 1 + count]

@@ -80,10 +80,11 @@ def leaders(
     """
     estimate, off = estimates.unflatten(0, (-1, len(spread))).sum(0), error * spread[:, None]
     least, largest = (estimate - off).amax(1), (estimate + off).amax(1)
-    bar = least - 2 * slack - torch.finfo(dtype).eps * torch.maximum(least.abs(), largest.abs())
+    format_, top = torch.finfo(dtype), torch.maximum(least.abs(), largest.abs())
+    bar = least - 2 * slack - format_.eps * top - 2 * format_.tiny * format_.eps
     places = (estimate + off >= bar[:, None]).any(0).nonzero()[:, 0]
-    bounded = bool(bar.isfinite().all()) and len(places) <= most
-    return estimate.to(dtype), places if bounded else None
+    bounded = bar.isfinite() & (spread >= 1e-15) & (top < format_.max)  # squares of smaller numbers may vanish
+    return estimate.to(dtype), places if bool(bounded.all()) and len(places) <= most else None
 
 
 def settle(estimates: Tensor, x: Tensor, weight: Tensor, error: Tensor, size: float) -> Tensor:
@@ -100,5 +101,6 @@ def settle(estimates: Tensor, x: Tensor, weight: Tensor, error: Tensor, size: fl
     spread = x.float().norm(dim=1, keepdim=True) * (1 + rounding)
     off = error * spread + size * rounding * spread + spacing * given.abs()
     least = (given - off).amax(1, keepdim=True)
-    bar = least - 2 * size * rounding * spread - 2 * spacing * least.abs()
+    bar = least - 2 * size * rounding * spread - 2 * spacing * least.abs() - 2 * torch.finfo(x.dtype).tiny * spacing
+    bar = bar.where(spread >= 1e-15, -torch.inf)  # squares of smaller numbers may vanish
     return torch.where(given + off < bar, estimates, x @ weight.T)

@@ -61,7 +61,8 @@ def _bounds(
 def _settle(
     logits, x, weight, error, best, spreads, M, WIDTH, K, PARTS, slack,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, STAGES: tl.constexpr, SPACING: tl.constexpr, DTYPE: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_P: tl.constexpr, STAGES: tl.constexpr, SPACING: tl.constexpr, TINY: tl.constexpr, DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     launch_next(EARLY)
     token = tl.arange(0, BLOCK_M)
@@ -71,7 +72,8 @@ def _settle(
     known = (token < M)[:, None] & (part < PARTS)[None, :]
     bounds = tl.load(best + token[:, None] * PARTS + part[None, :], mask=known, other=float("-inf"))
     least = tl.max(bounds, 1)
-    bar = least - 2 * slack * spread - 2 * SPACING * tl.abs(least)
+    bar = least - 2 * slack * spread - 2 * SPACING * tl.abs(least) - 2 * TINY
+    bar = tl.where(spread < 1e-15, float("-inf"), bar)  # squares of smaller numbers may vanish
     for first in range(tl.program_id(0) * OUTPUTS, tl.program_id(0) * OUTPUTS + OUTPUTS, BLOCK_N):
         output = first + tl.arange(0, BLOCK_N)
         inside = (output < WIDTH)[:, None] & (token < M)[None, :]
@@ -110,6 +112,7 @@ def settle(estimates: Tensor, x: Tensor, weight: Tensor, error: Tensor, size: fl
         estimates, x, weight, error, best, spreads, m, width, k, parts, slack,
         EVEN=k % tile.inputs == 0, BLOCK_M=1 if m == 1 else ROWS, OUTPUTS=OUTPUTS, BLOCK_N=tile.outputs,
         BLOCK_K=tile.inputs, BLOCK_P=triton.next_power_of_2(parts), STAGES=tile.stages, SPACING=spacing,
+        TINY=torch.finfo(x.dtype).tiny * spacing,
         DTYPE=FORMATS[torch.float32 if INTERPRETED else x.dtype], num_warps=tile.warps, **how,
     )  # fmt: skip
     return estimates
