@@ -132,6 +132,17 @@ def test_every_output_that_may_win_is_found() -> None:
         assert torch.equal(asked(made, x)[0].argmax(1), exact.argmax(1))
 
 
+def test_the_default_format_does_not_matter() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _linear, made = a_head(4096, 64)
+        asked(made, torch.randn(1, 1, 64))
+        assert made.copy is not None
+        assert made.copy.error.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_too_many_that_may_win_cost_a_product_and_a_pause(served: list[int]) -> None:
     linear, made = a_head(4096, 64)
     linear.weight.copy_(linear.weight[:1].expand(4096, 64))

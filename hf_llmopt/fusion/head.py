@@ -59,7 +59,7 @@ class Copy:
     def __init__(self, weight: Tensor) -> None:
         outputs, inputs = weight.shape
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        scales, self.error, sizes = (torch.empty(outputs, device=weight.device) for _ in range(3))
+        scales, self.error, sizes = torch.empty(3, outputs, dtype=torch.float32, device=weight.device)
         at_once = max(1, (GPU_PART if weight.is_cuda else PART) // inputs)
         for start in range(0, outputs, at_once):
             part = slice(start, start + at_once)
@@ -189,7 +189,7 @@ class Screened:
         self._passes = 0
         self.copy, self._mark = Copy.of(weight), _mark(weight)
         if self.copy is not None:
-            x = torch.linspace(-1, 1, self._inputs, device="cpu").to(weight.dtype)
+            x = torch.linspace(-1, 1, self._inputs, dtype=weight.dtype, device="cpu")
             self._limit = next((rows for rows in ROWS if rows <= self._limit and self._pays(x.repeat(rows, 1))), 0)
             self._pause, self._length = 0, PAUSE
         if not self._limit:
