@@ -109,6 +109,26 @@ class Graphs:
         self.replays = 0
         self.refresh(model, running(model))
 
+    @classmethod
+    def wanted(
+        cls,
+        model: PreTrainedModel,
+        store: PagedStore,
+        config: LLMOptConfig,
+        device: torch.device,
+        ranks: Ranks | None,
+    ) -> Graphs | None:
+        """The graphs that were asked for, or, on a GPU, those that can be recorded; arguments as of the class."""
+        if config.graphs is True:
+            return cls(model, store, config, ranks)
+        if config.graphs is False or device.type != "cuda":
+            return None
+        try:
+            found = cls(model, store, config, ranks)
+        except InvalidOption:
+            return None
+        return found if found.why_not is None else None
+
     def refresh(self, model: PreTrainedModel, now: tuple[object, ...]) -> None:
         """Look at the model again, of which `now` runs: graphs of what it no longer is are given up."""
         experts = [getattr(config, "_experts_implementation_internal", None) for config in configs_of(model)]

@@ -83,22 +83,9 @@ class Runner:
         fuses = layers if launched else device.type == "cpu"
         self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None
         self._less: tuple[str, ...] = ()  # what the engine does without
-        self.graphs = self._graphs(model, config)
+        # Where states lie depends on who runs: no address is fixed.
+        self.graphs = None if states else Graphs.wanted(model, store, config, self.device, ranks)
         self.taps: Taps | None = None  # of a drafter that reads hidden states
-
-    def _graphs(self, model: PreTrainedModel, config: LLMOptConfig) -> Graphs | None:
-        """The graphs that were asked for, or those that can be recorded."""
-        if self.states:
-            return None  # where states lie depends on who runs
-        if config.graphs is True:
-            return Graphs(model, self.store, config, self.ranks)
-        if config.graphs is False or self.device.type != "cuda":
-            return None
-        try:
-            found = Graphs(model, self.store, config, self.ranks)
-        except InvalidOption:
-            return None
-        return found if found.why_not is None else None
 
     def _offloading(self, store: PagedStore) -> dict[torch.device, Streams]:
         """What copies pages to and from each device."""
