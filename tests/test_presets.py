@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from hf_llmopt import (
 from hf_llmopt.cli.command import keyword
 from hf_llmopt.cli.service import config_of
 from hf_llmopt.config import PARTS, PRESETS
+from hf_llmopt.config.llmopt import SECTIONS
 from hf_llmopt.errors import InvalidOption
 
 PAGE = Path(__file__).parent.parent / "docs" / "presets.md"
@@ -74,11 +79,26 @@ def test_parts_beside_a_preset() -> None:
         ({"kv_cache": "sink"}, "'sink' is a value of eviction. Give {'eviction': 'sink'}"),
         ({"kv_cache": {"eviction": "SnapKV"}}, "Did you mean 'snapkv'"),
         (b"latency", "got b'latency'"),
+        ("int4,int8", "two values of quantization.method: 'int4' and 'int8'. Choose one of them"),
+        ({"kv_cache": {1: 2}}, "KVCacheConfig: option '1' does not exist"),
     ],
 )
 def test_near_misses(value: object, match: str) -> None:
     with pytest.raises(InvalidOption, match=match):
         LLMOptConfig.parse(value)
+
+
+@pytest.mark.parametrize("section", [LLMOptConfig, *SECTIONS.values()])
+def test_misspelt_keywords(section: type) -> None:
+    names = [each.name for each in fields(section)]
+    with pytest.raises(InvalidOption, match=f"{section.__name__}: option '{names[0]}s' .* Did you mean '{names[0]}'"):
+        section(**{names[0] + "s": None})
+    assert list(inspect.signature(section).parameters) == names
+    assert pickle.loads(pickle.dumps(section())) == copy.deepcopy(section()) == section()
+
+
+def test_bits_alone_name_a_method() -> None:
+    assert [QuantizationConfig(bits=bits).effective_method for bits in (4, 8)] == ["int4", "int8"]
 
 
 def test_a_calibration_set_does_not_fill_the_screen() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import InvalidOption, unknown
-from .section import Section, alike, choices_of, short_repr
+from .section import Named, Section, alike, choices_of, short_repr
 from .sections import (
     AttentionConfig,
     BatchingConfig,
@@ -48,7 +48,7 @@ OPTIONAL = ("prompt_cache", "quantization", "speculative")  # sections that `Non
 
 
 @dataclass(frozen=True)
-class LLMOptConfig:
+class LLMOptConfig(Named):
     """Everything that `llmopt=` can ask for.
 
     Args:
@@ -172,7 +172,10 @@ class LLMOptConfig:
             for home, options in PRESETS.get(name, {section: values}).items():
                 for option, value in options.items():
                     if sections.get(home, {}).get(option, value) != value:
-                        raise InvalidOption(f"llmopt= got {names!r}, which ask for two values of {home}.{option}.")
+                        raise InvalidOption(
+                            f"llmopt= got {names!r}, which ask for two values of {home}.{option}: "
+                            f"{sections[home][option]!r} and {value!r}. Choose one of them."
+                        )
                 sections.setdefault(home, {}).update(options)
         return cls._from_dict(sections)
 

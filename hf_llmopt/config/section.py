@@ -24,8 +24,20 @@ def option(
     return field(default=default, metadata={"kind": kind, "low": low, "high": high, "choices": choices, "own": own})
 
 
+class Named:
+    """Base of configs: an option that does not exist is told by name, in whichever form it was given."""
+
+    def __new__(cls, *_: Any, **options: Any) -> Any:
+        """Refuse unknown options, before dataclasses do without a hint."""
+        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in names:
+                raise unknown(f"{cls.__name__}: option", name, names)
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Section:
+class Section(Named):
     """Base of the parts' sections: validates every field when the object is made."""
 
     main: ClassVar[str | None] = None  # the field that a bare string sets
@@ -72,11 +84,7 @@ class Section:
         if not isinstance(value, Mapping):
             forms = "True, a dict" + (f", a string ({cls.main})" if cls.main else "")
             raise InvalidOption(f"{cls.__name__} is made from {forms} or an object of that class, got {value!r}.")
-        names = [each.name for each in fields(cls)]
-        for name in value:
-            if name not in names:
-                raise unknown(f"{cls.__name__}: option", name, names)
-        return cls(**value)
+        return cls(**{str(name): each for name, each in value.items()})
 
 
 def choices_of(option: Field[Any]) -> tuple[Any, ...]:

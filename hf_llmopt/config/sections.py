@@ -242,10 +242,10 @@ class QuantizationConfig(Section):
     """Part 3, quantization: another number format for the weights of products. Lossy.
 
     Args:
-        method: How codes are found; `None` for `"int4"`, or for whatever quantized files hold. `"int4"` rounds to the
-            nearest code of ranges with the least squared error, `"int8"` likewise, `"fp8"` casts to float8_e4m3; these
-            see only the weights. `"gptq"` (Frantar et al. 2022), `"awq"` (Lin et al. 2023) and `"smoothquant"` (Xiao et
-            al. 2022) also see what the layers read, on `calibration`.
+        method: How codes are found; `None` for `"int4"` (`"int8"` where `bits` is 8), or for whatever quantized files
+            hold. `"int4"` rounds to the nearest code of ranges with the least squared error, `"int8"` likewise, `"fp8"`
+            casts to float8_e4m3; these see only the weights. `"gptq"` (Frantar et al. 2022), `"awq"` (Lin et al. 2023)
+            and `"smoothquant"` (Xiao et al. 2022) also see what the layers read, on `calibration`.
         bits: Of a code: 2, 3, 4 or 8. `None`: 8 for int8, fp8 and smoothquant, 4 for the others.
         group_size: Inputs that share a scale; -1 for all inputs of an output. `None`: -1 for int8, fp8 and
             smoothquant, else that of 128, 64 and 32 which divides the inputs of most weights.
@@ -316,7 +316,7 @@ class QuantizationConfig(Section):
     @property
     def effective_method(self) -> str:
         """The method for full weights."""
-        return self.method or "int4"
+        return self.method or ("int8" if self.bits == 8 else "int4")
 
 
 FOR_CALIBRATED = ("calibration", "samples", "length", "resume")  # options

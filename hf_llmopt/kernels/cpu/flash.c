@@ -112,28 +112,51 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
     }
 }
 
-/* A block's scores become weights; maxima and sums follow, and `shrink` is what the output so far is worth. */
+/* A block's scores become weights, the weights units; maxima and sums follow, and `shrink` is what the output so far is worth. */
 INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end,
                               const ivec *bits, int whole, vec *best, vec *sum, vec *shrink, const int N) {
+    const int plain = PAIR == 2 && whole && a->softcap <= 0 && a->scaling > 0; /* the largest score is the largest product */
+    const float scaling = plain ? a->scaling : 1.0f;
     for (int n = 0; n < N; n++) {
-        vec top = best[n], total = {0};
+        vec top = FN(splat)(-3.4e38f), total = {0};
         for (int t = 0; t < BLOCK; t++) {
-            vec s = score[t * N + n] * a->scaling;
-            if (a->softcap > 0) s = FN(capped)(s, a->softcap);
-            if (!whole) {
-                ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]), back = end[n] - 1 - at;
-                if (a->tree) seen &= (back >= BITS) | ((bits[n] >> (back & (BITS - 1)) & 1) != 0);
-                s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
+            vec s = score[t * N + n];
+            if (!plain) {
+                s *= a->scaling;
+                if (a->softcap > 0) s = FN(capped)(s, a->softcap);
+                if (!whole) {
+                    ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]), back = end[n] - 1 - at;
+                    if (a->tree) seen &= (back >= BITS) | ((bits[n] >> (back & (BITS - 1)) & 1) != 0);
+                    s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
+                }
+                score[t * N + n] = s;
             }
-            score[t * N + n] = s;
             top = FN(max)(top, s);
         }
+        top = FN(max)(best[n], top * scaling);
+#if PAIR == 2
+        const float log2_e = 1.44269504f;
+        const vec base = top * log2_e;
+        for (int t = 0; t < BLOCK; t += 2) {
+            vec w[2];
+            for (int i = 0; i < 2; i++) {
+                vec s = score[(t + i) * N + n];
+                w[i] = FN(exp2_rough)(s * (scaling * log2_e) - base);
+                if (!whole) w[i] = (vec)((ivec)w[i] & (s != -INFINITY));
+                total += w[i];
+            }
+            const uvec low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = low | (low + 16) << 16;
+            __m512bh both = _mm512_cvtne2ps_pbh((__m512)w[1], (__m512)w[0]);
+            score[t / 2 * N + n] = (vec)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
+        }
+#else
         for (int t = 0; t < BLOCK; t++) {
             vec s = score[t * N + n], w = FN(exp)(s - top);
             if (!whole) w = (vec)((ivec)w & (s != -INFINITY));
             score[t * N + n] = w;
             total += w;
         }
+#endif
         shrink[n] = FN(exp)(best[n] - top);
         best[n] = top, sum[n] = sum[n] * shrink[n] + total;
     }
@@ -184,14 +207,6 @@ INLINE void FN(step_rows)(const attention *a, FN(flash_tile) * tile, FN(flash_ro
             FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, tile->query, room->key_units, N);
     }
     FN(flash_softmax)(a, score, from, tile->first, tile->end, tile->bits, whole, tile->best, tile->sum, shrink, N);
-#if PAIR == 2
-    for (int t = 0; t < BLOCK; t += 2)
-        for (int n = 0; n < N; n++) { /* two weights of a row side by side */
-            const uvec low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, places = low | (low + 16) << 16;
-            __m512bh both = _mm512_cvtne2ps_pbh((__m512)score[(t + 1) * N + n], (__m512)score[t * N + n]);
-            score[t / 2 * N + n] = (vec)_mm512_permutexvar_epi16((__m512i)places, (__m512i)both);
-        }
-#endif
     for (int n = 0; n < N; n++)
         if (FN(differs)(shrink[n]))
             for (long d = 0; d < room->value_room; d++) tile->output[d * N + n] *= shrink[n];

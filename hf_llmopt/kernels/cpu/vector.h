@@ -133,6 +133,20 @@ INLINE vec FN(exp)(vec x) {
 #endif
 }
 
+#ifdef HAS_BF16_DOT
+/* 2^x within 3 millionths, for what is rounded to bf16: scalef takes the whole part of x, a polynomial the rest (fitted here
+ * for the least relative error on [0, 1]). */
+INLINE vec FN(exp2_rough)(vec x) {
+    vec r = (vec)_mm512_reduce_ps((__m512)x, 9); /* x - floor(x) */
+    vec p = FN(splat)(1.353417e-2f);
+    p = p * r + 5.201147e-2f;
+    p = p * r + 2.4144275e-1f;
+    p = p * r + 6.9300384e-1f;
+    p = p * r + 1.0f;
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+#endif
+
 /* x / (1 + e^-x), a division being slower than the rest: Newton's steps for the reciprocal and for the remainder. */
 INLINE vec FN(silu)(vec x) {
     vec d = FN(exp)(-x) + 1.0f;
