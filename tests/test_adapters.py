@@ -70,7 +70,8 @@ def test_each_request_has_its_own(name: str, options) -> None:
     assert len({tuple(alone(model, prompts[0], adapter)) for adapter in NAMES[:3]}) == 3, "adapters change nothing"
     with Engine(model, options) as engine:
         seen = passes_of(engine)
-        handles = [engine.submit(ids, adapter=NAMES[index % 4], **KW) for index, ids in enumerate(prompts)]
+        with engine.loop.lock:  # they come together
+            handles = [engine.submit(ids, adapter=NAMES[index % 4], **KW) for index, ids in enumerate(prompts)]
         assert [handle.result() for handle in handles] == expected
     assert max(map(len, seen)) >= 3, "different adapters never shared a pass"
 
@@ -106,7 +107,8 @@ def test_preempted(swap_bytes: int) -> None:
     prompts = [prompt(12, index) for index in range(6)]
     with Engine(model, config) as engine:
         long = {**KW, "max_new_tokens": 24}
-        handles = [engine.submit(ids, adapter=NAMES[index % 4], **long) for index, ids in enumerate(prompts)]
+        with engine.loop.lock:  # they come together
+            handles = [engine.submit(ids, adapter=NAMES[index % 4], **long) for index, ids in enumerate(prompts)]
         tokens = [handle.result() for handle in handles]
         assert sum(handle.stats.preemptions for handle in handles), "nobody lost its pages"
     assert tokens == [alone(model, ids, NAMES[index % 4], max_new_tokens=24) for index, ids in enumerate(prompts)]

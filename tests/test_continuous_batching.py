@@ -132,7 +132,8 @@ def test_preempted_by_either_way(model, name: str, swaps: bool, monkeypatch: pyt
     monkeypatch.setattr("hf_llmopt.engine.mover.Costs.favour_copy", lambda *_: swaps)
     prompts = [prompt(10, seed) for seed in range(4)]
     with Engine(served, {"kv_cache": {"page_size": 4, "max_tokens": 80}}) as engine:
-        handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
+        with engine.loop.lock:  # they come together
+            handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
         assert [handle.result(60) for handle in handles] == [stock(served, ids, max_new_tokens=30) for ids in prompts]
         assert sum(handle.stats.preemptions for handle in handles) > 0
         assert sum(handle.stats.swaps for handle in handles) == swaps * sum(h.stats.preemptions for h in handles)
@@ -157,7 +158,8 @@ def test_host_memory_for_swaps_is_bounded(model, monkeypatch: pytest.MonkeyPatch
     prompts = [prompt(10, seed) for seed in range(4)]
     config = {"kv_cache": {"page_size": 4, "max_tokens": 80}, "batching": {"swap_bytes": 100}}
     with Engine(model("llama"), config) as engine:
-        handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
+        with engine.loop.lock:  # they come together
+            handles = [engine.submit(ids, max_new_tokens=30, **KW) for ids in prompts]
         for handle in handles:
             handle.result(60)
         assert sum(handle.stats.preemptions for handle in handles) > 0

@@ -317,10 +317,11 @@ def test_one_request_that_looks_is_enough(served: list[int]) -> None:
     model = wide("llama")
     tokens = PROMPT[0].tolist()
     with Engine(model) as engine:
-        both = [
-            engine.submit(tokens, max_new_tokens=20, eos_token_id=None, logprobs=2),
-            engine.submit(tokens[::-1], max_new_tokens=6, eos_token_id=None),
-        ]
+        with engine.loop.lock:  # they come together
+            both = [
+                engine.submit(tokens, max_new_tokens=20, eos_token_id=None, logprobs=2),
+                engine.submit(tokens[::-1], max_new_tokens=6, eos_token_id=None),
+            ]
         looked, other = (handle.result() for handle in both)
         logprobs = both[0].logprobs
         mixed = list(served)

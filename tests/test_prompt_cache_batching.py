@@ -134,7 +134,8 @@ def test_urgent_requests_find_too(model) -> None:
     served, shared = cold(model("llama")), text(40, 99)
     with Engine(served, config(80, policy="priority", max_requests=2)) as engine:
         engine.submit(shared, max_new_tokens=1, **KW).result(60)
-        patient = [engine.submit(shared + text(3, seed), max_new_tokens=24, **KW) for seed in range(2)]
+        with engine.loop.lock:  # they come together
+            patient = [engine.submit(shared + text(3, seed), max_new_tokens=24, **KW) for seed in range(2)]
         for handle in patient:
             next(iter(handle))
         urgent = engine.submit(shared + text(3, 7), max_new_tokens=4, priority=1, **KW)

@@ -152,9 +152,10 @@ def test_preempted_requests(model):
     config = {"kv_cache": {"page_size": 4, "max_tokens": 48}}
     theirs = [alone(model, ids, index, **SAMPLED, max_new_tokens=20) for index, ids in enumerate(texts)]
     with Engine(model, config) as engine:
-        handles = [
-            engine.submit(ids, seed=index, **NEVER, **SAMPLED, max_new_tokens=20) for index, ids in enumerate(texts)
-        ]
+        with engine.loop.lock:  # they come together
+            handles = [
+                engine.submit(ids, seed=index, **NEVER, **SAMPLED, max_new_tokens=20) for index, ids in enumerate(texts)
+            ]
         assert [handle.result(60) for handle in handles] == theirs
         assert sum(handle.stats.preemptions for handle in handles) > 0
         assert not engine.loop.store.pages_used
