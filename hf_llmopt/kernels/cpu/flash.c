@@ -112,7 +112,7 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
     }
 }
 
-/* A block's scores become weights, the weights units; maxima and sums follow, and `shrink` is what the output so far is worth. */
+/* Scores of a block become weights, and pairs of them units; `shrink` is what the output so far is worth now. */
 INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end,
                               const ivec *bits, int whole, vec *best, vec *sum, vec *shrink, const int N) {
     const int plain = PAIR == 2 && whole && a->softcap <= 0 && a->scaling > 0; /* the largest score is the largest product */
