@@ -65,8 +65,10 @@ def test_equality(name: str, sampling: dict) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_found_prompts(name: str) -> None:
+def test_found_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found on the device, and in host memory after the pool had to give it up."""
+    # A tiny model may compute a page faster than it is loaded, and then nothing is kept in host memory.
+    monkeypatch.setattr("hf_llmopt.prompt_cache.tree.host_seconds", lambda store: 0.0)
     model = build(name).cuda()
     config = {"kv_cache": {"page_size": 4, "max_tokens": 64}, "prompt_cache": {"host_bytes": 10**8}, "strict": True}
     shared = torch.randint(3, 90, (1, 21), device="cuda")
@@ -79,7 +81,7 @@ def test_found_prompts(name: str) -> None:
             assert torch.equal(ours, model.generate(prompt, **arguments)), turn
             found.append(model.llmopt.stats.cached_tokens)
     assert found[0] == 0
-    assert all(tokens >= 16 for tokens in found[2::2])
+    assert min(found[2::2]) >= 16
     assert model.llmopt.engine.store.pages_used == 0
 
 
