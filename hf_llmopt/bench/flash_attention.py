@@ -160,7 +160,7 @@ def decode(batch: int, context: int, generator: torch.Generator) -> dict[str, An
     size = 4 * batch * context * KV_HEADS * WIDTH
     cases = [problem(batch, context, 1, generator, False) for _ in range(max(1, int(-(-CACHE // size))))]
     plan = decode.plan(cases[0].query, cases[0].seen, batch, 1)
-    ours = [partial(decode.decode, c.query, c.seen, c.tiles(1), 1, plan[1], plan[0]) for c in cases]
+    ours = [partial(decode.decode, c.query, c.seen, c.tiles(1), 1, plan) for c in cases]
     ways: dict[str, Any] = {"triton": ours}
     if size <= DENSE:
         ways["flash"] = []
@@ -169,7 +169,7 @@ def decode(batch: int, context: int, generator: torch.Generator) -> dict[str, An
             folded = query.reshape(batch, KV_HEADS, -1, WIDTH)  # the heads of a key head are its queries
             ways["flash"].append(partial(_torch, BACKENDS["flash"], folded, keys, values))
     found = _measured(cases[0], ways, 20, "gigabytes", 1e-3 * size)
-    return {"batch": batch, "context": context, "parts": plan[1]} | found
+    return {"batch": batch, "context": context, "parts": plan.split} | found
 
 
 def _torch(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

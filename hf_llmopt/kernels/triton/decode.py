@@ -5,15 +5,15 @@ and a part of the span's keys. A second kernel joins the parts by the logarithms
 flash-decoding). Lengths, tables and tiles are read on the device and the grid is fixed, so that a CUDA graph replays
 the same launch while contexts grow: parts that have no keys return at once.
 
-Where programs are few, a part is one block of keys, and a program reads it while the launch before still runs (see
-`dependent.py`): what it waits for is the queries, and the keys and values of their own tokens.
+A program may read the first block of its part while the launch before still runs (see `dependent.py`): what it waits
+for is the queries, and the keys and values of their own tokens. Where programs are few, that block is the whole part.
 
 The twin is `reference.paged_attention`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -45,13 +45,28 @@ if TYPE_CHECKING:
 
 TOKENS = 16  # the longest span that is decoded
 PROGRAMS = 4  # for each multiprocessor
+PROGRAMS_AHEAD = 3  # of a single row that reads ahead: more do not fit, since what they have read takes registers
 PARTS = 128  # of a span's keys, at most
 SMALL = 2**24  # numbers that a launch reads: where it reads more, it begins when the one ahead has ended
 LEAST_KEYS = 64  # of a part: fewer cost more to join than they save
-# Parts that are read ahead, where the product before has one row, and several: keys, warps, and programs for each
-# multiprocessor at most. Its programs of one row begin early and leave less room.
+# Parts of one block that are read ahead, where the product before has one row, and several: keys, warps, and programs
+# for each multiprocessor at most. Its programs of one row begin early and leave less room.
 AHEAD_ONE = ((128, 4, 2),)
 AHEAD = (128, 4, 1), (256, 8, 1)
+
+
+class Plan(NamedTuple):
+    """How a launch is tiled.
+
+    Attributes:
+        shape: Of the tiling.
+        split: Parts that a span's keys are split into, at most.
+        ahead: Whether the first block of a part is read ahead; not for pages of another format.
+    """
+
+    shape: Shape
+    split: int
+    ahead: bool = False
 
 
 @triton.jit
@@ -171,14 +186,15 @@ def _join(
     part = tl.arange(0, BLOCK_S)
     filled = (part == 0) | ((part < SPLIT) & ((begin + part * each) * BLOCK_N < stop))
     place = row * SPLIT + part
+    v = tl.arange(0, BLOCK_V)
+    inside = filled[:, None] & (v < VALUE_DIM)[None, :]
     ready(EARLY)
+    # Asked for first: they are on their way while the sums are added.
+    total = tl.load(parts + place[:, None] * VALUE_DIM + v[None, :], mask=inside, other=0.0)
     largest = tl.load(sums + place * 2, mask=filled, other=LEAST)
     weight = tl.load(sums + place * 2 + 1, mask=filled, other=0.0)
     factor = tl.exp2(largest - tl.max(largest, 0))
     weight = tl.sum(weight * factor, 0)
-    v = tl.arange(0, BLOCK_V)
-    inside = filled[:, None] & (v < VALUE_DIM)[None, :]
-    total = tl.load(parts + place[:, None] * VALUE_DIM + v[None, :], mask=inside, other=0.0)
     total = tl.sum(total * factor[:, None], 0) / tl.where(weight > 0, weight, 1)
     tl.store(out + row * VALUE_DIM + v, total.to(out.dtype.element_ty), mask=v < VALUE_DIM)
 
@@ -202,7 +218,7 @@ def shape_for(query: Tensor, seen: Seen, tokens: int) -> Shape:
     return Shape(rows, 64, 4, 2 if rows == 16 else 3)
 
 
-def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int]:
+def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> Plan:
     """A tiling, and parts of the keys that fill the device.
 
     Args:
@@ -212,29 +228,32 @@ def plan(query: Tensor, seen: Seen, spans: int, tokens: int) -> tuple[Shape, int
         tokens: Of the longest span.
     """
     shape = shape_for(query, seen, tokens)
+    programs, ahead, single = PROGRAMS, False, len(query) == 1
     if shape == Shape(16, 64, 4, 2) and early(query.device)["EARLY"]:
-        for keys, warps, most in AHEAD_ONE if len(query) == 1 else AHEAD:
+        for keys, warps, most in AHEAD_ONE if single else AHEAD:
             split = -(-seen.longest // keys)
             if spans * seen.shape.kv_heads * split <= most * multiprocessors(query.device):
-                return Shape(16, keys, warps, 1), split
-    programs = PROGRAMS * multiprocessors(query.device) // (spans * seen.shape.kv_heads)
-    return shape, max(1, min(programs, -(-seen.longest // max(LEAST_KEYS, shape.keys)), PARTS))
+                return Plan(Shape(16, keys, warps, 1), split, True)
+        if single:
+            shape, programs, ahead = Shape(16, 64, 4, 3), PROGRAMS_AHEAD, True
+    programs = programs * multiprocessors(query.device) // (spans * seen.shape.kv_heads)
+    return Plan(shape, max(1, min(programs, -(-seen.longest // max(LEAST_KEYS, shape.keys)), PARTS)), ahead)
 
 
-def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, shape: Shape) -> Tensor:
+def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, plan: Plan) -> Tensor:
     """Attention of short spans over their requests' pages.
 
     Args:
         query: `[tokens, heads, key_dim]`.
         seen: What they attend to; its tensors lie on the query's device.
         tiles: Of each span the first token, how many, and its request's, int32 `[spans, 3]`; as for `extend.extend`.
-        tokens: Of the longest span, at most TOKENS; with the query heads of a key head at most `shape.rows`.
-        split: Parts that a span's keys are split into, at most.
-        shape: Of the tiling; with one stage, the first keys of a part are read ahead.
+        tokens: Of the longest span, at most TOKENS; with the query heads of a key head at most `plan.shape.rows`.
+        plan: How the launch is tiled.
 
     Returns:
         `[tokens, heads, value_dim]`; what no tile names is not written.
     """
+    shape, split, ahead = plan
     kv_heads, key_dim, value_dim = seen.shape
     heads = query.shape[1]
     least = -(-LEAST_KEYS // shape.keys)
@@ -251,8 +270,7 @@ def decode(query: Tensor, seen: Seen, tiles: Tensor, tokens: int, split: int, sh
         query.stride(0), query.stride(1), seen.table.shape[1],
         **constants, BLOCK_M=shape.rows, BLOCK_N=shape.keys,
         SPLIT=split, LEAST_BLOCKS=least, STAGES=shape.stages, num_warps=shape.warps,
-        AHEAD=shape.stages == 1 and seen.form is None,
-        **(early(query.device) if small else {"EARLY": False}),
+        AHEAD=ahead, **(early(query.device) if small or ahead else {"EARLY": False}),
     )  # fmt: skip
     if split > 1:
         _join[(heads, tokens, len(tiles))](
