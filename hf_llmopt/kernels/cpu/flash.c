@@ -115,22 +115,20 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
 /* Scores of a block become weights, and pairs of them units; `shrink` is what the output so far is worth now. */
 INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end,
                               const ivec *bits, int whole, vec *best, vec *sum, vec *shrink, const int N) {
-    const int plain = PAIR == 2 && whole && a->softcap <= 0 && a->scaling > 0; /* the largest score is the largest product */
+    const int plain = a->softcap <= 0 && a->scaling > 0; /* the largest score is the largest product */
     const float scaling = plain ? a->scaling : 1.0f;
     for (int n = 0; n < N; n++) {
         vec top = FN(splat)(-3.4e38f), total = {0};
         for (int t = 0; t < BLOCK; t++) {
             vec s = score[t * N + n];
-            if (!plain) {
-                s *= a->scaling;
-                if (a->softcap > 0) s = FN(capped)(s, a->softcap);
-                if (!whole) {
-                    ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]), back = end[n] - 1 - at;
-                    if (a->tree) seen &= (back >= BITS) | ((bits[n] >> (back & (BITS - 1)) & 1) != 0);
-                    s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
-                }
-                score[t * N + n] = s;
+            if (!plain) s *= a->scaling;
+            if (a->softcap > 0) s = FN(capped)(s, a->softcap);
+            if (!whole) {
+                ivec at = (int32_t)(from + t) - (ivec){0}, seen = (at >= first[n]) & (at < end[n]), back = end[n] - 1 - at;
+                if (a->tree) seen &= (back >= BITS) | ((bits[n] >> (back & (BITS - 1)) & 1) != 0);
+                s = (vec)(((ivec)s & seen) | ((ivec)FN(splat)(-INFINITY) & ~seen));
             }
+            if (!plain || !whole) score[t * N + n] = s;
             top = FN(max)(top, s);
         }
         top = FN(max)(best[n], top * scaling);
@@ -151,7 +149,7 @@ INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const i
         }
 #else
         for (int t = 0; t < BLOCK; t++) {
-            vec s = score[t * N + n], w = FN(exp)(s - top);
+            vec s = score[t * N + n], w = FN(exp)(s * scaling - top);
             if (!whole) w = (vec)((ivec)w & (s != -INFINITY));
             score[t * N + n] = w;
             total += w;
@@ -202,9 +200,8 @@ INLINE void FN(step_rows)(const attention *a, FN(flash_tile) * tile, FN(flash_ro
     } else
 #endif
     {
-        memset(score, 0, (size_t)(BLOCK * N) * sizeof *score);
         for (int t = 0; t < BLOCK; t += M)
-            FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, tile->query, room->key_units, N);
+            FN(outer)(score + t * N, room->key + t * room->key_units, room->key_units, 1, tile->query, room->key_units, 0, N);
     }
     FN(flash_softmax)(a, score, from, tile->first, tile->end, tile->bits, whole, tile->best, tile->sum, shrink, N);
     for (int n = 0; n < N; n++)
@@ -216,7 +213,7 @@ INLINE void FN(step_rows)(const attention *a, FN(flash_tile) * tile, FN(flash_ro
     if (room->turned) return;
 #endif
     for (long d = 0; d < room->value_room; d += M)
-        FN(outer)(tile->output + d * N, room->value + d, 1, room->value_room, score, BLOCK / PAIR, N);
+        FN(outer)(tile->output + d * N, room->value + d, 1, room->value_room, score, BLOCK / PAIR, 1, N);
 }
 
 INLINE void FN(end_rows)(const attention *a, const flash_tiles *all, const FN(flash_tile) * tile, const int N) {

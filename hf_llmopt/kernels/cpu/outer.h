@@ -10,21 +10,21 @@ INLINE vec FN(multiply)(vec sum, vec rows, uint32_t unit) {
 #endif
 }
 
-/* M rows of `sum` [..][N] get += a [M][count units] b [count units][N]; a unit lies at m * across + k * along. The products of
- * CHAIN units are summed first: the error of a sum grows with its length. */
+/* M rows of `sum` [..][N] get a [M][count units] b [count units][N], `added` to what they hold or not; a unit lies at m * across
+ * + k * along. The products of CHAIN units are summed first: the error of a sum grows with its length. */
 #define M 4
 #define CHAIN 64
-INLINE void FN(outer)(vec *sum, const uint32_t *a, long across, long along, const vec *b, long count, const int N) {
+INLINE void FN(outer)(vec *sum, const uint32_t *a, long across, long along, const vec *b, long count, const int added, const int N) {
     for (long from = 0; from < count; from += CHAIN) {
         vec s[M * MOST] = {0};
         for (long k = from; k < count && k < from + CHAIN; k++) {
             vec rows[MOST];
-            memcpy(rows, b + k * N, (size_t)N * sizeof *rows);
+            _Pragma("GCC unroll 4") for (int n = 0; n < N; n++) rows[n] = b[k * N + n];
             _Pragma("GCC unroll 4") for (int m = 0; m < M; m++)
                 _Pragma("GCC unroll 4") for (int n = 0; n < N; n++)
                     s[m * N + n] = FN(multiply)(s[m * N + n], rows[n], a[m * across + k * along]);
         }
-        _Pragma("GCC unroll 16") for (int i = 0; i < M * N; i++) sum[i] += s[i];
+        _Pragma("GCC unroll 16") for (int i = 0; i < M * N; i++) sum[i] = added || from ? sum[i] + s[i] : s[i];
     }
 }
 
