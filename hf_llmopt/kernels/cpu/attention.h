@@ -72,7 +72,7 @@ static inline int attention_many(const attention *a, int threads) {
     return attention_jobs(a) >= 4L * threads;
 }
 #define FLASH_ROWS 64  /* of a tile */
-#define FLASH_TILES 4  /* that share what was made of a block of keys */
+#define FLASH_TILES 16 /* that share what was made of a block of keys, at most */
 #define FLASH_BLOCK 64 /* keys that a tile sees at a time */
 static inline long flash_room(const attention *a) { /* floats of a thread: query and output, keys and values; alignment */
     long key = (a->key_dim + 15) / 16 * 16, value = (a->value_dim + 15) / 16 * 16;

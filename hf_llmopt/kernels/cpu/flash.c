@@ -336,7 +336,8 @@ void FN(flash_team)(const attention *a) {
         FN(shape_tiles)(full, bytes);
     }
 #endif
-    long together = TILES, groups;
+    /* With AMX making a block takes long beside its products, and the second cache holds 2 MB. */
+    long together = room.turned ? TILES : TILES / 4, groups;
     while ((groups = FN(flash_groups)(a, together)) < EACH * team_size() && together > 1) together /= 2;
 #pragma omp for schedule(dynamic, 1)
     for (long i = 0; i < groups; i++) {
