@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from hf_llmopt.bench import flash_attention_cpu as bench
 from hf_llmopt.bench import flash_attention_plain as plain
 from hf_llmopt.bench import plots, report
+from hf_llmopt.bench.measure import weight_bytes
+from hf_llmopt.bench.workloads import build
 from hf_llmopt.cli import app
 from hf_llmopt.kernels import cpu
 
@@ -42,6 +44,10 @@ def test_errors_and_tokens_stand_beside_times(found: dict[str, Any]) -> None:
     assert decode["equality"]["same"]
     assert decode["equality"]["tokens"] == bench.QUICK.new_tokens
     assert decode["ratio"]["ratio"] > 0
+    model = build("0.5b", torch.bfloat16, 0, miniature=True)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    token = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * width
+    assert decode["read_bytes"] == weight_bytes(model) + token * (bench.QUICK.context + 1)
 
 
 def test_tables_and_picture(found: dict[str, Any]) -> None:
@@ -52,6 +58,7 @@ def test_tables_and_picture(found: dict[str, Any]) -> None:
         assert all(len(row) == len(table.columns) for row in table.rows)
         report.markdown(table)
     assert all(float(figure) > 0 for row in tables[0].rows for figure in row[4:6])
+    assert "reading all weights and keys takes" in tables[2].caption
     assert [row[4] for row in tables[2].rows] == [""], "miniatures have no goal"
     drawing = ElementTree.fromstring(plots.prompts(found["prompts"]))
     circles = [part for part in drawing if part.tag.endswith("circle")]

@@ -16,10 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from ..kernels import cpu
+from .cpu_kinds import read_bandwidth
 from .equality import worst
 from .flash_attention import OnRun, Problem, problem
 from .load_memory import watching
-from .measure import Run, environment, generate, interleave, paired_ratio, summary
+from .measure import Run, environment, generate, interleave, paired_ratio, summary, weight_bytes
 from .report import Table, machine_text, ratio_text, same_text
 from .workloads import build
 
@@ -187,6 +188,8 @@ def _decode(size: Size, repeats: int, seed: int, on_run: OnRun) -> dict[str, Any
     reasons += sorted({f"transformers served the call: {s.reason}" for s in stats if s.served_by != "llmopt"})
     if any("cpu" not in s.attention for s in stats):
         reasons.append("the attention kernel did not run")
+    read = weight_bytes(model) + sum(part.nbytes for layer in range(len(pages)) for part in pages.dense(layer))
+    rate = read_bandwidth(torch.ones(2**17 if size.miniature else 2**27, dtype=torch.int64))
     times = {name: [run.ms_per_step for run in found] for name, found in runs.items()}
     ratio = paired_ratio(times[STOCK], times[OURS])
     return {
@@ -195,6 +198,8 @@ def _decode(size: Size, repeats: int, seed: int, on_run: OnRun) -> dict[str, Any
         "new_tokens": size.new_tokens,
         "prompt_seconds": prompt,
         "ms_per_step": {name: summary(found) for name, found in times.items()},
+        "read_bytes": read,
+        "bytes_per_second": rate,
         "equality": outcome.to_dict(),
         "reasons": reasons,
         "goal": GOAL,
@@ -258,6 +263,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
     if "decode" in report:
         case = report["decode"]
         row = [f"{case['context']:,}", *(_milliseconds(case["ms_per_step"][name]["median"]) for name in (STOCK, OURS))]
+        if "read_bytes" in case:  # not in older reports
+            reading = 1e3 * case["read_bytes"] / case["bytes_per_second"]
+            rounds += f"; reading all weights and keys takes {_milliseconds(reading)} ms"
         goal = "" if report["quick"] else f"{case['goal']:g}"
         row += [ratio_text(case["ratio"]) or "FAILED", goal, same_text(case["equality"])]
         columns = ["context", "stock ms/step", "llmopt ms/step", "× stock", "goal", "same tokens"]
