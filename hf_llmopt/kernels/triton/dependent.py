@@ -11,8 +11,8 @@ having waited, a whole launch may not: what waits for it would wait for nothing 
 
 Programs that begin early take what room there is, and the rest of their launch is spread unevenly. So only kernels
 whose programs are small and short say it at their beginning, others at their end. Attention that reads keys ahead says
-it once it has waited, which was 0.5 % of a layer shorter, and attention over long contexts does not begin early at
-all: on an H100 it took 5 % longer. Asking for weights while waiting (prefetch into L2) cost more than it saved.
+it once it has waited, which was 0.5 % of a layer shorter, and other attention over long contexts does not begin early
+at all: on an H100 it took 5 % longer. Asking for weights while waiting (prefetch into L2) cost more than it saved.
 
 Source: PTX ISA, "griddepcontrol".
 """
