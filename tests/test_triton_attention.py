@@ -503,3 +503,4 @@ def test_bench_measures() -> None:
     report = flash_attention.bench([(1, 512, 512), (1, 1024, 256)], [(2, 2048)])
     assert report["passed"], flash_attention.failures(report)
     assert all(min(times) > 0 for found in report["prefill"] for times in found["microseconds"].values())
+    assert report["decode"][0]["reading"] > 0
