@@ -360,8 +360,10 @@ def test_pack_rows(dtype: torch.dtype, level: str, form: PageFormat) -> None:
         assert (error <= (8 if form.name == "fp8" else 0.54) * step).all()
 
 
+@pytest.mark.parametrize("scaling", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-def test_long_and_short_spans_agree_on_extremes(level: str) -> None:
+def test_long_and_short_spans_agree_on_extremes(level: str, dtype: torch.dtype, scaling: float) -> None:
     """NaN and infinity reach the rows that see them, and numbers near the end of the format are ordinary ones."""
     table = torch.arange(3, dtype=torch.int32)[None]
     items = torch.tensor([[0, 0, end] for end in range(1, 41)], dtype=torch.int32)
@@ -372,8 +374,11 @@ def test_long_and_short_spans_agree_on_extremes(level: str) -> None:
     low[:, 0, 0], slope[:, 0, 0] = -1e33, torch.arange(1.0, 49)
     with cpu.using(level):
         for q, k in ((bad, keys), (low, slope)):
-            long, short = (cpu.attention(q, Seen(k, values, table, items, 16, 40, 1.0, tiled=t)) for t in (5, 1000))
-            torch.testing.assert_close(long, short, rtol=1e-5, atol=1e-5, equal_nan=True)
+            numbers = [part.to(dtype) for part in (k, values)]
+            seen = [Seen(*numbers, table, items, 16, 40, scaling, tiled=tiled) for tiled in (5, 1000)]
+            long, short = (cpu.attention(q.to(dtype), each) for each in seen)
+            bound = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(long, short, rtol=bound, atol=bound, equal_nan=True)
             assert long.isnan().any() == (q is bad)
             assert not long[:7].isnan().any()
 
@@ -381,6 +386,10 @@ def test_long_and_short_spans_agree_on_extremes(level: str) -> None:
 def test_malformed_calls_are_refused() -> None:
     from hf_llmopt.kernels.cpu import _C
 
+    wide = torch.zeros(1, 1, cpu.MAX_DIM + 1)
+    index = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="malformed"):
+        cpu.attention(wide, Seen(wide, wide, index, torch.tensor([[0, 0, 1]], dtype=torch.int32), 1, 1, 1.0))
     with pytest.raises(ValueError, match="malformed"):
         _C.linear(0, 0, 1, 0)
     with pytest.raises(ValueError, match="malformed"):

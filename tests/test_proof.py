@@ -126,6 +126,16 @@ def test_batch_invariance_is_refused_every_time() -> None:
     assert torch.equal(model.generate(ids(), llmopt=options, **KW), expected)
 
 
+@needs_kernels
+def test_heads_that_are_too_wide_for_the_kernels() -> None:
+    model = build("qwen3", head_dim=640)
+    expected = model.generate(ids(), llmopt=False, **KW)
+    assert torch.equal(model.generate(ids(), llmopt={"strict": True}, **KW), expected)
+    assert "cpu" not in model.llmopt.stats.attention
+    with pytest.raises(errors.UnsupportedModel, match="batch_invariant=True needs the C kernels: heads of up to 512"):
+        model.generate(ids(), llmopt={"batch_invariant": True}, **KW)
+
+
 @pytest.mark.parametrize(("value", "said"), [("off", "HF_LLMOPT_CPU=off"), ("portable", "level portable"), ("sse", "")])
 def test_a_level_from_the_environment(value: str, said: str) -> None:
     """In a process of its own: the extension is loaded once."""

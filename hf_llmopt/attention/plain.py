@@ -29,6 +29,7 @@ from .strided import items
 # Measured on 2 cores of an AMD EPYC with AVX-512, all formats and shapes of heads: from here on no shape is slower than
 # in torch, and few are below.
 LONG = 128
+LONGEST = 1024  # that the kernel is tried with on a CPU
 
 
 def mask(**arguments: Any) -> Tensor | None:
@@ -189,8 +190,10 @@ def _kernel(tokens: int, dtype: torch.dtype, device: torch.device, widest: int =
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return None  # they read addresses
     if device.type == "cpu":
-        serves = widest <= cpu.MAX_DIM and cpu.available() and _wins(dtype, torch.get_num_threads(), cpu.used())
-        return _ours if serves else None
+        if widest > cpu.MAX_DIM or not cpu.available():
+            return None
+        length = 1 << min(tokens, LONGEST).bit_length() - 1
+        return _ours if _wins(dtype, length, torch.get_num_threads(), cpu.used()) else None
     if widest > gpu.WIDEST or not _has_triton(device) or torch.cuda.is_current_stream_capturing():
         return None
     return strided
@@ -212,9 +215,9 @@ def _faster(ours: Callable[[], Any], theirs: Callable[[], Any], query: Tensor, v
 
 
 @cache
-def _wins(dtype: torch.dtype, threads: int, level: str) -> bool:
+def _wins(dtype: torch.dtype, tokens: int, threads: int, level: str) -> bool:
     """Whether the kernel is faster than torch's: measured once, for that depends on the instructions that there are."""
-    query = torch.ones(1, 8, 2 * LONG, 64, dtype=dtype, device="cpu")  # no draw: the user's seed must not notice
+    query = torch.ones(1, 8, tokens, 64, dtype=dtype, device="cpu")  # no draw: the user's seed must not notice
     ours = partial(_ours, query, query, query, None, 1.0, None, None)
     first, second = best_seconds([ours, partial(scaled_dot_product_attention, query, query, query, is_causal=True)])
     return first <= second

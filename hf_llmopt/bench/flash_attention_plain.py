@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from ..attention import NAME
 from ..attention import plain as attention
@@ -57,9 +59,10 @@ CASES = (
 class Layer(nn.Module):
     """What attention functions ask of their module."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, sinks: Tensor | None) -> None:
         super().__init__()
         self.num_key_value_groups, self.is_causal = groups, True
+        self.register_buffer("sinks", sinks)
 
 
 def measure(case: Case, heads: tuple[int, int, int], generator: torch.Generator) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def measure(case: Case, heads: tuple[int, int, int], generator: torch.Generator)
         "batch_size": rows, "q_length": tokens, "kv_length": tokens, "mask_function": function,
         "attention_mask": real if case.padded else None, "local_size": case.window, "dtype": dtype, "device": device,
     }  # fmt: skip
-    layer, scaling = Layer(count // kv_heads).eval(), width**-0.5
+    layer, scaling = Layer(count // kv_heads, sinks).eval(), width**-0.5
     seen, mask = attention.mask(**told), sdpa_mask(**told)
     square = (
         mask if mask is not None else torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None]
@@ -94,10 +97,11 @@ def measure(case: Case, heads: tuple[int, int, int], generator: torch.Generator)
     ways: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: attention.attention(layer, query, key, value, seen, scaling, 0.0, case.softcap, sinks)[0]
     }
-    if case.softcap or case.sinks:  # transformers has no kernel for them
-        ways[STOCK] = lambda: reference.attention(query, key, value, square, scaling, case.softcap, sinks).transpose(
-            1, 2
-        )
+    if case.softcap or case.sinks:  # transformers has no kernel for them, and its models write scores down
+        mask = torch.zeros_like(square, dtype=dtype).masked_fill(~square, torch.finfo(dtype).min)
+        options = {"softcap": case.softcap} if case.softcap else {}
+        eager = (modeling_gpt_oss if case.sinks else modeling_gemma2).eager_attention_forward
+        ways[STOCK] = lambda: eager(layer, query, key, value, mask, dropout=0.0, scaling=scaling, **options)[0]
     else:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         ways[STOCK] = lambda: sdpa(layer, query, key, value, mask, dropout=0.0, scaling=scaling)[0]

@@ -21,6 +21,7 @@ from .sections import (
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_cache": ("kv_cache", {}),
     "prompt_cache": ("prompt_cache", {}),
+    "flash_attention": ("attention", {}),
     "continuous_batching": ("batching", {}),
     "speculative": ("speculative", {}),
     "int8": ("quantization", {"method": "int8"}),

@@ -56,7 +56,9 @@ class Section(Named):
                 raise unknown(f"{where}: value", value, choices)
         elif isinstance(value, bool) or not isinstance(value, (int, float) if rule["kind"] is float else rule["kind"]):
             wanted = WANTED[rule["kind"]]
-            raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).")
+            homes = self._homes(value)
+            other = f" That is a value of {homes[0]}: {homes[0]}={value!r}." if homes else ""
+            raise InvalidOption(f"{where} takes {wanted}, got {value!r} ({type(value).__name__}).{other}")
         elif rule["kind"] in (int, float) and not rule["low"] <= value <= rule["high"]:
             above = f" and at most {rule['high']}" if rule["high"] != float("inf") else ""
             raise InvalidOption(f"{where} must be at least {rule['low']}{above}, got {value!r}.")
@@ -67,6 +69,11 @@ class Section(Named):
         return value is not default and (default is None or value != default)
 
     @classmethod
+    def _homes(cls, value: Any) -> list[str]:
+        """The options that a string is a value of."""
+        return [each.name for each in fields(cls) if isinstance(value, str) and value in choices_of(each)]
+
+    @classmethod
     def parse(cls: type[S], value: Any) -> S:
         """Accept `True`, a string (the main field), a dict or an object of this class."""
         if isinstance(value, cls):
@@ -74,11 +81,16 @@ class Section(Named):
         if value is True:
             return cls()
         if isinstance(value, str) and cls.main is not None:
-            homes = [each.name for each in fields(cls) if value in choices_of(each)]
+            homes = cls._homes(value)
             if homes and cls.main not in homes and choices_of(cls.__dataclass_fields__[cls.main]):
                 raise InvalidOption(
                     f"{cls.__name__}: a string by itself is its {cls.main}, and {value!r} is a value of {homes[0]}. "
                     f"Give {{{homes[0]!r}: {value!r}}}."
+                )
+            if value in (each.name for each in fields(cls)):
+                raise InvalidOption(
+                    f"{cls.__name__}: a string by itself is its {cls.main}, and {value!r} is another option. "
+                    f"Give {{{value!r}: ...}}."
                 )
             value = {cls.main: value}
         if not isinstance(value, Mapping):

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from ..adapters import LoraLayers
 from ..attention import Attend, Observer, Span, StepInputs, backend, configs_of, serving
 from ..config import LLMOptConfig
-from ..errors import InvalidOption
+from ..errors import InvalidOption, UnsupportedModel
 from ..fusion import Fusion, Screened, launches
+from ..kernels import cpu
 from ..kernels.arguments import TILED
 from ..kv_cache import Clock, PagedStore, SpanCache, Staged, Streams, states_of, upload
 from ..kv_cache.eviction import Scored, called
@@ -78,7 +79,10 @@ class Runner:
         launched = launches(device)
         # Joined layers write pages themselves, those of C to where they lie, and compute a row of tokens.
         layers = launched or (config.attention.backend in ("auto", "cpu") and not self._streams)
-        layers = layers and not states
+        wide = not launched and any(max(each.key_dim, each.value_dim) > cpu.MAX_DIM for each in store.layers)
+        if wide and self._invariant:
+            raise UnsupportedModel(f"batch_invariant=True needs the C kernels: heads of up to {cpu.MAX_DIM} numbers.")
+        layers = layers and not states and not wide
         timed = ranks is None  # the clocks of several processes would choose differently
         fuses = layers if launched else device.type == "cpu"
         self.fusion = Fusion(model, store.layers, layers, self._invariant, timed) if fuses else None

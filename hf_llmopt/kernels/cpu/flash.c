@@ -112,10 +112,15 @@ LOCAL void FN(flash_block)(const attention *a, const int32_t *pages, long kv_hea
     }
 }
 
+/* Whether scores are kept as products, of which the largest is the largest score. */
+INLINE int FN(scaled_later)(const attention *a) {
+    return a->softcap <= 0 && a->scaling > 0;
+}
+
 /* Scores of a block become weights, and pairs of them units; `shrink` is what the output so far is worth now. */
 INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const ivec *first, const ivec *end,
                               const ivec *bits, int whole, vec *best, vec *sum, vec *shrink, const int N) {
-    const int plain = a->softcap <= 0 && a->scaling > 0; /* the largest score is the largest product */
+    const int plain = FN(scaled_later)(a);
     const float scaling = plain ? a->scaling : 1.0f;
     for (int n = 0; n < N; n++) {
         vec top = FN(splat)(-3.4e38f), total = {0};
@@ -131,15 +136,15 @@ INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const i
             if (!plain || !whole) score[t * N + n] = s;
             top = FN(max)(top, s);
         }
-        top = FN(max)(best[n], top * scaling);
+        top = FN(max)(best[n], top);
+        /* Differences are scaled, not scores: the largest is 0 then, however large the scores are. */
 #if PAIR == 2
-        const float log2_e = 1.44269504f;
-        const vec base = top * log2_e;
+        const float base_2 = scaling * 1.44269504f;
         for (int t = 0; t < BLOCK; t += 2) {
             vec w[2];
             for (int i = 0; i < 2; i++) {
                 vec s = score[(t + i) * N + n];
-                w[i] = FN(exp2_rough)(s * (scaling * log2_e) - base);
+                w[i] = FN(exp2_rough)((s - top) * base_2);
                 if (!whole) w[i] = (vec)((ivec)w[i] & (s != -INFINITY));
                 total += w[i];
             }
@@ -149,13 +154,13 @@ INLINE void FN(flash_softmax)(const attention *a, vec *score, long from, const i
         }
 #else
         for (int t = 0; t < BLOCK; t++) {
-            vec s = score[t * N + n], w = FN(exp)(s * scaling - top);
+            vec s = score[t * N + n], w = FN(exp)((s - top) * scaling);
             if (!whole) w = (vec)((ivec)w & (s != -INFINITY));
             score[t * N + n] = w;
             total += w;
         }
 #endif
-        shrink[n] = FN(exp)(best[n] - top);
+        shrink[n] = FN(exp)((best[n] - top) * scaling);
         best[n] = top, sum[n] = sum[n] * shrink[n] + total;
     }
 }
@@ -219,7 +224,7 @@ INLINE void FN(step_rows)(const attention *a, FN(flash_tile) * tile, FN(flash_ro
 INLINE void FN(end_rows)(const attention *a, const flash_tiles *all, const FN(flash_tile) * tile, const int N) {
     long group = a->heads / a->kv_heads, rows = tile->rows;
     for (int n = 0; n < N; n++) {
-        vec factor, best = tile->best[n], total = tile->sum[n];
+        vec factor, best = tile->best[n] * (FN(scaled_later)(a) ? a->scaling : 1.0f), total = tile->sum[n];
         if (a->sinks) { /* a sink takes part in the softmax and has no value */
             vec sink = {0}, top;
             for (long i = 0; i < WIDTH; i++) sink[i] = a->sinks[all->kv_head * group + (tile->row + n * WIDTH + i) % group];

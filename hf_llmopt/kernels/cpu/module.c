@@ -70,6 +70,13 @@ static long long number(reader *r) {
     return r->next <= r->count ? PyLong_AsLongLong(r->items[r->next - 1]) : 0;
 }
 
+/* Of a head: kernels hold rows of MAX_DIM numbers, and a wider one makes the call malformed. */
+static long long width(reader *r) {
+    long long n = number(r);
+    if (n < 0 || n > MAX_DIM) r->count = -1;
+    return n;
+}
+
 static void *pointer(reader *r) {
     return (void *)(intptr_t)number(r);
 }
@@ -128,8 +135,8 @@ static linear read_linear(reader *r) {
 static attention read_attention(reader *r) {
     attention a = {0};
     a.keys = pointer(r), a.values = pointer(r), a.table = pointer(r), a.items = pointer(r), a.sinks = pointer(r);
-    a.tokens = number(r), a.heads = number(r), a.kv_heads = number(r), a.key_dim = number(r);
-    a.value_dim = number(r), a.page_size = number(r), a.table_width = number(r), a.longest = number(r);
+    a.tokens = number(r), a.heads = number(r), a.kv_heads = number(r), a.key_dim = width(r);
+    a.value_dim = width(r), a.page_size = number(r), a.table_width = number(r), a.longest = number(r);
     a.tiled = number(r);
     a.scaling = real(r), a.softcap = real(r), a.form = (int)number(r);
     return a;
@@ -224,7 +231,7 @@ static layer read_layer(reader *r) {
     for (int i = 0; i < 7; i++) *products[i] = read_linear(r);
     a.attention = read_attention(r);
     a.turns.cosine = pointer(r), a.turns.sine = pointer(r), a.turns.slots = pointer(r);
-    a.turns.rotated = number(r), a.turns.pairs = (int)number(r), a.turns.wide = (int)number(r);
+    a.turns.rotated = width(r), a.turns.pairs = (int)number(r), a.turns.wide = (int)number(r);
     a.turns.key = pointer(r), a.turns.value = pointer(r), a.turns.head = number(r), a.turns.value_head = number(r);
     a.turns.keys = (void *)a.attention.keys, a.turns.values = (void *)a.attention.values;
     a.turns.form = a.attention.form;
